@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
+PYTHON ?= python3
+ARGS ?=
+BENCH ?= $(filter-out _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test quality bench clean
+
+help:
+	@echo "make demo     run the demo (ARGS='--help' shows its options)"
+	@echo "make test     run the tests (ARGS='tests/test_transport.py -k json' picks some)"
+	@echo "make quality  check the code's style"
+	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
+	@echo "make clean    remove caches and build files (not .venv)"
+
+# torch comes first and alone, so that the build comes from whichever wheel index is configured.
+$(STAMP): setup.cfg setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all,test,quality]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/comcat demo $(ARGS)
+
+# Two processes with one torch thread each: the tests are many and small.
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	@mkdir -p benchmarks/results
+	@set -e; for name in $(BENCH); do \
+		echo "== $$name"; \
+		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
+	done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
