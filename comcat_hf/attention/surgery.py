@@ -1,0 +1,119 @@
+"""Putting low-rank modules into a model, and reading off which ranks a model has."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import RankPlanError
+from .modules import LowRankAttention, LowRankLinear
+from .sites import Entry, Site, find_sites
+from .views import check_no_adapter, named_base_modules
+
+
+__all__ = ["apply_ranks", "fit_names", "meta_copy", "read_ranks", "replace_module"]
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in every place where `old` stands, so that shared modules stay shared."""
+    for parent in list(model.modules()):
+        # Not named_children: it shows a module that one parent holds twice only once.
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure without memory for its weights, for counting and shape inference."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def apply_ranks(
+    model: nn.Module,
+    ranks: Mapping[str, Entry],
+    *,
+    initialize: bool = True,
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
+    """Replace the modules named by low-rank ones, in place.
+
+    Everything is checked and computed before the first module is replaced: an error leaves the model as it was.
+
+    Args:
+        model: a model without adapters.
+        ranks: entries of a plan by module path.
+        initialize: fill the factors with the closed form; `False` leaves them empty, for weights to be loaded into.
+        statistics: moments by module path (and path of the site's linear layers), as gathered by
+            `collect_statistics`.
+
+    Raises:
+        RankPlanError: unknown module names or ranks that do not fit.
+        InvalidValueError: weights that are not finite, or statistics of another model.
+        UnsupportedModuleError: attention that is not known, quantised weights, adapters on a module that is named.
+    """
+    sites = _sites_for(ranks, model)
+    swaps: list[tuple[nn.Module, nn.Module]] = []
+    for name, entry in ranks.items():
+        site = sites[name]
+        substitutes = site.substitutes(site.ranks(entry))
+        if initialize:
+            site.initialize(substitutes, (statistics or {}).get(name))
+        dense = site.dense_modules()
+        for path in substitutes:
+            check_no_adapter(path, model.get_submodule(path))
+        swaps += [(dense[path], substitute) for path, substitute in substitutes.items()]
+    for dense, substitute in swaps:
+        for parameter in substitute.parameters():
+            parameter.requires_grad_(any(p.requires_grad for p in dense.parameters()))
+        if isinstance(substitute, LowRankAttention):
+            substitute.own_borrowed()
+        replace_module(model, dense, substitute)
+
+
+def read_ranks(model: nn.Module) -> dict[str, Entry]:
+    """Which ranks a model has, by module path; adapters are not counted."""
+    ranks: dict[str, Entry] = {}
+    for name, module, _ in named_base_modules(model):
+        if isinstance(module, LowRankAttention):
+            pairs = {"qk": module.qk_rank, "vo": module.vo_rank}
+            ranks[name] = {pair: rank for pair, rank in pairs.items() if rank is not None}
+        elif isinstance(module, LowRankLinear):
+            ranks[name] = module.rank
+    return ranks
+
+
+def fit_names(ranks: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
+    """Rename a plan's modules between a model and its bare backbone.
+
+    `AutoModel` drops a task head's prefix (`vit.layers.0…` becomes `layers.0…`), and a task model adds it.
+    Entries of a head that the model does not have are dropped.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = {name for name, _, _ in named_base_modules(model)}
+    if prefix == "." or any(name in names for name in ranks):
+        return dict(ranks)
+    if any(name.startswith(prefix) for name in ranks):
+        return {name.removeprefix(prefix): entry for name, entry in ranks.items() if name.startswith(prefix)}
+    return {prefix + name: entry for name, entry in ranks.items()}
+
+
+def _sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site]:
+    sites = find_sites(model, "linear")
+    if not set(ranks) <= set(sites):
+        # Only here: a plan without attention asks nothing of the attention classes, which then need not be known.
+        sites = find_sites(model)
+    unknown = [name for name in ranks if name not in sites]
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise RankPlanError(
+            f"The plan names {shown}, which {type(model).__name__} does not have or which cannot be factorised. "
+            f"Expected names such as {', '.join(list(sites)[:3])}. Was the plan made for another model?"
+        )
+    return sites

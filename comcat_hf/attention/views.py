@@ -1,0 +1,324 @@
+"""Which attention modules we know, and one view on all of them.
+
+A *family* says in which attributes a host library's attention class keeps what the method needs. A *view* is one such
+module inside one model. Families are plain data: a new one is a row in `attention/transformers.py`, or a call of
+[`register_attention_family`] for classes outside the libraries we know.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidValueError, UnsupportedModuleError
+
+
+__all__ = [
+    "AttentionFamily",
+    "AttentionView",
+    "attention_views",
+    "known_attention_classes",
+    "named_base_modules",
+    "register_attention_family",
+]
+
+_PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
+_LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
+
+
+def class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@dataclass(frozen=True)
+class AttentionFamily:
+    """Where an attention class keeps its projections and sizes.
+
+    Args:
+        host: import path of the class, for example `"transformers.models.vit.modeling_vit.ViTAttention"`.
+        query, key, value: attribute names of the three input projections (`nn.Linear`).
+        output: attribute name of the output projection or, with `output_in_parent`, its path seen from the module
+            that holds the attention.
+        output_in_parent: `True` where the class returns the heads' outputs and a sibling projects them.
+        num_heads, head_dim, scaling: attribute names of H, p and of the factor on the scores.
+        dropout: attribute name of the attention dropout: a number or an `nn.Dropout`.
+        refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
+    """
+
+    host: str
+    query: str
+    key: str
+    value: str
+    output: str
+    output_in_parent: bool = False
+    num_heads: str = "num_attention_heads"
+    head_dim: str = "head_dim"
+    scaling: str = "scaling"
+    dropout: str = "attention_dropout"
+    refuse: Callable[[nn.Module], str | None] | None = None
+
+    def __post_init__(self) -> None:
+        if "." in self.output and not self.output_in_parent:
+            raise InvalidValueError(
+                f"AttentionFamily of {self.host}: output must name an attribute of the class, got the path "
+                f"{self.output!r}; paths are read with output_in_parent=True only."
+            )
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """One known attention module of one model.
+
+    Attributes:
+        name: path of the module that holds the query, key and value projections.
+        module: that module.
+        family: where it keeps what.
+        output_name: path of the output projection.
+        output: the output projection.
+    """
+
+    name: str
+    module: nn.Module
+    family: AttentionFamily
+    output_name: str
+    output: nn.Linear
+
+    @property
+    def num_heads(self) -> int:
+        return getattr(self.module, self.family.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.module, self.family.head_dim)
+
+    @property
+    def query(self) -> nn.Linear:
+        return getattr(self.module, self.family.query)
+
+    @property
+    def key(self) -> nn.Linear:
+        return getattr(self.module, self.family.key)
+
+    @property
+    def value(self) -> nn.Linear:
+        return getattr(self.module, self.family.value)
+
+    def projections(self) -> dict[str, nn.Linear]:
+        """The four projections by their paths in the model."""
+        inputs = {
+            f"{self.name}.{getattr(self.family, role)}": getattr(self, role) for role in ("query", "key", "value")
+        }
+        return {**inputs, self.output_name: self.output}
+
+
+class _Registry:
+    """Families by the import path of their host class; filled on first use, so that no host library is imported."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, AttentionFamily] | None = None
+
+    @property
+    def families(self) -> dict[str, AttentionFamily]:
+        if self._families is None:
+            from . import transformers
+
+            self._families = {family.host: family for family in transformers.FAMILIES}
+        return self._families
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        from . import transformers
+
+        return dict(transformers.REFUSED)
+
+    def find(self, module: nn.Module) -> AttentionFamily | None:
+        return self.families.get(class_path(type(module)))
+
+
+_registry = _Registry()
+
+
+def register_attention_family(family: AttentionFamily) -> None:
+    """Make an attention class known that this package does not know yet.
+
+    Args:
+        family: its description. The class must compute plain scaled-dot-product attention on the projections named:
+            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. It must
+            call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`.
+
+    Raises:
+        InvalidValueError: if the class is registered already with another description.
+    """
+    known = _registry.families.get(family.host)
+    if known is not None and known != family:
+        raise InvalidValueError(f"The attention class {family.host} is registered already, as {known}; got {family}.")
+    _registry.families[family.host] = family
+
+
+def known_attention_classes() -> list[str]:
+    """Names of the attention classes that can be factorised."""
+    return sorted(host.rpartition(".")[2] for host in _registry.families)
+
+
+def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Walk `(name, module, parent)` as if no adapter were there.
+
+    A tuner layer of PEFT appears as the module that it wraps, under the name it has in the base model; what the
+    tuner layer adds is skipped. A module shared by several parents appears once, under its first name.
+    """
+    seen: set[int] = set()
+
+    def walk(
+        name: str, module: nn.Module, parent: nn.Module | None
+    ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+        while _is_tuner_layer(module):
+            module = module.base_layer
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module, parent
+        for child_name, child in module.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child, module)
+
+    yield from walk(prefix, model, None)
+
+
+def attention_views(model: nn.Module) -> dict[str, AttentionView]:
+    """Find every attention module of a model, by path.
+
+    `nn.MultiheadAttention` (the poolers of SigLIP) is passed over: it stays dense. So is what is low-rank already.
+
+    Returns:
+        views in the order of the model's modules.
+
+    Raises:
+        UnsupportedModuleError: for an attention module that is not known, naming its path, its class, the reason where
+            there is one, and the known classes.
+    """
+    views: dict[str, AttentionView] = {}
+    for name, module, parent, family in _attention_modules(model):
+        if family is None:
+            raise _unsupported(name, module)
+        views[name] = _view(name, module, parent, family)
+    _check_unshared(views)
+    return views
+
+
+def attention_paths(model: nn.Module) -> list[str]:
+    """Paths under which all attention of a model lies: known, unknown, low-rank already, or PyTorch's own."""
+    from .modules import LowRankAttention
+
+    found = [(name, family) for name, _, _, family in _attention_modules(model)]
+    for name, module, _ in named_base_modules(model):
+        if isinstance(module, LowRankAttention):
+            found.append((name, module._family))
+        elif isinstance(module, nn.MultiheadAttention):
+            found.append((name, None))
+    return [name.rpartition(".")[0] if family and family.output_in_parent else name for name, family in found]
+
+
+def _attention_modules(
+    model: nn.Module,
+) -> list[tuple[str, nn.Module, nn.Module | None, AttentionFamily | None]]:
+    from .modules import LowRankAttention
+
+    found, passed_over, suspects = [], [], []
+    for name, module, parent in named_base_modules(model):
+        family = _registry.find(module)
+        if family is not None:
+            found.append((name, module, parent, family))
+        elif isinstance(module, (LowRankAttention, nn.MultiheadAttention)):
+            passed_over.append(name)
+        elif _LOOKS_LIKE_ATTENTION.search(type(module).__name__) and _has_linear(module):
+            suspects.append((name, module, parent, None))
+    settled = [*passed_over, *(item[0] for item in found)]
+    for suspect in suspects:
+        # A wrapper around known attention and a part of it are no attention of their own, nor is a whole block.
+        name, module = suspect[:2]
+        if _LOOKS_LIKE_BLOCK.search(type(module).__name__) and any(s[0].startswith(f"{name}.") for s in suspects):
+            continue
+        if not any(other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in settled):
+            found.append(suspect)
+            settled.append(name)
+    return found
+
+
+def _is_tuner_layer(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("comcat_hf.")
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _view(name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily) -> AttentionView:
+    reason = family.refuse(module) if family.refuse is not None else None
+    if reason is not None:
+        raise _unsupported(name, module, reason)
+    owner, owner_name = (parent, name.rpartition(".")[0]) if family.output_in_parent else (module, name)
+    output_name = f"{owner_name}.{family.output}" if owner_name else family.output
+    output = owner
+    for part in family.output.split("."):
+        output = getattr(output, part)
+    while _is_tuner_layer(output) and _is_ours(output):
+        output = output.base_layer
+    view = AttentionView(name, module, family, output_name, output)
+    for path, linear in view.projections().items():
+        _check_plain(path, linear)
+    return view
+
+
+def _check_plain(path: str, linear: nn.Module) -> None:
+    check_no_adapter(path, linear)
+    if not is_plain_linear(linear):
+        weight = getattr(linear, "weight", None)
+        found = f" with weights of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        raise UnsupportedModuleError(
+            f"{path} is a {class_path(type(linear))}{found}; expected a plain nn.Linear in floating point. "
+            "Dequantise the model first (`model.dequantize()`)."
+        )
+
+
+def check_no_adapter(path: str, module: nn.Module) -> None:
+    if _is_tuner_layer(module) and not _is_ours(module):
+        raise UnsupportedModuleError(
+            f"{path} carries an adapter of {type(module).__module__}; the weights below it cannot be factorised. "
+            "Merge or unload that adapter first (`model.merge_and_unload()`)."
+        )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    # Quantised weights may be tensors of their own class which pass for floating point.
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype in _PLAIN_DTYPES
+
+
+def _check_unshared(views: dict[str, AttentionView]) -> None:
+    # A whole attention module may be shared. A part of one may not: its factors would fit one of its users only.
+    users: dict[int, str] = {}
+    for view in views.values():
+        projections = view.projections()
+        if len(projections) < 4:
+            raise _unsupported(view.name, view.module, "two of its projections are one module")
+        for path, linear in projections.items():
+            other = users.setdefault(id(linear.weight), path)
+            if other != path:
+                raise _unsupported(view.name, view.module, f"{path} shares its weight with {other}")
+
+
+def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> UnsupportedModuleError:
+    cls = class_path(type(module))
+    reason, fix = reason or _registry.refusals.get(cls), ""
+    if reason is None:
+        reason = "no family describes this class"
+        fix = ", or describe the class with comcat_hf.attention.register_attention_family"
+    return UnsupportedModuleError(
+        f"{name} is a {cls}, which cannot be factorised: {reason}. Known classes: "
+        f"{', '.join(known_attention_classes())}. Leave attention alone with scope='mlp'{fix}."
+    )
