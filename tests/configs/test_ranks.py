@@ -1,0 +1,144 @@
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+
+from comcat_hf import RankPlan
+from comcat_hf.configs import RANKS_NAME
+from comcat_hf.errors import CheckpointError, RankPlanError
+
+
+def _plan() -> RankPlan:
+    return RankPlan(
+        {"layers.0.attention": {"qk": 4, "vo": 6}, "layers.1.attention": {"vo": 2}, "layers.0.fc1": 8},
+        architecture="ViTForImageClassification",
+        base_model_name_or_path="user/base",
+        revision="abc",
+        scope="attention",
+        metric="macs",
+        strategy="sensitivity",
+        reduction=0.5,
+        reached=0.502,
+    )
+
+
+def _edited(**changes) -> dict:
+    return {**_plan().to_dict(), **changes}
+
+
+def test_a_dictionary_holds_the_whole_plan():
+    content = _plan().to_dict()
+    assert RankPlan.from_dict(content) == _plan()
+    assert RankPlan.from_dict(json.loads(json.dumps(content))) == _plan()
+    assert (content["format"], content["format_version"]) == ("comcat_ranks", 1)
+
+
+def test_a_folder_and_a_file_hold_the_whole_plan(tmp_path):
+    _plan().save_pretrained(tmp_path / "new" / "folder")
+    assert RankPlan.from_pretrained(tmp_path / "new" / "folder") == _plan()
+    assert RankPlan.from_pretrained(str(tmp_path / "new" / "folder" / RANKS_NAME)) == _plan()
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [RANKS_NAME]
+
+
+def test_saving_again_replaces_the_file(tmp_path):
+    RankPlan({"layers.9.fc1": 3}).save_pretrained(tmp_path)
+    _plan().save_pretrained(tmp_path)
+    assert RankPlan.from_pretrained(tmp_path) == _plan()
+
+
+def test_only_ranks_are_needed():
+    content = {"format": "comcat_ranks", "format_version": 1, "ranks": {"fc1": 2}}
+    assert RankPlan.from_dict(content) == RankPlan({"fc1": 2})
+
+
+def test_reading_does_not_change_what_is_read():
+    content = _plan().to_dict()
+    before = copy.deepcopy(content)
+    RankPlan.from_dict(content)
+    assert content == before
+
+
+def test_a_plan_is_its_own():
+    ranks = {"layers.0.attention": {"qk": 4}}
+    plan = RankPlan(ranks)
+    ranks["layers.0.attention"]["qk"] = 9
+    plan.to_dict()["ranks"]["layers.0.attention"]["qk"] = 9
+    assert plan.ranks == {"layers.0.attention": {"qk": 4}}
+
+
+def test_a_plan_is_frozen():
+    plan = _plan()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.scope = "mlp"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.ranks = {}
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])  # noqa: S301
+def test_a_plan_can_be_copied(how):
+    assert how(_plan()) == _plan()
+
+
+def test_a_changed_plan_is_checked_again():
+    assert dataclasses.replace(_plan(), reached=0.6).reached == 0.6
+    with pytest.raises(RankPlanError, match=r"fc1.*from 1"):
+        dataclasses.replace(_plan(), ranks={"fc1": 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ranks": {"fc1": 0}}, "fc1: expected a whole number from 1.*got 0"),
+        ({"ranks": {"fc1": "8"}}, "fc1.*'8'"),
+        ({"ranks": {"fc1": True}}, "fc1.*True"),
+        ({"ranks": {"fc1": 2.0}}, "fc1.*2.0"),
+        ({"ranks": {"fc1": None}}, "fc1.*None"),
+        ({"ranks": {"attention": {}}}, r"attention.*\{\}"),
+        ({"ranks": {"attention": {"qk": 2, "vo": 0}}}, "attention.*'vo': 0"),
+        ({"ranks": {"attention": {"qk": None}}}, "attention.*'qk': None"),
+        ({"ranks": {"attention": [2, 3]}}, r"attention.*\[2, 3\]"),
+        ({"ranks": [["fc1", 2]]}, "'ranks' must map"),
+        ({"ranks": None}, "'ranks' must map"),
+        ({"rank": 3}, "unknown rank"),
+        ({"format": "safetensors"}, "no rank file.*'comcat_ranks'.*'safetensors'"),
+        ({"format": None}, "no rank file"),
+        ({"format_version": 2}, "format_version 2.*reads 1.*Update"),
+        ({"format_version": "1"}, "format_version '1'"),
+    ],
+)
+def test_an_edited_file_is_refused_by_name(changes, words, tmp_path):
+    file = tmp_path / RANKS_NAME
+    file.write_text(json.dumps(_edited(**changes)))
+    with pytest.raises(RankPlanError, match=words) as caught:
+        RankPlan.from_pretrained(tmp_path)
+    assert isinstance(caught.value, ValueError)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["ranks", "format", "format_version"])
+def test_a_missing_field_is_named(field, tmp_path):
+    content = _plan().to_dict()
+    del content[field]
+    (tmp_path / RANKS_NAME).write_text(json.dumps(content))
+    with pytest.raises(RankPlanError, match=field):
+        RankPlan.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    _plan().save_pretrained(tmp_path)
+    file = tmp_path / RANKS_NAME
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(CheckpointError, match=f"{RANKS_NAME}.*truncated"):
+        RankPlan.from_pretrained(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=RANKS_NAME):
+        RankPlan.from_pretrained(tmp_path)
+
+
+def test_an_error_outside_a_file_names_no_file():
+    with pytest.raises(RankPlanError, match=r"^this plan: fc1"):
+        RankPlan({"fc1": 0})
