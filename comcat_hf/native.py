@@ -1,0 +1,211 @@
+"""Compressed models as ordinary checkpoints: `save_pretrained` and `AutoModelFor….from_pretrained`.
+
+transformers lets a package name a `quant_method` in `config.json`; its quantizer may then rebuild the model's skeleton
+before the weights are read. We use that door to put low-rank modules in, and close it again afterwards: a compressed
+model holds ordinary floating point parameters, and casting and training it are allowed.
+"""
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .attention import LowRankAttention, LowRankLinear, apply_ranks, fit_names, read_ranks
+from .configs.ranks import RankPlan
+from .errors import CheckpointError, InvalidValueError
+
+
+__all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach_plan", "plan_of"]
+
+QUANT_METHOD = "comcat"
+
+
+@register_quantization_config(QUANT_METHOD)
+class ComCATQuantizationConfig(QuantizationConfigMixin):
+    """The rank plan as it stands in `config.json`, under `quantization_config`.
+
+    Args:
+        **plan: the fields of a rank file.
+    """
+
+    def __init__(self, quant_method: str = QUANT_METHOD, **plan: Any) -> None:
+        self.quant_method = quant_method
+        self.plan = RankPlan.from_dict(plan, source="config.json, quantization_config")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, **self.plan.to_dict()}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+
+@register_quantizer(QUANT_METHOD)
+class ComCATQuantizer(HfQuantizer):
+    """Rebuilds the low-rank skeleton before the weights are read, then withdraws."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: ComCATQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise InvalidValueError(
+                "A dense checkpoint cannot be loaded with a ComCAT quantization_config: the factors are not in it. "
+                "Load the dense model, then call comcat_hf.compress(model, plan=plan)."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        _check_files(checkpoint_files or ())
+        apply_ranks(model, _fit_plan(self.quantization_config.plan, model), initialize=False)
+        for module in model.modules():
+            if isinstance(module, LowRankAttention):
+                # What is missing is an error, and transformers' initialisation expects every bias of the host.
+                module._is_hf_initialized = True
+        # transformers shows what did not fit to this method of the model, and not to quantizers.
+        model.mark_tied_weights_as_initialized = functools.partial(_check_factors, model)
+        return model
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        del model.mark_tied_weights_as_initialized
+        # What the base class marks as quantized would forbid `.half()`, `.float()` and training.
+        del model.hf_quantizer, model.is_quantized, model.quantization_method
+        return attach_plan(model, self.quantization_config.plan)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def plan_of(model: nn.Module) -> RankPlan:
+    """The rank plan that a compressed model was built from.
+
+    Raises:
+        InvalidValueError: the model is not compressed.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    ranks = read_ranks(model)
+    if not ranks:
+        raise InvalidValueError(f"{type(model).__name__} has no low-rank modules; compress it first.")
+    if isinstance(config, ComCATQuantizationConfig):
+        return replace(config.plan, ranks=ranks)
+    return RankPlan(ranks, architecture=type(model).__name__)
+
+
+def attach_plan(model: PreTrainedModel, plan: RankPlan | None = None) -> PreTrainedModel:
+    """Make a model with low-rank modules save itself as a native checkpoint with its rank file.
+
+    Args:
+        model: a model whose modules were replaced, without adapters.
+        plan: what it was built from; its ranks are read off the model.
+
+    Returns:
+        the same model.
+    """
+    ranks = read_ranks(model)
+    if not ranks:
+        # A backbone of which only the head was compressed, or every low-rank module was replaced since.
+        model.__dict__.pop("save_pretrained", None)
+        model.config.__dict__.pop("quantization_config", None)
+        return model
+    plan = RankPlan(ranks) if plan is None else replace(plan, ranks=ranks)
+    plan = replace(plan, architecture=type(model).__name__)
+    model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
+    # An instance attribute, since the class must stay the host's; a partial, since that can be copied and pickled.
+    model.save_pretrained = functools.partial(_save_pretrained, model)
+    return model
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process, state_dict)
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        # Modules may have been replaced since; what is written must say what is there.
+        attach_plan(model, getattr(model.config.quantization_config, "plan", None))
+    if getattr(model, "_hf_peft_config_loaded", False) or not read_ranks(model):
+        save(push_to_hub, **kwargs)
+        return
+    hub = {key: kwargs.pop(key) for key in ("commit_message", "create_pr", "token", "private") if key in kwargs}
+    repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+    # Joined tensors cannot be taken apart by rank: such models are written under the names of their modules.
+    kwargs.setdefault("save_original_format", not _joins_tensors(model))
+    save(**kwargs)
+    if is_main_process:
+        plan_of(model).save_pretrained(save_directory)
+        if push_to_hub:
+            # Not within save(): that uploads only what it wrote itself, so never the rank file.
+            model.push_to_hub(repo_id, **hub)
+
+
+def _joins_tensors(model: PreTrainedModel) -> bool:
+    return any(isinstance(change, WeightConverter) for change in get_model_conversion_mapping(model))
+
+
+def _check_files(files: Iterable[str]) -> None:
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file}: expected a whole safetensors file, found {error}. It was cut short or is damaged; "
+                    "download or save the model again."
+                ) from error
+
+
+def _fit_plan(plan: RankPlan, model: PreTrainedModel) -> dict[str, Any]:
+    """The ranks by the names of this model, less those of a head of another task or for too few other labels."""
+    heads = dict(model.named_children())
+    ranks = fit_names({name: rank for name, rank in plan.ranks.items() if "." in name or name in heads}, model)
+    room = {n: min(m.in_features, m.out_features) for n, m in heads.items() if type(m) is nn.Linear}
+    return {n: rank for n, rank in ranks.items() if not (n in room and isinstance(rank, int) and rank > room[n])}
+
+
+def _check_factors(model: PreTrainedModel, loading_info: Any) -> None:
+    modules = [name for name, m in model.named_modules() if isinstance(m, (LowRankAttention, LowRankLinear))]
+    misfits = {key: (tuple(want), tuple(have)) for key, have, want in loading_info.mismatched_keys}
+    # A head for other labels: whether that is meant, transformers' ignore_mismatched_sizes says.
+    relabelled = [n for n in modules if "." not in n and {f"{n}.weight", f"{n}.bias"} <= set(misfits)]
+    new = {f"{name}.{tensor}" for name in relabelled for tensor in ("weight", "bias")}
+
+    def is_factor(key: str) -> bool:
+        return key not in new and any(key.startswith(f"{name}.") for name in modules)
+
+    problems = [f"{key}, found none" for key in sorted(filter(is_factor, loading_info.missing_keys))]
+    problems += [
+        f"{key} of shape {want}, found {have}" for key, (want, have) in sorted(misfits.items()) if is_factor(key)
+    ]
+    if problems:
+        # Else transformers raises its own error over this one.
+        loading_info.mismatched_keys.clear()
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise CheckpointError(
+            f"{model.name_or_path}: by the rank plan in config.json expected {shown}. The files do not belong "
+            "together or were damaged; download or save the model again."
+        )
+    for name in relabelled:
+        # Dense, so that transformers initialises it as it does any new head.
+        head = model.get_submodule(name)
+        dense = nn.Linear(head.in_features, head.out_features, device="meta", dtype=head.weight.dtype)
+        setattr(model, name, dense)
+    type(model).mark_tied_weights_as_initialized(model, loading_info)
