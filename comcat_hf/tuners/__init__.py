@@ -1,0 +1,6 @@
+"""ComCAT as a PEFT method."""
+
+from .layer import ComCATLayer as ComCATLayer
+from .model import ComCATModel as ComCATModel
+from .model import initialize_comcat_weights as initialize_comcat_weights
+from .registration import register as register

@@ -1,0 +1,122 @@
+"""The tuner layer: a dense module together with the modules that take its place, one per adapter."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..attention import LowRankAttention
+from ..errors import InvalidValueError
+
+
+__all__ = ["ComCATLayer"]
+
+
+class ComCATLayer(nn.Module, BaseTunerLayer):
+    """Runs the active adapter's factors in place of the dense module.
+
+    Attributes:
+        base_layer: the dense module, frozen and untouched.
+        comcat_factors: by adapter name, what replaces it.
+    """
+
+    adapter_layer_names = ("comcat_factors",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.comcat_factors = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.training = base_layer.training
+
+    def update_layer(self, adapter_name: str, factors: nn.Module) -> None:
+        """Add the factors of one adapter."""
+        self.comcat_factors[adapter_name] = factors
+        self.set_adapter(self.active_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.present(names, "active")
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def present(self, names: list[str], purpose: str) -> list[str]:
+        """Those of the adapters named that have factors here: at most one, else InvalidValueError."""
+        here = [name for name in names if name in self.comcat_factors]
+        if len(here) > 1:
+            raise InvalidValueError(
+                f"The compress adapters {', '.join(here)} replace the same modules, so only one can be {purpose}; "
+                f"got {len(here)}. Name one of them."
+            )
+        return here
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        factors = self._factors_in_use()
+        if factors is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        dtype = next(factors.parameters()).dtype
+        if dtype == hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type):
+            return factors(hidden_states, *args, **kwargs)
+        args = tuple(_cast(value, dtype) for value in args)
+        kwargs = {key: _cast(value, dtype) for key, value in kwargs.items()}
+        output = factors(hidden_states.to(dtype), *args, **kwargs)
+        if isinstance(output, tuple):
+            return tuple(_cast(value, hidden_states.dtype) for value in output)
+        return output.to(hidden_states.dtype)
+
+    def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
+        """Which adapters [`merge`] would merge here; raises what it would raise."""
+        names = self.present(adapter_names or self.active_adapters, "merged")
+        if self.merged and names and names != self.merged_adapters:
+            raise InvalidValueError(
+                f"The adapter {self.merged_adapters[0]} is merged already, so {names[0]} cannot be. Call "
+                "unmerge_adapter() first."
+            )
+        for name in names:
+            if safe_merge and not all(p.isfinite().all() for p in self.comcat_factors[name].parameters()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return names
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let the factors of one adapter stand in for the dense module until [`unmerge`], whatever is active."""
+        names = self.check_mergeable(safe_merge, adapter_names)
+        self.merged_adapters.extend(name for name in names if name not in self.merged_adapters)
+
+    def unmerge(self) -> None:
+        """Undo [`merge`]; the dense module was kept."""
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module that remains: with `merge` the factors in the dtype of the dense module, else that module."""
+        if not merge:
+            return self.base_layer
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not self.merged:
+            return self.base_layer
+        factors = self.comcat_factors[self.merged_adapters[0]]
+        if isinstance(factors, LowRankAttention):
+            factors.own_borrowed()
+        return factors.to(next(self.base_layer.parameters()).dtype)
+
+    def _factors_in_use(self) -> nn.Module | None:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return None
+        for name in self.merged_adapters or self.active_adapters:
+            if name in self.comcat_factors:
+                return self.comcat_factors[name]
+        return None
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # An attention module has no weight of its own. No dtype: factors keep theirs, or loading with
+        # low_cpu_mem_usage would round trained float32 factors to a half precision base.
+        return next(base_layer.parameters()).device, None
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,205 @@
+"""Which modules a configuration reaches, and what an error leaves behind."""
+
+import pytest
+import torch
+from peft import (
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from torch import nn
+
+from comcat_hf import ComCATConfig, RankPlan
+from comcat_hf.attention import LowRankAttention
+from comcat_hf.errors import ComCATError, InvalidValueError, RankPlanError
+from tests.helpers import (
+    HEAD_DIM,
+    assert_unchanged,
+    classes_of,
+    outputs,
+    small_bert,
+    small_clip,
+    small_vit,
+    state_of,
+)
+from tests.tuners.cases import LOW, LOW_CONFIG, disturb, equal, layers_of, low_config, trainable
+
+
+class TestWhatIsTargeted:
+    def _targeted(self, config, build=small_vit) -> set[str]:
+        model = get_peft_model(build()[0], config)
+        return {name.removeprefix("base_model.model.") for name in layers_of(model)}
+
+    def test_everything_with_a_rank(self):
+        blocks = [f"vit.layers.{i}.{name}" for i in (0, 1) for name in ("attention", "mlp.fc1", "mlp.fc2")]
+        assert self._targeted(ComCATConfig(**LOW_CONFIG, linear_rank=3)) == {*blocks, "classifier"}
+        assert self._targeted(ComCATConfig(**LOW_CONFIG)) == {name for name in blocks if "attention" in name}
+        assert self._targeted(ComCATConfig(linear_rank=3)) == {n for n in blocks if "mlp" in n} | {"classifier"}
+
+    def test_the_older_style_has_two_layers_per_attention(self):
+        found = self._targeted(ComCATConfig(**LOW_CONFIG), small_bert)
+        layer = "bert.encoder.layer.{}.attention"
+        assert found == {f"{layer.format(i)}.{part}" for i in (0, 1) for part in ("self", "output.dense")}
+        assert self._targeted(ComCATConfig(qk_rank=3), small_bert) == {f"{layer.format(i)}.self" for i in (0, 1)}
+
+    def test_lists_patterns_and_exclusions(self):
+        config = {**LOW_CONFIG, "linear_rank": 3}
+        assert self._targeted(ComCATConfig(**config, target_modules=["layers.1.attention", "classifier"])) == {
+            "vit.layers.1.attention",
+            "classifier",
+        }
+        assert self._targeted(ComCATConfig(**config, target_modules=r".*\.0\..*fc\d")) == {
+            "vit.layers.0.mlp.fc1",
+            "vit.layers.0.mlp.fc2",
+        }
+        assert self._targeted(ComCATConfig(**config, exclude_modules=r"vit\..*")) == {"classifier"}
+
+    def test_an_exclusion_that_works_raises_no_warning(self, recwarn):
+        self._targeted(ComCATConfig(**LOW_CONFIG, exclude_modules=["layers.0.attention"]))
+        assert not [w for w in recwarn if "exclude_modules" in str(w.message)]
+
+    def test_one_tower_of_two(self):
+        found = self._targeted(ComCATConfig(**LOW_CONFIG, target_modules=r"vision_model\..*"), small_clip)
+        assert found == {f"vision_model.encoder.layers.{i}.self_attn" for i in (0, 1)}
+
+    def test_a_pattern_goes_over_the_ranks_and_a_name_over_a_pattern(self):
+        config = ComCATConfig(
+            **LOW_CONFIG,
+            linear_rank=4,
+            rank_pattern={
+                "attention": {"qk": 2},
+                "vit.layers.1.attention": {"vo": 3},
+                r"fc\d": 5,
+                "vit.layers.1.mlp.fc2": 4,
+            },
+        )
+        model = get_peft_model(small_vit()[0], config)
+        ranks = {}
+        for name, layer in layers_of(model).items():
+            factors = layer.comcat_factors["default"]
+            pair = isinstance(factors, LowRankAttention)
+            ranks[name.removeprefix("base_model.model.")] = (
+                (factors.qk_rank, factors.vo_rank) if pair else factors.rank
+            )
+        assert ranks["vit.layers.0.attention"] == (2, None)
+        assert ranks["vit.layers.1.attention"] == (None, 3)
+        assert (ranks["vit.layers.0.mlp.fc1"], ranks["vit.layers.0.mlp.fc2"]) == (5, 5)
+        assert (ranks["vit.layers.1.mlp.fc1"], ranks["vit.layers.1.mlp.fc2"]) == (5, 4)
+        assert ranks["classifier"] == 4
+
+    def test_a_plan_builds_what_it_says(self):
+        plan = RankPlan({"vit.layers.0.attention": {"qk": 3}, "vit.layers.1.mlp.fc2": 4})
+        model = get_peft_model(small_vit()[0], ComCATConfig.from_plan(plan))
+        assert set(layers_of(model)) == {f"base_model.model.{name}" for name in plan.ranks}
+
+    def test_past_break_even_a_layer_stays_dense(self):
+        # fc1 is 48 x 80: two factors are smaller up to rank 29.
+        assert "vit.layers.0.mlp.fc1" in self._targeted(ComCATConfig(linear_rank=29))
+        with pytest.raises(InvalidValueError, match="nothing that has a rank"):
+            get_peft_model(small_vit()[0], ComCATConfig(linear_rank=30))
+
+    def test_a_trained_classifier_is_not_factorised(self, tmp_path):
+        model, inputs = small_vit()
+        model = get_peft_model(model, ComCATConfig(linear_rank=3, modules_to_save=["classifier"]))
+        assert not any("classifier" in name for name in layers_of(model))
+        assert model.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
+        disturb(model)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(small_vit()[0], tmp_path)
+        assert equal(outputs(loaded, inputs), outputs(model, inputs))
+        merged = model.merge_and_unload()
+        assert type(merged.classifier) is nn.Linear
+        assert equal(outputs(merged, inputs), outputs(loaded, inputs))
+
+    def test_the_task_of_peft_trains_the_classifier(self, tmp_path):
+        model, inputs = small_bert()
+        model = get_peft_model(model, ComCATConfig(**LOW, task_type="SEQ_CLS"))
+        assert model.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
+        disturb(model)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(small_bert()[0], tmp_path)
+        assert type(loaded) is type(model)
+        assert equal(outputs(loaded, inputs), outputs(model, inputs))
+
+    @pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+    def test_modules_to_save_inside_a_target_are_refused(self, name):
+        model, _ = small_vit()
+        state, classes = state_of(model), classes_of(model)
+        with pytest.raises(InvalidValueError, match=f"modules_to_save.*{name}.*attention"):
+            get_peft_model(model, ComCATConfig(**LOW_CONFIG, modules_to_save=[name]))
+        assert_unchanged(model, state, classes)
+
+    def test_modules_to_save_inside_a_target_of_the_older_style_are_refused(self):
+        with pytest.raises(InvalidValueError, match=r"modules_to_save.*attention\.output\.dense"):
+            get_peft_model(small_bert()[0], ComCATConfig(**LOW_CONFIG, modules_to_save=["attention.output"]))
+
+
+BROKEN = {
+    "nan": (LOW_CONFIG, ValueError, "finite|NaN|nan"),
+    "rank_above_head": ({"qk_rank": 2, "vo_rank": HEAD_DIM + 1}, RankPlanError, "attention, vo.*16.*17"),
+    "unknown_name": ({"rank_pattern": {"vit.layers.7.attention": {"qk": 2}}}, RankPlanError, "layers.7"),
+    "linear_for_attention": ({"rank_pattern": {"layers.1.attention": 3}}, RankPlanError, "layers.1.attention"),
+    "pair_for_linear": ({"rank_pattern": {"layers.1.mlp.fc2": {"qk": 3}}}, RankPlanError, "fc2"),
+    "nothing_targeted": ({**LOW_CONFIG, "target_modules": ["nothing"]}, InvalidValueError, "nothing.*layers.0"),
+    "empty_target": ({**LOW_CONFIG, "target_modules": []}, InvalidValueError, "layers.0"),
+    "all_excluded": ({**LOW_CONFIG, "exclude_modules": ".*"}, InvalidValueError, "excluded"),
+    # PEFT finds this one only after all factors are in place.
+    "to_save_like_adapter": ({**LOW_CONFIG, "modules_to_save": ["dog"]}, ValueError, "adapter name, 'dog'"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+class TestAnErrorInTheMiddle:
+    def _broken(self, what):
+        settings, error, words = BROKEN[what]
+        model, inputs = small_vit()
+        if what == "nan":
+            with torch.no_grad():
+                model.vit.layers[1].attention.q_proj.weight[0, 0] = torch.nan
+        return model, inputs, ComCATConfig(**settings), pytest.raises(error, match=words)
+
+    @pytest.mark.parametrize("way", ["get_peft_model", "inject", "add_adapter"])
+    def test_the_model_is_as_it_was(self, what, way):
+        model, inputs, config, raises = self._broken(what)
+        model.vit.layernorm.weight.requires_grad_(False)
+        state, classes, grads = state_of(model), classes_of(model), trainable(model)
+        with raises:
+            if way == "get_peft_model":
+                get_peft_model(model, config, "dog")
+            elif way == "inject":
+                inject_adapter_in_model(config, model, "dog")
+            else:
+                model.add_adapter(config, "dog")
+        assert list(model.state_dict()) == list(state)
+        assert classes_of(model) == classes
+        assert trainable(model) == grads
+        assert not hasattr(model, "peft_config")
+        assert not model._hf_peft_config_loaded
+        if what != "nan":
+            model.add_adapter(ComCATConfig(**LOW_CONFIG), "dog")
+            assert equal(outputs(model, inputs), outputs(get_peft_model(small_vit()[0], low_config()), inputs))
+
+    @pytest.mark.parametrize("way", ["peft", "transformers"])
+    def test_the_first_adapter_goes_on(self, what, way):
+        model, inputs, config, raises = self._broken(what)
+        target = "layers.0.attention"
+        if way == "peft":
+            model = get_peft_model(model, ComCATConfig(**LOW_CONFIG, target_modules=[target]))
+        else:
+            model.add_adapter(ComCATConfig(**LOW_CONFIG, target_modules=[target]), "default")
+        expected, classes, grads = outputs(model, inputs), classes_of(model), trainable(model)
+        with raises:
+            if way == "peft":
+                model.add_adapter("dog", config)
+            else:
+                model.add_adapter(config, "dog")
+        assert classes_of(model) == classes
+        assert trainable(model) == grads
+        assert list(model.peft_config) == ["default"]
+        if what != "nan":
+            assert equal(outputs(model, inputs), expected)
+
+
+def test_every_error_is_ours():
+    with pytest.raises(ComCATError):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), low_config())
