@@ -1,0 +1,23 @@
+"""COMCAT for Hugging Face: low-rank compression and customization of attention, as a PEFT method.
+
+Importing the package registers PEFT type `COMCAT` and native loading of compressed models.
+"""
+
+from .attention import register_attention_family as register_attention_family
+from .compression import Statistics as Statistics
+from .compression import allocate_ranks as allocate_ranks
+from .compression import collect_statistics as collect_statistics
+from .compression import compress as compress
+from .compression import count_macs as count_macs
+from .compression import count_parameters as count_parameters
+from .configs import ComCATConfig as ComCATConfig
+from .configs import RankPlan as RankPlan
+from .errors import ComCATError as ComCATError
+from .native import plan_of as plan_of
+from .tuners import initialize_comcat_weights as initialize_comcat_weights
+from .tuners import register as _register
+
+
+__version__ = "0.1.0"
+
+_register()

@@ -1,0 +1,10 @@
+"""Compression: statistics, rank allocation, distillation, and one call for all of it."""
+
+from .allocation import allocate_ranks as allocate_ranks
+from .compress import compress as compress
+from .counting import count_macs as count_macs
+from .counting import count_parameters as count_parameters
+from .distillation import DistillationLoss as DistillationLoss
+from .finetuning import finetune as finetune
+from .statistics import Statistics as Statistics
+from .statistics import collect_statistics as collect_statistics

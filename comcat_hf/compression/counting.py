@@ -1,0 +1,188 @@
+"""Parameters and multiply-accumulates of a model, counted, dense or compressed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy
+from ..errors import InvalidValueError, UnsupportedModuleError
+
+
+__all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "trace"]
+
+
+def count_parameters(model: nn.Module, names: tuple[str, ...] | None = None) -> int:
+    """Number of parameters by `numel`; shared ones count once.
+
+    Args:
+        model: any module.
+        names: paths of modules to count; all by default.
+    """
+    modules = [model] if names is None else [model.get_submodule(name) for name in names]
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def example_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """One sample of the model's native size, on the meta device.
+
+    Raises:
+        InvalidValueError: the configuration does not say the size.
+    """
+    config, main = model.config, getattr(model, "main_input_name", "pixel_values")
+    if main == "input_ids":
+        length = getattr(config.get_text_config(), "max_position_embeddings", 512)
+        text = {"input_ids": torch.zeros(1, min(length, 512), dtype=torch.long, device="meta")}
+        # A model of two towers runs both.
+        return text | (_image_inputs(model, "pixel_values") if hasattr(config, "vision_config") else {})
+    return _image_inputs(model, main)
+
+
+def _image_inputs(model: nn.Module, main: str) -> dict[str, Tensor]:
+    config = getattr(model.config, "vision_config", model.config)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if size is None:
+        raise InvalidValueError(
+            f"{type(model).__name__}: its configuration names no image_size, so one sample's MACs cannot be counted. "
+            "Pass inputs= with one sample."
+        )
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
+    return {main: torch.empty(1, *frames, channels, height, width, device="meta")}
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, names: tuple[str, ...] | None = None, inputs: Mapping[str, Any] | None = None) -> int:
+    """Multiply-accumulates of linear and convolution layers and of both attention products, for one sample.
+
+    Counted by running a copy of the model without weights.
+
+    Args:
+        model: a dense or compressed transformers model.
+        names: paths of modules to count; all by default.
+        inputs: model inputs; one sample of native size by default.
+    """
+    macs = trace(model, inputs, whole=names is None).macs
+    if names is not None:
+        macs = {path: n for path, n in macs.items() if any(path == m or path.startswith(f"{m}.") for m in names)}
+    return sum(macs.values())
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one sample does in a model: multiply-accumulates and token counts, by module path."""
+
+    macs: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: bool = True) -> Trace:
+    """Run a copy of a model without weights and record what one sample does in it.
+
+    Args:
+        model: a dense or compressed transformers model.
+        inputs: model inputs; one sample of native size by default.
+        whole: attention that is not known is an error, since its products cannot be counted; else it is passed over.
+
+    Raises:
+        InvalidValueError: inputs that do not fit the model, or none given and none that could be made up.
+        UnsupportedModuleError: attention that is not known.
+    """
+    given = example_inputs(model) if inputs is None else inputs
+    # A mask saves nothing in the products, and transformers would look into it, which has no values here.
+    given = {
+        k: v.to("meta") if isinstance(v, Tensor) else v
+        for k, v in given.items()
+        if k != "attention_mask" and not k.startswith("label")
+    }
+    batch = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.ndim), 0)
+    skeleton = meta_copy(model).eval()
+    result = Trace()
+    views = _attention_families(skeleton, whole)
+    for name, module in skeleton.named_modules():
+        counter = next((count for cls, count in _COUNTERS if isinstance(module, cls)), None)
+        if counter is not None:
+            module.register_forward_hook(partial(_record, result, name, batch, counter))
+        if name in views:
+            _count_products(result, name, module, views[name], batch)
+    try:
+        skeleton(**given)
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.items() if isinstance(v, Tensor))
+        raise InvalidValueError(
+            f"{type(model).__name__} could not be run on one sample to count its MACs ({shapes or 'no tensors'}): "
+            f"{error}. Pass inputs= with everything that its forward needs."
+        ) from error
+    return result
+
+
+def _attention_families(model: nn.Module, whole: bool) -> dict[str, AttentionFamily]:
+    low_rank = {name: m._family for name, m in model.named_modules() if isinstance(m, LowRankAttention)}
+    try:
+        return low_rank | {name: view.family for name, view in attention_views(model).items()}
+    except UnsupportedModuleError:
+        if whole:
+            raise
+        return low_rank
+
+
+def _weight_macs(module: nn.Module, args: tuple, output: Tensor) -> int:
+    # Every output element is a dot product with one row of the weight.
+    return output.numel() * module.weight[0].numel()
+
+
+def _transposed_macs(module: nn.Module, args: tuple, output: Tensor) -> int:
+    # Every input element is multiplied by one row of the weight.
+    return args[0].numel() * module.weight[0].numel()
+
+
+def _low_rank_macs(module: nn.Module, args: tuple, output: Tensor) -> int:
+    # The first factor is a linear layer of its own.
+    return output.numel() * module.rank
+
+
+def _torch_attention_macs(module: nn.MultiheadAttention, args: tuple, output: tuple) -> int:
+    # It calls none of its projections as modules.
+    samples, tokens = (0, 1) if module.batch_first else (1, 0)
+    width, queries, keys = module.embed_dim, args[0].shape[tokens], args[1].shape[tokens]
+    projections = width * (2 * queries * width + keys * (module.kdim + module.vdim))
+    return args[0].shape[samples] * (projections + 2 * queries * keys * width)
+
+
+_COUNTERS: tuple[tuple[Any, Callable[..., int]], ...] = (
+    (nn.MultiheadAttention, _torch_attention_macs),
+    (LowRankLinear, _low_rank_macs),
+    ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), _weight_macs),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed_macs),
+)
+
+
+def _record(
+    result: Trace, name: str, batch: int, counter: Callable[..., int], module: nn.Module, args: tuple, output: Any
+) -> None:
+    result.macs[name] = result.macs.get(name, 0) + counter(module, args, output) // batch
+    if isinstance(output, Tensor):
+        rows = output[..., 0].numel() // batch
+        result.tokens[name] = Tokens(queries=rows, keys=rows)
+
+
+def _count_products(result: Trace, name: str, module: nn.Module, family: AttentionFamily, batch: int) -> None:
+    shapes: dict[str, tuple[int, int]] = {}
+    for role in ("query", "key", "value"):
+        projection = getattr(module, getattr(family, role))
+        projection.register_forward_hook(
+            lambda m, args, output, role=role: shapes.update(
+                {role: (output[..., 0].numel() // batch, output.shape[-1])}
+            )
+        )
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        (queries, width), (keys, _), (_, value_width) = shapes["query"], shapes["key"], shapes["value"]
+        result.macs[name] = result.macs.get(name, 0) + queries * keys * (width + value_width)
+        result.tokens[name] = Tokens(queries=queries, keys=keys)
+
+    module.register_forward_hook(hook)

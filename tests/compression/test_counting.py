@@ -1,0 +1,147 @@
+"""Parameters and MACs against hand-computed numbers, the literature and PyTorch's own counter."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BeitConfig, BeitForImageClassification, DeiTConfig, DeiTForImageClassification
+
+from comcat_hf import RankPlan, compress, count_macs, count_parameters
+from comcat_hf.attention import find_sites
+from comcat_hf.compression.counting import example_inputs, trace
+from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
+from tests.helpers import (
+    MODELS,
+    assert_unchanged,
+    classes_of,
+    images,
+    small_bert,
+    small_bert_mlm,
+    small_clip,
+    small_vit,
+    state_of,
+)
+
+
+# The small models of tests/helpers.py: width 48, 3 heads, MLP 80, 16 patches of 8x8x3 and one class token, 5 labels.
+D, MLP, PATCHES, LAYERS = 48, 80, 16, 2
+
+
+def vit_macs(qk=D, vo=D, tokens=PATCHES + 1):
+    attention = tokens * (2 * D * qk + 2 * D * vo) + tokens * tokens * (qk + vo)
+    return PATCHES * 8 * 8 * 3 * D + LAYERS * (attention + tokens * 2 * D * MLP) + D * 5
+
+
+def test_parameters_are_counted_by_numel_and_shared_ones_once():
+    model, _ = small_bert_mlm()
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert count_parameters(model) == model.num_parameters() == sum(p.numel() for p in model.parameters())
+    twice = nn.ModuleList([nn.Linear(3, 4)])
+    twice.append(twice[0])
+    assert count_parameters(twice) == 16
+    assert count_parameters(twice, ("0", "1")) == 16
+    assert count_parameters(small_vit()[0], ("classifier",)) == D * 5 + 5
+
+
+def test_macs_of_a_small_vit_by_hand():
+    model, inputs = small_vit()
+    state, classes = state_of(model), classes_of(model)
+    assert count_macs(model) == vit_macs()
+    assert count_macs(model, inputs=inputs) == vit_macs(), "one sample, however many are given"
+    assert count_macs(model, inputs={"pixel_values": images(7)}) == vit_macs()
+    assert count_macs(model, ("classifier",)) == D * 5
+    assert_unchanged(model, state, classes)
+
+
+def test_macs_of_a_compressed_vit_by_hand():
+    model, _ = small_vit()
+    plan = RankPlan({f"vit.layers.{i}.attention": {"qk": 4, "vo": 8} for i in range(LAYERS)})
+    assert count_macs(compress(model, plan=plan)) == vit_macs(qk=3 * 4, vo=3 * 8)
+    small = compress(model, plan=RankPlan({"vit.layers.0.mlp.fc1": 6}))
+    assert count_macs(model) - count_macs(small) == (PATCHES + 1) * (D * MLP - 6 * (D + MLP))
+
+
+def test_macs_of_deit_small_are_those_of_the_literature():
+    with torch.device("meta"):
+        model = DeiTForImageClassification(
+            DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+        )
+    assert count_parameters(model) == pytest.approx(22.05e6, rel=1e-3)
+    assert count_macs(model) == pytest.approx(4.6e9, rel=0.01)
+
+
+@pytest.mark.parametrize("family", [name for name in MODELS if name not in ("clip", "siglip")])
+def test_macs_agree_with_the_flop_counter(family):
+    model, inputs = MODELS[family](attn_implementation="eager")
+    assert count_macs(model, inputs=inputs) == flops(model, inputs) // 2 // 2
+
+
+def flops(model, inputs):
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "videomae", "dinov2_swiglu"])
+def test_macs_of_compressed_models_agree_with_the_flop_counter(family):
+    model, inputs = MODELS[family](attn_implementation="eager")
+    small = compress(model, 0.5)
+    assert count_macs(small, inputs=inputs) == flops(small, inputs) // 2 // 2 < count_macs(model, inputs=inputs)
+
+
+@pytest.mark.parametrize("family", list(MODELS))
+def test_every_family_has_one_sample_of_its_native_size(family):
+    model, inputs = MODELS[family]()
+    native = example_inputs(model)
+    assert {k: v.shape[0] for k, v in native.items()} == dict.fromkeys(native, 1)
+    if "input_ids" in native:
+        assert native["input_ids"].shape[1] == 16
+    if "pixel_values" in native:
+        assert native["pixel_values"].shape[1:] == inputs["pixel_values"].shape[1:]
+    towers = count_macs(model)
+    assert towers > 0
+    if family == "clip":
+        assert towers > count_macs(model.vision_model) + count_macs(model.text_model)
+
+
+def test_saved_macs_are_what_the_built_model_saves():
+    for model in (small_vit()[0], small_bert()[0]):
+        tokens, before = trace(model).tokens, count_macs(model)
+        for name, site in find_sites(model).items():
+            for choice in site.choices:
+                small = compress(model, plan=RankPlan({name: site.entry({choice: 3})}))
+                assert before - count_macs(small) == site.saved_macs(choice, 3, tokens[name]), (name, choice)
+                assert count_parameters(model) - count_parameters(small) == site.saved_parameters(choice, 3)
+
+
+def test_what_cannot_be_counted_is_said():
+    model, _ = small_vit()
+    sizeless = nn.Linear(2, 2)
+    sizeless.config = SimpleNamespace()
+    with pytest.raises(InvalidValueError, match="inputs="):
+        count_macs(sizeless)
+    for wrong in ({"pixel_values": torch.zeros(1, 3, 8, 8)}, {"pictures": images()}, {}):
+        with pytest.raises(InvalidValueError, match="ViTForImageClassification could not be run"):
+            count_macs(model, inputs=wrong)
+    clip, _ = small_clip()
+    with pytest.raises(InvalidValueError, match="inputs="):
+        count_macs(clip, inputs={"pixel_values": images()})
+
+
+def test_unknown_attention_is_an_error_of_the_whole_and_not_of_the_mlp():
+    config = BeitConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    model = BeitForImageClassification(config)
+    with pytest.raises(UnsupportedModuleError, match="BeitAttention"):
+        count_macs(model)
+    mlp = tuple(find_sites(model, "mlp"))
+    assert count_macs(model, mlp) == 17 * 2 * 32 * 64
