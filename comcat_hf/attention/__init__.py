@@ -9,6 +9,7 @@ from .sites import Site as Site
 from .sites import Tokens as Tokens
 from .sites import find_sites as find_sites
 from .surgery import apply_ranks as apply_ranks
+from .surgery import eval_mode as eval_mode
 from .surgery import fit_names as fit_names
 from .surgery import meta_copy as meta_copy
 from .surgery import read_ranks as read_ranks

@@ -1,7 +1,8 @@
 """Putting low-rank modules into a model, and reading off which ranks a model has."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from .sites import Entry, Site, find_sites
 from .views import check_no_adapter, named_base_modules
 
 
-__all__ = ["apply_ranks", "fit_names", "meta_copy", "read_ranks", "replace_module"]
+__all__ = ["apply_ranks", "eval_mode", "fit_names", "meta_copy", "read_ranks", "replace_module"]
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -22,6 +23,18 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """The distillation loss: a small model learns from labels, from a teacher's logits and from its hidden states."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention import eval_mode
 from ..errors import InvalidValueError
 
 
@@ -152,19 +153,8 @@ def ask_teacher(teacher: nn.Module, inputs: Mapping[str, Any], adapters: bool = 
         inputs: keyword arguments of its forward.
         adapters: `False` switches a PEFT model's adapters off for the call, so that it answers as its base does.
     """
-    with nullcontext() if adapters else teacher.disable_adapter(), _eval_mode(teacher):
+    with nullcontext() if adapters else teacher.disable_adapter(), eval_mode(teacher):
         return teacher(**inputs)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _block_outputs(who: str, output: Any) -> tuple[Tensor, ...]:

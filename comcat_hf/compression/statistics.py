@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..attention import AttentionSite, LinearSite, Site, find_sites
+from ..attention import AttentionSite, LinearSite, Site, eval_mode, find_sites
 from ..attention.views import class_path
 from ..errors import InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
@@ -108,7 +108,7 @@ def collect_statistics(
     device = next(model.parameters()).device
     samples = 0
     with ExitStack() as stack:
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         mask = stack.enter_context(_token_mask(model))
         collectors = {name: stack.enter_context(_collector(site, mask)) for name, site in sites.items()}
         for index, batch in enumerate(tqdm(batches, desc="Statistics", disable=not progress)):
@@ -281,17 +281,6 @@ def _token_mask(model: nn.Module) -> Iterator[_TokenMask]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _checked(name: str, sums: dict[str, Tensor], counts: tuple[str, ...]) -> dict[str, Tensor]:
