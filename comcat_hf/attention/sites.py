@@ -232,14 +232,20 @@ class LinearSite:
             module.bias.copy_(factors.bias)
 
 
+def block_of(name: str) -> str | None:
+    """Path of the block that a module lies in, its innermost numbered parent; `None` outside all blocks."""
+    match = _BLOCK.match(name.rpartition(".")[0])
+    return match[1] if match else None
+
+
 def _attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
     yield from map(AttentionSite, attention_views(model).values())
 
 
 def _mlp_sites(model: nn.Module) -> Iterator[LinearSite]:
-    """Linear layers of the blocks that hold attention, outside it; a block is the innermost numbered parent."""
+    """Linear layers of the blocks that hold attention, outside it."""
     attention = attention_paths(model)
-    blocks = {match[1] for name in attention if (match := _BLOCK.match(name.rpartition(".")[0]))}
+    blocks = {block for name in attention if (block := block_of(name))}
     for name, linear in _plain_linears(model):
         if _lies_under(name, blocks) and not _lies_under(name, attention):
             yield LinearSite(name, linear)

@@ -71,7 +71,7 @@ def apply_ranks(
         InvalidValueError: weights that are not finite, or statistics of another model.
         UnsupportedModuleError: attention that is not known, quantised weights, adapters on a module that is named.
     """
-    sites = _sites_for(ranks, model)
+    sites = sites_for(ranks, model)
     swaps: list[tuple[nn.Module, nn.Module]] = []
     for name, entry in ranks.items():
         site = sites[name]
@@ -83,11 +83,16 @@ def apply_ranks(
             check_no_adapter(path, model.get_submodule(path))
         swaps += [(dense[path], substitute) for path, substitute in substitutes.items()]
     for dense, substitute in swaps:
-        for parameter in substitute.parameters():
-            parameter.requires_grad_(any(p.requires_grad for p in dense.parameters()))
-        if isinstance(substitute, LowRankAttention):
-            substitute.own_borrowed()
-        replace_module(model, dense, substitute)
+        substitute_module(model, dense, substitute)
+
+
+def substitute_module(model: nn.Module, dense: nn.Module, substitute: nn.Module) -> None:
+    """Put a site's substitute in the place of its dense module; what could be trained there still can."""
+    for parameter in substitute.parameters():
+        parameter.requires_grad_(any(p.requires_grad for p in dense.parameters()))
+    if isinstance(substitute, LowRankAttention):
+        substitute.own_borrowed()
+    replace_module(model, dense, substitute)
 
 
 def read_ranks(model: nn.Module) -> dict[str, Entry]:
@@ -117,7 +122,7 @@ def fit_names(ranks: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
     return {prefix + name: entry for name, entry in ranks.items()}
 
 
-def _sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site]:
+def sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site]:
     sites = find_sites(model, "linear")
     if not set(ranks) <= set(sites):
         # Only here: a plan without attention asks nothing of the attention classes, which then need not be known.

@@ -13,74 +13,22 @@ from ..attention import AttentionSite, LinearSite, Site, eval_mode, find_sites
 from ..attention.views import class_path
 from ..errors import InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
+from .moments import Statistics, Sums, sum_names
 
 
-__all__ = ["Statistics", "collect_statistics"]
+__all__ = ["Statistics", "collect_statistics", "prepare_batch"]
 
 Batch = Mapping[str, Any] | Tensor
 
 
-class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
-    """Moments by module path, and what they were gathered from.
-
-    Attributes:
-        architecture: class of the model.
-        samples: number of samples seen.
-        scope: what they were gathered for.
-    """
-
-    def __init__(
-        self,
-        moments: Mapping[str, AttentionMoments | LinearMoments],
-        architecture: str,
-        samples: int,
-        scope: str = "model",
-    ) -> None:
-        self._moments = dict(moments)
-        self.architecture = architecture
-        self.samples = samples
-        self.scope = scope
-
-    def __getitem__(self, name: str) -> AttentionMoments | LinearMoments:
-        return self._moments[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._moments)
-
-    def __len__(self) -> int:
-        return len(self._moments)
-
-    def __repr__(self) -> str:
-        return f"Statistics({self.architecture.rpartition('.')[2]}, {len(self)} modules, {self.samples} samples)"
-
-    def check_model(self, model: nn.Module, names: Iterable[str] = ()) -> None:
-        """Raise InvalidValueError if these are the statistics of another model, or lack one of the modules named."""
-        if class_path(type(model)) != self.architecture:
-            raise InvalidValueError(
-                f"The statistics were gathered on {self.architecture}, the model is {class_path(type(model))}. "
-                "Gather them again with collect_statistics(model, batches)."
-            )
-        sites = find_sites(model, self.scope)
-        for name, moments in self.items():
-            expected, found = _shape(sites.get(name)), tuple(_leading(moments).shape)
-            if expected is None or found not in expected:
-                raise InvalidValueError(
-                    f"The statistics of {name} have the shape {found}; the model "
-                    + (f"has {expected[0]} there. " if expected else "has no such module. ")
-                    + "They were gathered on another model; gather them again with collect_statistics(model, batches)."
-                )
-        missing = [name for name in names if name not in self]
-        if missing:
-            raise InvalidValueError(
-                f"The statistics, gathered with scope={self.scope!r}, lack {', '.join(missing[:3])}"
-                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-                + ", which the plan factorises. Gather them for the scope of the plan."
-            )
-
-
 @torch.no_grad()
 def collect_statistics(
-    model: nn.Module, batches: Iterable[Batch], *, scope: str = "model", progress: bool = False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    scope: str = "model",
+    progress: bool = False,
+    accelerator: Any | None = None,
 ) -> Statistics:
     """Run calibration batches through a model and gather what the closed forms need.
 
@@ -95,37 +43,71 @@ def collect_statistics(
         batches: model inputs: mappings, or tensors of the main input. Labels are allowed and not used. Finite; it is
             read once.
         scope: `"model"`, `"attention"` or `"mlp"`.
-        progress: show a progress bar.
+        progress: show a progress bar, under several processes that of the first.
+        accelerator: an `accelerate.Accelerator`: every process reads its own batches and gets the statistics of all.
+            A sample that a prepared loader repeats to even out its batches counts again.
 
     Returns:
         moments by module path.
 
     Raises:
         InvalidValueError: no batch, a batch without the model's main input or of a wrong shape, activations that are
-            not finite.
+            not finite; under several processes in all of them.
     """
+    if accelerator is not None:
+        model = accelerator.unwrap_model(model)
+        progress = progress and accelerator.is_main_process
     sites = find_sites(model, scope)
-    device = next(model.parameters()).device
-    samples = 0
+    samples, error = 0, None
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         mask = stack.enter_context(_token_mask(model))
-        collectors = {name: stack.enter_context(_collector(site, mask)) for name, site in sites.items()}
-        for index, batch in enumerate(tqdm(batches, desc="Statistics", disable=not progress)):
-            inputs = prepare_batch(model, batch, index, device)
-            try:
-                model(**inputs)
-            except torch.OutOfMemoryError:
+        collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
+        try:
+            for index, batch in enumerate(tqdm(batches, desc="Statistics", disable=not progress)):
+                samples += _run(model, batch, index)
+        except Exception as caught:
+            if accelerator is None:
                 raise
-            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-                raise InvalidValueError(
-                    f"Calibration batch {index} does not fit {type(model).__name__}: {error} "
-                    f"(inputs: {_describe(inputs)})"
-                ) from error
-            samples += len(inputs[_main_input(model)])
+            error = caught
+    if accelerator is not None:
+        samples = _reduce(accelerator, collectors, samples, error, next(model.parameters()).device)
     if samples == 0:
         raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
-    return Statistics({n: c.moments(n) for n, c in collectors.items()}, class_path(type(model)), samples, scope)
+    return Statistics({n: c.finish(n) for n, c in collectors.items()}, class_path(type(model)), samples, scope)
+
+
+def _run(model: nn.Module, batch: Batch, index: int) -> int:
+    inputs = prepare_batch(model, batch, index, next(model.parameters()).device)
+    try:
+        model(**inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidValueError(
+            f"Calibration batch {index} does not fit {type(model).__name__}: {error} (inputs: {_describe(inputs)})"
+        ) from error
+    return len(inputs[_main_input(model)])
+
+
+def _reduce(
+    accelerator: Any, collectors: Mapping[str, Any], samples: int, error: Exception | None, device: torch.device
+) -> int:
+    """Sum over all processes, in place; returns the number of samples of all of them."""
+    # Every process must come here, also one that failed: the others wait for it.
+    counts = [int(error is not None), samples, *(collector.calls for collector in collectors.values())]
+    failed, samples, *calls = accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise InvalidValueError(
+            f"Statistics could not be gathered in {failed} of {accelerator.num_processes} processes; their own errors "
+            "say why."
+        )
+    for collector, called in zip(collectors.values(), calls, strict=True):
+        own = {name: collector.sums.get(name, zeros) for name, zeros in collector.zeros(device).items()}
+        collector.sums, collector.calls = accelerator.reduce(own, "sum"), called
+    return samples
 
 
 def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
@@ -148,7 +130,7 @@ def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.devi
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if not k.startswith("label")}
 
 
-class _TokenMask:
+class TokenMask:
     """Which tokens of the running batch are real: the two-dimensional mask that the model was called with."""
 
     def __init__(self) -> None:
@@ -161,11 +143,60 @@ class _TokenMask:
         return torch.ones(states.shape[:-1], dtype=torch.float64, device=states.device)
 
 
-class _AttentionCollector:
-    def __init__(self, site: AttentionSite, mask: _TokenMask) -> None:
-        self.view, self.mask = site.view, mask
+class _Collector:
+    """Adds up what passes one site."""
+
+    side: str
+
+    def __init__(self, mask: TokenMask) -> None:
+        self.mask = mask
         self.sums: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def _add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def zeros(self, device: torch.device) -> dict[str, Tensor]:
+        """The sums of a process that saw nothing."""
+        shapes = self.shapes()
+        return {n: torch.zeros(shapes.get(n, ()), dtype=torch.float64, device=device) for n in sum_names(self.side)}
+
+    def finish(self, name: str) -> Sums:
+        if not self.calls:
+            raise InvalidValueError(
+                f"{name} was not reached by the calibration batches, so it has no statistics. Give the inputs that "
+                "the whole model needs, or leave it out of the scope."
+            )
+        if not all(value.isfinite().all() for value in self.sums.values()):
+            raise InvalidValueError(
+                f"The activations of {name} are not finite on the calibration batches. Check the inputs, the weights "
+                "and, in half precision, the range of the activations."
+            )
+        if any(self.sums[count] <= 0 for count in set(self.sums) - set(self.shapes())):
+            raise InvalidValueError(
+                f"No token of the calibration batches carries weight at {name}; check attention_mask."
+            )
+        return Sums(self.side, self.sums)
+
+    def moments(self, name: str) -> AttentionMoments | LinearMoments:
+        return self.finish(name).moments()
+
+
+class _AttentionCollector(_Collector):
+    side = "heads"
+
+    def __init__(self, site: AttentionSite, mask: TokenMask) -> None:
+        super().__init__(mask)
+        self.view = site.view
         self.keys_admitted: Tensor | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        heads, size = self.view.num_heads, self.view.head_dim
+        return {**dict.fromkeys(("query", "key", "attended"), (heads, size, size)), "attended_sum": (heads, size)}
 
     def hooks(self) -> Iterator[Any]:
         view = self.view
@@ -190,45 +221,37 @@ class _AttentionCollector:
     def _heads(self, states: Tensor) -> Tensor:
         return states.to(torch.float64).unflatten(-1, (self.view.num_heads, self.view.head_dim))
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
     def _on_query(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
-        self._add("count", weights.sum())
-        self._add("query", torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
+        self.calls += 1
+        self._add(count=weights.sum(), query=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
 
     def _on_key(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
         total = weights.sum(1).clamp(min=1e-12)
         mean = torch.einsum("bn,bnhi->bhi", weights, heads) / total[:, None, None]
         heads = heads - mean[:, None]
-        self._add("keys", weights.sum())
-        self._add("key", torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
+        self._add(keys=weights.sum(), key=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
 
     def _on_attended(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
-        self._add("rows", weights.sum())
-        self._add("attended", torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
-        self._add("attended_sum", torch.einsum("bn,bnhi->hi", weights, heads))
-
-    def moments(self, name: str) -> AttentionMoments:
-        sums = _checked(name, self.sums, ("count", "keys", "rows"))
-        mean = sums["attended_sum"] / sums["rows"]
-        second = sums["attended"] / sums["rows"]
-        return AttentionMoments(
-            query=sums["query"] / sums["count"],
-            key=sums["key"] / sums["keys"],
-            attended=second - mean[:, :, None] * mean[:, None, :],
-            attended_mean=mean,
+        self._add(
+            rows=weights.sum(),
+            attended=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads),
+            attended_sum=torch.einsum("bn,bnhi->hi", weights, heads),
         )
 
 
-class _LinearCollector:
-    def __init__(self, site: LinearSite, mask: _TokenMask) -> None:
-        self.linear, self.mask = site.linear, mask
+class _LinearCollector(_Collector):
+    def __init__(self, site: LinearSite, mask: TokenMask) -> None:
+        super().__init__(mask)
+        self.linear = site.linear
         self.side = "output" if self.linear.out_features < self.linear.in_features else "input"
-        self.sums: dict[str, Tensor] = {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        inputs = self.linear.in_features
+        size = min(inputs, self.linear.out_features)
+        return {"input": (inputs,), "mean": (size,), "second": (size, size)}
 
     def hooks(self) -> Iterator[Any]:
         yield self.linear.register_forward_hook(lambda module, args, output: self._on_call(args[0], output))
@@ -237,23 +260,20 @@ class _LinearCollector:
         weights = self.mask.weights(states).flatten()
         states = states.to(torch.float64).flatten(0, -2)
         inner = states if self.side == "input" else output.to(torch.float64).flatten(0, -2)
-        values = {"count": weights.sum(), "input": weights @ states, "mean": weights @ inner}
-        values["second"] = (inner * weights[:, None]).T @ inner
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def moments(self, name: str) -> LinearMoments:
-        sums = _checked(name, self.sums, ("count",))
-        mean = sums["mean"] / sums["count"]
-        covariance = sums["second"] / sums["count"] - torch.outer(mean, mean)
-        return LinearMoments(covariance=covariance, mean=sums["input"] / sums["count"], side=self.side)
+        self.calls += 1
+        self._add(
+            count=weights.sum(),
+            input=weights @ states,
+            mean=weights @ inner,
+            second=(inner * weights[:, None]).T @ inner,
+        )
 
 
 _COLLECTORS = {AttentionSite: _AttentionCollector, LinearSite: _LinearCollector}
 
 
 @contextmanager
-def _collector(site: Site, mask: _TokenMask) -> Iterator[Any]:
+def collecting(site: Site, mask: TokenMask) -> Iterator[Any]:
     collector = _COLLECTORS[type(site)](site, mask)
     handles = list(collector.hooks())
     try:
@@ -264,9 +284,9 @@ def _collector(site: Site, mask: _TokenMask) -> Iterator[Any]:
 
 
 @contextmanager
-def _token_mask(model: nn.Module) -> Iterator[_TokenMask]:
+def _token_mask(model: nn.Module) -> Iterator[TokenMask]:
     """Follow the mask into every submodel: of two towers only one may have it."""
-    holder = _TokenMask()
+    holder = TokenMask()
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask")
@@ -283,22 +303,6 @@ def _token_mask(model: nn.Module) -> Iterator[_TokenMask]:
             handle.remove()
 
 
-def _checked(name: str, sums: dict[str, Tensor], counts: tuple[str, ...]) -> dict[str, Tensor]:
-    if not sums:
-        raise InvalidValueError(
-            f"{name} was not reached by the calibration batches, so it has no statistics. Give the inputs that the "
-            "whole model needs, or leave it out of the scope."
-        )
-    if not all(value.isfinite().all() for value in sums.values()):
-        raise InvalidValueError(
-            f"The activations of {name} are not finite on the calibration batches. Check the inputs, the weights and, "
-            "in half precision, the range of the activations."
-        )
-    if any(sums[count] <= 0 for count in counts):
-        raise InvalidValueError(f"No token of the calibration batches carries weight at {name}; check attention_mask.")
-    return sums
-
-
 def _main_input(model: nn.Module) -> str:
     return getattr(model, "main_input_name", "pixel_values")
 
@@ -306,17 +310,3 @@ def _main_input(model: nn.Module) -> str:
 def _describe(inputs: Mapping[str, Any]) -> str:
     shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in inputs.items()}
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-
-
-def _leading(moments: AttentionMoments | LinearMoments) -> Tensor:
-    return moments.query if isinstance(moments, AttentionMoments) else moments.covariance
-
-
-def _shape(site: Site | None) -> tuple[tuple[int, ...], ...] | None:
-    if isinstance(site, AttentionSite):
-        p = site.view.head_dim
-        return ((site.view.num_heads, p, p),)
-    if isinstance(site, LinearSite):
-        n = min(site.linear.in_features, site.linear.out_features)
-        return ((n, n),)
-    return None

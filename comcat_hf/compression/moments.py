@@ -1,0 +1,261 @@
+"""Statistics: sums of activation moments by module path, how they add up, and the file that holds them."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..attention import AttentionSite, LinearSite, Site, find_sites
+from ..attention.views import class_path
+from ..errors import CheckpointError, InvalidValueError
+from ..factorization import AttentionMoments, LinearMoments
+from ..transport import push_folder, resolve_file, write_bytes_atomic
+
+
+__all__ = ["STATISTICS_NAME", "Statistics", "Sums"]
+
+STATISTICS_NAME = "comcat_statistics.safetensors"
+
+_FORMAT = "comcat_statistics"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Weighted sums over the tokens of one module, float64; those of two halves of the data add up.
+
+    Attributes:
+        side: `"heads"` for attention; for a linear layer the side of its covariance, `"input"` or `"output"`.
+        values: the sums by name. Attention: `count`, `query` (H, p, p); `keys`, `key` (H, p, p), centred within each
+            sample; `rows`, `attended` (H, p, p), `attended_sum` (H, p). Linear: `count`, `input` (d_in), `mean` (n),
+            `second` (n, n).
+    """
+
+    side: str
+    values: Mapping[str, Tensor]
+
+    def moments(self) -> AttentionMoments | LinearMoments:
+        return _MOMENTS[self.side](self.values, self.side)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values["query" if self.side == "heads" else "second"].shape)
+
+
+def sum_names(side: str) -> tuple[str, ...]:
+    """Which sums are kept for a side."""
+    return _NAMES[side]
+
+
+def _attention_moments(sums: Mapping[str, Tensor], side: str) -> AttentionMoments:
+    mean = sums["attended_sum"] / sums["rows"]
+    second = sums["attended"] / sums["rows"]
+    return AttentionMoments(
+        query=sums["query"] / sums["count"],
+        key=sums["key"] / sums["keys"],
+        attended=second - mean[:, :, None] * mean[:, None, :],
+        attended_mean=mean,
+    )
+
+
+def _linear_moments(sums: Mapping[str, Tensor], side: str) -> LinearMoments:
+    mean = sums["mean"] / sums["count"]
+    covariance = sums["second"] / sums["count"] - mean[:, None] * mean
+    return LinearMoments(covariance=covariance, mean=sums["input"] / sums["count"], side=side)
+
+
+_LINEAR_NAMES = ("count", "input", "mean", "second")
+_NAMES = {
+    "heads": ("count", "query", "keys", "key", "rows", "attended", "attended_sum"),
+    "input": _LINEAR_NAMES,
+    "output": _LINEAR_NAMES,
+}
+_MOMENTS: dict[str, Callable[..., Any]] = {
+    "heads": _attention_moments,
+    "input": _linear_moments,
+    "output": _linear_moments,
+}
+
+
+class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
+    """Moments by module path, and what they were gathered from. Those of two parts of the data add up: `a + b`.
+
+    Attributes:
+        sums: the raw sums by module path; reading an item makes moments of them.
+        architecture: class of the model.
+        samples: number of samples seen.
+        scope: what they were gathered for.
+    """
+
+    def __init__(self, sums: Mapping[str, Sums], architecture: str, samples: int, scope: str = "model") -> None:
+        self.sums = dict(sums)
+        self.architecture = architecture
+        self.samples = samples
+        self.scope = scope
+
+    def __getitem__(self, name: str) -> AttentionMoments | LinearMoments:
+        return self.sums[name].moments()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sums
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    def __repr__(self) -> str:
+        return f"Statistics({self.architecture.rpartition('.')[2]}, {len(self)} modules, {self.samples} samples)"
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return self.merge(other) if isinstance(other, Statistics) else NotImplemented
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Statistics of both parts of the data together.
+
+        Raises:
+            InvalidValueError: the two were gathered on different models or for different scopes.
+        """
+        for what in ("architecture", "scope"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise InvalidValueError(
+                    f"Statistics can be merged if their {what} is the same, got {mine!r} and {theirs!r}. "
+                    "Gather both with the same model and scope."
+                )
+        differing = [n for n in {**self.sums, **other.sums} if _signature(self, n) != _signature(other, n)]
+        if differing:
+            name = differing[0]
+            raise InvalidValueError(
+                f"Statistics can be merged if they come from the same model; at {name} one has "
+                f"{_signature(self, name)}, the other {_signature(other, name)}. Gather both with the same model."
+            )
+        sums = {
+            name: Sums(one.side, {k: v + other.sums[name].values[k].to(v.device) for k, v in one.values.items()})
+            for name, one in self.sums.items()
+        }
+        return Statistics(sums, self.architecture, self.samples + other.samples, self.scope)
+
+    def check_model(self, model: nn.Module, names: Iterable[str] = ()) -> None:
+        """Raise InvalidValueError if these are the statistics of another model, or lack one of the modules named."""
+        if class_path(type(model)) != self.architecture:
+            raise InvalidValueError(
+                f"The statistics were gathered on {self.architecture}, the model is {class_path(type(model))}. "
+                "Gather them again with collect_statistics(model, batches)."
+            )
+        sites = find_sites(model, self.scope)
+        for name, sums in self.sums.items():
+            expected = _shape(sites.get(name))
+            if expected != sums.shape:
+                raise InvalidValueError(
+                    f"The statistics of {name} have the shape {sums.shape}; the model "
+                    + (f"has {expected} there. " if expected else "has no such module. ")
+                    + "They were gathered on another model; gather them again with collect_statistics(model, batches)."
+                )
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise InvalidValueError(
+                f"The statistics, gathered with scope={self.scope!r}, lack {', '.join(missing[:3])}"
+                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+                + ", which the plan factorises. Gather them for the scope of the plan."
+            )
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the statistics into a folder, made if absent. A file that is there is replaced in one step."""
+        metadata = {
+            "format": _FORMAT,
+            "format_version": str(_FORMAT_VERSION),
+            "architecture": self.architecture,
+            "samples": str(self.samples),
+            "scope": self.scope,
+            "sides": json.dumps({name: sums.side for name, sums in self.sums.items()}),
+        }
+        tensors = {
+            f"{name}:{key}": value.detach().cpu().contiguous()
+            for name, sums in self.sums.items()
+            for key, value in sums.values.items()
+        }
+        write_bytes_atomic(Path(save_directory) / STATISTICS_NAME, safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any
+    ) -> "Statistics":
+        """Read what [`save_pretrained`] wrote, onto the CPU.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a statistics file, or a repository on the Hub.
+            revision: branch, tag or commit on the Hub.
+            **kwargs: `token`, `cache_dir`, `subfolder`, `local_files_only`, as elsewhere on the Hub.
+
+        Raises:
+            CheckpointError: no such folder, repository or file; a file that is damaged, newer or holds no statistics.
+        """
+        path = resolve_file(pretrained_model_name_or_path, STATISTICS_NAME, revision=revision, **kwargs)
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                _check_format(path, metadata)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: expected a safetensors file of statistics, found one that cannot be read ({error}); it is "
+                "truncated or of another kind: save or download it again."
+            ) from error
+        return cls(*_read(path, metadata, tensors))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the statistics file; `kwargs` and the result are those of [`RankPlan.push_to_hub`]."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: expected statistics ('format' {_FORMAT!r} in the header), found {metadata.get('format')!r}; "
+            "give a file that Statistics.save_pretrained wrote."
+        )
+    if metadata.get("format_version") != str(_FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path}: expected format_version {_FORMAT_VERSION}, found {metadata.get('format_version')!r}; "
+            "update comcat_hf if the file is newer."
+        )
+
+
+def _read(
+    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Sums], str, int, str]:
+    try:
+        sides = json.loads(metadata["sides"])
+        sums = {n: Sums(side, {k: tensors[f"{n}:{k}"] for k in sum_names(side)}) for n, side in sides.items()}
+        return sums, metadata["architecture"], int(metadata["samples"]), metadata["scope"]
+    except (KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: expected architecture, samples, scope, sides and every module's sums, found a file without or "
+            f"with a damaged {error}; save or download it again."
+        ) from error
+
+
+def _signature(statistics: Statistics, name: str) -> tuple[str, tuple[int, ...]] | None:
+    sums = statistics.sums.get(name)
+    return None if sums is None else (sums.side, sums.shape)
+
+
+def _shape(site: Site | None) -> tuple[int, ...] | None:
+    if isinstance(site, AttentionSite):
+        p = site.view.head_dim
+        return (site.view.num_heads, p, p)
+    if isinstance(site, LinearSite):
+        n = min(site.linear.in_features, site.linear.out_features)
+        return (n, n)
+    return None

@@ -1,0 +1,181 @@
+"""Statistics add up, over parts of the data and over processes, and come back from their file."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from comcat_hf import Statistics, collect_statistics, compress
+from comcat_hf.compression.moments import STATISTICS_NAME
+from comcat_hf.errors import CheckpointError, InvalidValueError
+from tests.compression.test_statistics import assert_same
+from tests.helpers import MODELS, images, small_bert, small_vit
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WORKER = """
+import sys
+import torch
+from accelerate import Accelerator
+from comcat_hf import collect_statistics
+from comcat_hf.errors import InvalidValueError
+from tests.helpers import images, small_vit
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+model, _ = small_vit()
+shares = [images(5)[:3].split(2), [images(5)[3:]]]
+wrapped = accelerator.prepare(model)
+statistics = collect_statistics(wrapped, shares[accelerator.process_index], accelerator=accelerator)
+assert statistics.samples == 5
+lone = collect_statistics(model, [[images(5)], []][accelerator.process_index], accelerator=accelerator)
+assert lone.samples == 5
+statistics.save_pretrained(f"{sys.argv[1]}/{accelerator.process_index}")
+for wrong in ([torch.zeros(2, 3, 16, 16)], []):
+    batches = [wrong, []][accelerator.process_index]
+    try:
+        collect_statistics(model, batches, accelerator=accelerator)
+    except InvalidValueError as error:
+        own = "does not fit" if accelerator.is_main_process else "1 of 2 processes"
+        assert (own if wrong else "empty") in str(error), error
+    else:
+        raise AssertionError("no error")
+accelerator.end_training()
+"""
+
+
+def gathered():
+    model, _ = small_vit()
+    return model, collect_statistics(model, images(5).split(2))
+
+
+def rewritten(path, **changes):
+    """The file with other metadata; `None` drops a key."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        metadata = {**file.metadata(), **changes}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    safetensors.torch.save_file(tensors, path, {k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "clip"])
+def test_parts_add_up_to_the_whole(family):
+    model, inputs = MODELS[family]()
+    parts = [{name: tensor[i : i + 1] for name, tensor in inputs.items()} for i in range(2)]
+    first, second = (collect_statistics(model.double(), [_double(part)]) for part in parts)
+    whole = collect_statistics(model, [_double(inputs)])
+    assert_same(first + second, whole)
+    assert_same(first.merge(second), whole)
+    assert ((first + second).samples, first.samples) == (2, 1)
+
+
+def _double(inputs):
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+def test_those_of_other_models_do_not_add_up():
+    model, statistics = gathered()
+    bert, inputs = small_bert()
+    others = {
+        "architecture": collect_statistics(bert, [inputs]),
+        "scope": collect_statistics(model, [images()], scope="attention"),
+        r"layers\.0.*heads": collect_statistics(small_vit(hidden_size=96)[0], [images()]),
+        r"layers\.2": collect_statistics(small_vit(num_hidden_layers=3)[0], [images()]),
+    }
+    for says, other in others.items():
+        with pytest.raises(InvalidValueError, match=says):
+            statistics + other
+    with pytest.raises(TypeError):
+        statistics + 1
+
+
+def test_come_back_from_a_folder_and_a_file(tmp_path):
+    model, statistics = gathered()
+    statistics.save_pretrained(tmp_path / "new" / "folder")
+    path = tmp_path / "new" / "folder" / STATISTICS_NAME
+    assert [entry.name for entry in path.parent.iterdir()] == [STATISTICS_NAME]
+    for source in (path, path.parent, str(path.parent)):
+        again = Statistics.from_pretrained(source)
+        assert_same(again, statistics, tolerance=0)
+        assert (again.samples, again.architecture, again.scope) == (5, statistics.architecture, "model")
+        assert [s.side for s in again.sums.values()] == [s.side for s in statistics.sums.values()]
+    small, same = (compress(model, 0.4, statistics=s) for s in (statistics, again))
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
+    statistics = statistics + again
+    statistics.save_pretrained(path.parent)
+    assert Statistics.from_pretrained(path).samples == 10
+
+
+def test_files_that_are_not_whole_are_refused(tmp_path):
+    _, statistics = gathered()
+    statistics.save_pretrained(tmp_path)
+    path = tmp_path / STATISTICS_NAME
+    whole = path.read_bytes()
+    for cut in (0, 5, 300, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=r"comcat_statistics\.safetensors.*truncated"):
+            Statistics.from_pretrained(tmp_path)
+    path.write_text("not a tensor in sight, but long enough for a header")
+    with pytest.raises(CheckpointError, match="of another kind"):
+        Statistics.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": None}, "found None"),
+        ({"format": "lora"}, "'lora'"),
+        ({"format_version": "2"}, r"format_version 1, found '2'; update"),
+        ({"samples": None}, "samples"),
+        ({"samples": "many"}, "many"),
+        ({"sides": "{"}, "damaged"),
+        ({"sides": json.dumps({"classifier": "above"})}, "above"),
+        ({"sides": json.dumps({"vit.layers.9.attention": "heads"})}, r"layers\.9"),
+        ({"sides": "[]"}, "damaged"),
+    ],
+)
+def test_files_of_another_kind_or_version_are_refused(tmp_path, changes, says):
+    _, statistics = gathered()
+    statistics.save_pretrained(tmp_path)
+    rewritten(tmp_path / STATISTICS_NAME, **changes)
+    with pytest.raises(CheckpointError, match=says):
+        Statistics.from_pretrained(tmp_path)
+
+
+def test_no_file_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match="an empty folder"):
+        Statistics.from_pretrained(tmp_path)
+
+
+def test_two_processes_gather_what_one_does(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common["PYTHONPATH"] = str(ROOT)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [worker.communicate(timeout=180)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(told)
+    alone = collect_statistics(small_vit()[0], [images(5)])
+    for rank in range(2):
+        assert_same(Statistics.from_pretrained(tmp_path / str(rank)), alone, tolerance=1e-6)
