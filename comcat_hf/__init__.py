@@ -10,6 +10,7 @@ from .compression import collect_statistics as collect_statistics
 from .compression import compress as compress
 from .compression import count_macs as count_macs
 from .compression import count_parameters as count_parameters
+from .compression import search_ranks as search_ranks
 from .configs import ComCATConfig as ComCATConfig
 from .configs import RankPlan as RankPlan
 from .errors import ComCATError as ComCATError

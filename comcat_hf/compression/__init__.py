@@ -6,5 +6,8 @@ from .counting import count_macs as count_macs
 from .counting import count_parameters as count_parameters
 from .distillation import DistillationLoss as DistillationLoss
 from .finetuning import finetune as finetune
+from .search import SearchState as SearchState
+from .search import search_ranks as search_ranks
+from .search import split_for_search as split_for_search
 from .statistics import Statistics as Statistics
 from .statistics import collect_statistics as collect_statistics

@@ -1,87 +1,25 @@
 """Choosing ranks under a budget."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..attention import Site, Tokens, apply_ranks, find_sites, meta_copy
+from ..attention import Site, apply_ranks, find_sites, meta_copy
 from ..configs import RankPlan
 from ..errors import BudgetError, InvalidValueError
-from .counting import count_macs, count_parameters, trace
+from .budget import TOLERANCE, Budget, Choice, Option
+from .budget import default_step as _default_step
+from .budget import entries as _entries
+from .budget import find_budget as _budget
+from .budget import land as _land  # noqa: F401 - the search lands with it
+from .counting import count_macs, count_parameters
+from .moments import Statistics
+from .strategies import INFORMED, MEASURING, STRATEGIES
 
 
-__all__ = ["STRATEGIES", "Budget", "Option", "allocate_ranks"]
-
-# The finished plan removes at least what was asked, and at most this share more.
-TOLERANCE = 0.005
-
-# Break-even rank from which on a linear layer takes part.
-_FEWEST = 12
-
-# Linear layers from this break-even rank on are wide; their ranks come in multiples of this many steps.
-_WIDE = 128
-_TILE = 4
-
-# How far a single rank moves where ranks must be exchanged to land on the budget.
-_REACH = 8
-
-Choice = dict["Option", int | None]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One rank to choose: a site's query/key pair, its value/output pair, or a linear layer.
-
-    Attributes:
-        site: where.
-        choice: which of the site's ranks.
-        limit: the rank at which nothing would be saved any more; from there on the weights stay dense.
-        saved: what a rank removes, in units of the budget; 0 for `None`, the dense weights.
-    """
-
-    site: Site
-    choice: str
-    limit: int
-    saved: Callable[[int | None], int]
-
-    def __hash__(self) -> int:
-        return hash((self.site.name, self.choice))
-
-    def grid(self, step: int) -> int:
-        """The multiples in which this rank is chosen when ranks per head come in multiples of `step`."""
-        # Matrix kernels work on tiles: at the widths of a ViT's MLP a rank of 136 costs the time of 160.
-        wide = self.site.kind == "linear" and self.limit >= _WIDE
-        return step * _TILE if wide and step > 1 else step
-
-    def at(self, rank: int) -> int | None:
-        """The rank within 1 and the limit; `None`, dense, from the limit on."""
-        return None if rank >= self.limit else max(rank, 1)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What is to be removed.
-
-    Attributes:
-        options: all ranks there are to choose.
-        total: what the model, or the scope, has now.
-        asked: the least to remove, in the same units.
-        most: the most to remove.
-        step: ranks are chosen in multiples of this where the budget allows.
-    """
-
-    options: tuple[Option, ...]
-    total: int
-    asked: int
-    most: int
-    step: int
-
-    def saved(self, chosen: Choice) -> int:
-        return sum(option.saved(rank) for option, rank in chosen.items())
+__all__ = ["STRATEGIES", "TOLERANCE", "Budget", "Choice", "Option", "allocate_ranks"]
 
 
 def allocate_ranks(
@@ -95,6 +33,7 @@ def allocate_ranks(
     batches: Iterable[Any] | None = None,
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> RankPlan:
     """Choose a rank for every attention pair and linear layer so that a model shrinks by a given share.
 
@@ -104,32 +43,36 @@ def allocate_ranks(
             own.
         scope: what may be compressed: `"model"` (attention, MLP and classifier), `"attention"` or `"mlp"`.
         metric: `"params"`, or `"macs"` of one sample of native size.
-        strategy: `"uniform"`: the same share of every site.
-        statistics, batches: for strategies that measure; `"uniform"` needs neither.
+        strategy: `"uniform"`: the same share of every site. `"spectrum"`: the least discarded energy, summed over
+            sites, each relative to its own. `"sensitivity"`: the least movement of the model's output, measured one
+            site at a time; logs beforehand how many forward passes that takes.
+        statistics: what [`collect_statistics`] returned for this model and scope. `"spectrum"` does without,
+            `"sensitivity"` gathers them from the batches where none are given, `"uniform"` does not look at them.
+        batches: calibration inputs, read once and kept: mappings, or tensors of the main input. `"sensitivity"` needs
+            them.
         step: ranks per head come in multiples of this where the budget allows, by default 8 for heads of 64 or wider,
             else 4; ranks of wide linear layers in multiples of four times this.
         inputs: one sample, for `metric="macs"` where the configuration does not say the native size.
+        progress: show a progress bar while measuring.
 
     Returns:
         a plan that removes at least `reduction` and at most 0.005 more, counted on the built model.
 
     Raises:
-        InvalidValueError: an argument out of range.
+        InvalidValueError: an argument out of range, statistics of another model, batches that are missing, empty or
+            do not fit the model.
         BudgetError: a reduction out of reach; the message says what is reachable.
     """
-    if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
-        raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
-    if strategy not in STRATEGIES:
-        raise InvalidValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
-    if metric not in _METRICS:
-        raise InvalidValueError(f"metric must be one of {', '.join(map(repr, _METRICS))}, got {metric!r}.")
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
-        raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
+    _check_arguments(reduction, metric, strategy, batches, step)
     sites = find_sites(model, scope)
     count = partial(_METRICS[metric], names=None if scope == "model" else _paths(sites), inputs=inputs)
     total = count(model)
     budget = _budget(model, sites, reduction, metric, total, step or _default_step(sites), inputs)
-    chosen = STRATEGIES[strategy](budget, statistics=statistics, batches=batches)
+    if isinstance(statistics, Statistics) and strategy in INFORMED:
+        statistics.check_model(model, dict.fromkeys(option.site.name for option in budget.options))
+    chosen = STRATEGIES[strategy](
+        budget, model=model, scope=scope, statistics=statistics, batches=batches, progress=progress
+    )
     ranks = _entries(sites, chosen)
 
     skeleton = meta_copy(model)
@@ -153,25 +96,21 @@ def allocate_ranks(
     )
 
 
-def uniform(budget: Budget, **_: Any) -> Choice:
-    """The same share of every site, then single ranks moved to land on the budget."""
-    step = budget.step
-    low, high = 0.0, 1.0
-    for _iteration in range(50):
-        share = (low + high) / 2
-        if budget.saved(_at_share(budget, share, step)) >= budget.asked:
-            low = share
-        else:
-            high = share
-    chosen = _at_share(budget, low, step)
-    if budget.saved(chosen) < budget.asked:
-        # Even one step everywhere keeps too much.
-        chosen = dict.fromkeys(budget.options, 1)
-        step = 1
-    return _land(budget, chosen, step)
+def _check_arguments(reduction: Any, metric: str, strategy: str, batches: Any, step: Any) -> None:
+    if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
+        raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
+    if strategy not in STRATEGIES:
+        raise InvalidValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
+    if metric not in _METRICS:
+        raise InvalidValueError(f"metric must be one of {', '.join(map(repr, _METRICS))}, got {metric!r}.")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
+        raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
+    if strategy in MEASURING and batches is None:
+        raise InvalidValueError(
+            f"strategy={strategy!r} measures on calibration inputs: pass batches=, mappings or tensors of the main "
+            "input, or choose strategy='spectrum', which needs none."
+        )
 
-
-STRATEGIES: dict[str, Callable[..., Choice]] = {"uniform": uniform}
 
 _METRICS: dict[str, Callable[..., int]] = {
     "params": lambda model, names, inputs: count_parameters(model, names),
@@ -179,126 +118,5 @@ _METRICS: dict[str, Callable[..., int]] = {
 }
 
 
-def _at_share(budget: Budget, share: float, step: int) -> Choice:
-    chosen = {}
-    for option in budget.options:
-        grid = option.grid(step)
-        chosen[option] = option.at(max(round(share * option.limit / grid), 1) * grid)
-    return chosen
-
-
-def _land(budget: Budget, chosen: Choice, step: int) -> Choice:
-    """Give ranks back, in ever finer steps, until no more than allowed is removed.
-
-    What is furthest below its share of the budget comes first. Where no single rank fits, two change at once.
-    """
-    chosen = dict(chosen)
-    saved = budget.saved(chosen)
-    while saved > budget.most:
-        raises = []
-        for index, (option, rank) in enumerate(chosen.items()):
-            if rank is not None:
-                grid = option.grid(step)
-                higher = option.at((rank // grid + 1) * grid)
-                given_back = option.saved(rank) - option.saved(higher)
-                if 0 < given_back <= saved - budget.asked:
-                    raises.append((rank / option.limit, index, given_back, option, higher))
-        if raises:
-            # By index among equals: a site's pairs stand together, so that they stay equal.
-            _, _, given_back, option, higher = min(raises, key=lambda item: item[:2])
-            chosen[option] = higher
-            saved -= given_back
-        elif step > 1:
-            step = max(step // 2, 1)
-        elif exchange := _exchange(budget, chosen, saved):
-            chosen.update(exchange)
-            saved = budget.saved(chosen)
-        else:
-            raise BudgetError(
-                f"No choice of ranks was found that removes between {budget.asked / budget.total:.4f} and "
-                f"{budget.most / budget.total:.4f}; {_floor(saved / budget.total)} can be reached. Ask for that."
-            )
-    return chosen
-
-
-def _exchange(budget: Budget, chosen: Choice, saved: int) -> Choice | None:
-    """The two smallest changes of ranks that together give back what is too much, or else some of it."""
-    moves = []
-    for option, rank in chosen.items():
-        near = range(-_REACH, _REACH + 1)
-        others = {option.at((option.limit if rank is None else rank) + change) for change in near} - {rank}
-        moves += [(option.saved(rank) - option.saved(other), option, other) for other in others]
-    moves.sort(key=lambda move: move[0])
-    sizes = [move[0] for move in moves]
-    fits, helps = [], []
-    for size, option, other in moves:
-        first = bisect_left(sizes, saved - budget.most - size)
-        last = bisect_right(sizes, saved - budget.asked - size)
-        fits += [
-            (abs(size) + abs(moves[i][0]), option, other, *moves[i][1:])
-            for i in range(first, last)
-            if moves[i][1] != option
-        ]
-        if not fits and last and sizes[last - 1] + size > 0 and moves[last - 1][1] != option:
-            helps.append((-sizes[last - 1] - size, option, other, *moves[last - 1][1:]))
-    best = min(fits or helps, key=lambda pair: pair[0], default=None)
-    return None if best is None else {best[1]: best[2], best[3]: best[4]}
-
-
-def _budget(
-    model: nn.Module,
-    sites: Mapping[str, Site],
-    reduction: float,
-    metric: str,
-    total: int,
-    step: int,
-    inputs: Mapping[str, Any] | None,
-) -> Budget:
-    tokens = trace(model, inputs, whole=False).tokens if metric == "macs" else {}
-    options = []
-    for site in sites.values():
-        for choice, limit in site.choices.items():
-            # A layer with hardly a rank to choose, such as a classifier of ten classes, would lose much for nothing.
-            if site.kind == "attention" or limit >= _FEWEST:
-                options.append(Option(site, choice, limit, _savings(site, choice, metric, tokens.get(site.name))))
-    asked = -int(-reduction * total // 1)
-    budget = Budget(tuple(options), total, asked, int((reduction + TOLERANCE) * total), step)
-    most = budget.saved(dict.fromkeys(options, 1))
-    if most < asked:
-        reachable = f"at rank 1 everywhere {_floor(most / total)} would be removed. Ask for no more than that"
-        raise BudgetError(
-            f"A reduction of {reduction} of {type(model).__name__}'s {metric} is out of reach: "
-            + (reachable if most > 0 else "nothing is left in this scope that is worth factorising. Ask for less")
-            + ", or widen the scope."
-        )
-    return budget
-
-
-def _floor(share: float) -> float:
-    return int(share * 1e4) / 1e4
-
-
-def _savings(site: Site, choice: str, metric: str, tokens: Tokens | None) -> Callable[[int | None], int]:
-    if metric == "params":
-        return partial(site.saved_parameters, choice)
-    if tokens is None:
-        return lambda rank: 0
-    return lambda rank: site.saved_macs(choice, rank, tokens)
-
-
-def _entries(sites: Mapping[str, Site], chosen: Choice) -> dict[str, Any]:
-    ranks: dict[str, dict[str, int | None]] = {name: {} for name in sites}
-    for option, rank in chosen.items():
-        ranks[option.site.name][option.choice] = rank
-    entries = {name: sites[name].entry(choices) for name, choices in ranks.items()}
-    return {name: entry for name, entry in entries.items() if entry is not None}
-
-
 def _paths(sites: Mapping[str, Site]) -> tuple[str, ...]:
     return tuple(path for site in sites.values() for path in site.dense_modules())
-
-
-def _default_step(sites: Mapping[str, Site]) -> int:
-    heads = [site.choices["qk"] for site in sites.values() if site.kind == "attention"]
-    limits = heads or [limit for site in sites.values() for limit in site.choices.values()]
-    return 8 if max(limits) >= 64 else 4

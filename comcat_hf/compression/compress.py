@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,9 @@ from ..configs import RankPlan
 from ..errors import InvalidValueError
 from ..native import attach_plan
 from .allocation import allocate_ranks
+from .compensation import compress_in_order
 from .statistics import Statistics, collect_statistics
+from .strategies import INFORMED, MEASURING
 
 
 __all__ = ["compress"]
@@ -28,6 +31,7 @@ def compress(
     scope: str = "model",
     metric: str = "params",
     strategy: str = "uniform",
+    compensate: bool = False,
     progress: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
@@ -41,11 +45,14 @@ def compress(
         model: a dense transformers model. It is left as it was.
         reduction: share to remove, between 0 and 1, of the whole model or of the scope's own; see [`allocate_ranks`].
         plan: ranks to use.
-        batches: calibration inputs: mappings, or tensors of the main input. A few hundred samples do.
-        statistics: what [`collect_statistics`] returned for this model, in place of `batches`.
+        batches: calibration inputs: mappings, or tensors of the main input. A few hundred samples do. Read once.
+        statistics: what [`collect_statistics`] returned for this model, in place of `batches`; a strategy that
+            measures takes both.
         scope: `"model"`, `"attention"` or `"mlp"`.
         metric: `"params"` or `"macs"`.
-        strategy: how ranks are chosen.
+        strategy: how ranks are chosen: `"uniform"`, `"spectrum"` or `"sensitivity"`; see [`allocate_ranks`].
+        compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
+            output again to the dense model's residual stream; needs `batches`.
         progress: show a progress bar.
         **kwargs: further arguments of [`allocate_ranks`].
 
@@ -62,8 +69,13 @@ def compress(
     """
     if (reduction is None) == (plan is None):
         raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
-    if batches is not None and statistics is not None:
+    measures = plan is None and strategy in MEASURING
+    if batches is not None and statistics is not None and not measures:
         raise InvalidValueError("Give either batches or statistics: statistics are what batches are made into.")
+    if compensate and batches is None:
+        raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
+    if batches is not None and (measures or compensate):
+        batches = list(batches)
     if getattr(model, "peft_config", None):
         raise InvalidValueError(
             f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
@@ -71,14 +83,23 @@ def compress(
         )
     if plan is not None and kwargs:
         raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(kwargs)} cannot be used.")
+    allocate = partial(
+        allocate_ranks, model, reduction, scope=scope, metric=metric, strategy=strategy, progress=progress, **kwargs
+    )
+    # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
+    if plan is None and strategy not in INFORMED:
+        plan = allocate()
+    informed = plan is None or not compensate
+    if batches is not None and statistics is None and informed:
+        within = scope if plan is None else plan.scope
+        statistics = collect_statistics(model, batches, scope=within, progress=progress)
     if plan is None:
-        plan = allocate_ranks(
-            model, reduction, scope=scope, metric=metric, strategy=strategy, statistics=statistics, **kwargs
-        )
-    if batches is not None:
-        statistics = collect_statistics(model, batches, scope=plan.scope, progress=progress)
+        plan = allocate(statistics=statistics, batches=batches)
     if statistics is not None:
         statistics.check_model(model, plan.ranks)
     small = copy.deepcopy(model)
-    apply_ranks(small, plan.ranks, statistics=statistics)
+    if compensate:
+        compress_in_order(small, plan.ranks, batches, progress=progress)
+    else:
+        apply_ranks(small, plan.ranks, statistics=statistics)
     return attach_plan(small, plan) if isinstance(small, PreTrainedModel) else small

@@ -1,0 +1,275 @@
+"""Factorising layer by layer, each on what the layers before it, already compressed, produce.
+
+A block's attention and MLP get their factors from the activations that reach them in the compressed model. Their
+output factor and bias are then fitted again, by ridge regression toward the closed form, onto what the dense block
+would have added plus the drift of the residual stream so far (docs/method.md). Small linear solves; no labels and no
+gradients.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..attention import LowRankLinear, Site, apply_ranks, eval_mode
+from ..attention.sites import block_of
+from ..attention.surgery import sites_for, substitute_module
+from ..errors import InvalidValueError
+from .statistics import TokenMask, collecting, prepare_batch
+
+
+__all__ = ["compress_in_order"]
+
+# Share of the mean variance of the inputs that holds the fitted output factor at the closed form.
+RIDGE = 1e-2
+
+# Relative error below which a sum of two captured tensors counts as the residual stream.
+_EXACT = 1e-3
+
+
+@torch.no_grad()
+def compress_in_order(
+    model: nn.Module,
+    ranks: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    ridge: float = RIDGE,
+    progress: bool = False,
+) -> None:
+    """Replace the modules named in a plan, in place and in forward order, with compensation.
+
+    Memory: the inputs of all blocks on all batches, `blocks * tokens * d` numbers, twice.
+
+    Args:
+        model: a dense model, changed in place; on an error it may be half changed, so pass a copy.
+        ranks: entries of a plan by module path.
+        batches: calibration inputs, read once.
+        ridge: pull of the output factors toward the closed form, as a share of their inputs' mean variance.
+        progress: show a progress bar over the blocks.
+
+    Raises:
+        RankPlanError: unknown module names or ranks that do not fit.
+        InvalidValueError: no batch, or one that does not fit the model.
+    """
+    sites = sites_for(ranks, model)
+    chosen = {name: sites[name].ranks(entry) for name, entry in ranks.items()}
+    device = next(model.parameters()).device
+    inputs = [prepare_batch(model, batch, index, device) for index, batch in enumerate(batches)]
+    if not inputs:
+        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+    blocks: dict[str, list[str]] = {}
+    for name in ranks:
+        blocks.setdefault(block_of(name) or "", []).append(name)
+    rest = blocks.pop("", [])
+    order = [name for name, _ in model.named_modules() if name in blocks]
+    training = {name for name, module in model.named_modules() if module.training}
+    with eval_mode(model):
+        calls = _record_calls(model, order, inputs)
+        before: _Calls | None = None
+        for path in tqdm(order, desc="Compressing", disable=not progress):
+            block = _Block(model, path, calls.pop(path), before, ridge)
+            block.compress({name: sites[name] for name in sites if name in blocks[path]}, chosen)
+            before = block.calls
+        if rest:
+            moments = _rest_moments(model, sites, rest, inputs)
+            apply_ranks(model, {name: ranks[name] for name in rest}, statistics=moments)
+    for name in training.intersection(path for site in sites.values() for path in site.dense_modules()):
+        model.get_submodule(name).train()
+
+
+@dataclass
+class _Calls:
+    """The calls of one block, one a batch: arguments, token masks, hidden states in and out of either model."""
+
+    arguments: list[tuple[tuple, dict]] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    dense_in: list[Tensor] = field(default_factory=list)
+    dense_out: list[Tensor] = field(default_factory=list)
+    small_in: list[Tensor] = field(default_factory=list)
+    small_out: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """Where the residual stream meets a layer's output: `total = stream + scale * output`."""
+
+    stream: str
+    total: str
+    scale: Tensor
+
+
+class _Block:
+    def __init__(self, model: nn.Module, path: str, calls: _Calls, before: _Calls | None, ridge: float) -> None:
+        self.model, self.path, self.calls, self.ridge = model, path, calls, ridge
+        self.module = model.get_submodule(path)
+        chained = before is not None and torch.equal(before.dense_out[0], calls.dense_in[0])
+        calls.small_in = before.small_out if chained else calls.dense_in
+        self.mask = TokenMask()
+
+    def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> None:
+        outputs = {name: _output_of(site) for name, site in sites.items()}
+        residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()})
+        for name, site in sites.items():
+            with collecting(site, self.mask) as collector:
+                for _ in self._run(self.calls.small_in):
+                    pass
+            substitutes = site.substitutes(ranks[name])
+            site.initialize(substitutes, collector.moments(name))
+            for path, dense in site.dense_modules().items():
+                if path in substitutes:
+                    substitute_module(self.model, dense, substitutes[path])
+            if name in residuals:
+                self._refit(self.model.get_submodule(outputs[name][0]), residuals[name], totals[name])
+        self.calls.small_out = list(self._run(self.calls.small_in))
+
+    def _run(self, states: list[Tensor]) -> Iterator[Tensor]:
+        for index, (args, kwargs) in enumerate(self.calls.arguments):
+            self.mask.mask = self.calls.masks[index]
+            output = self.module(states[index], *args, **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def _dense_pass(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, _Residual], dict[str, list[Tensor]]]:
+        """Run the dense block on dense inputs: where each layer meets the stream, and the stream behind it."""
+        residuals: dict[str, _Residual] = {}
+        totals: dict[str, list[Tensor]] = {name: [] for name in linears}
+        with _captured(self.module, linears) as seen:
+            for index, output in enumerate(self._run(self.calls.dense_in)):
+                events = {"block.in": self.calls.dense_in[index], **seen, "block.out": output}
+                self.calls.dense_out.append(output)
+                for name in linears:
+                    if index == 0 and (found := _find_residual(events, name)) is not None:
+                        residuals[name] = found
+                    if name in residuals:
+                        totals[name].append(events[residuals[name].total])
+        return residuals, totals
+
+    def _refit(self, linear: nn.Module, residual: _Residual, totals: list[Tensor]) -> None:
+        inner = linear.first_factor if isinstance(linear, LowRankLinear) else linear
+        held: dict[str, Tensor] = {}
+        if isinstance(linear, LowRankLinear):
+            handle = inner.register_forward_hook(lambda module, args, output: held.update(z=output))
+        else:
+            handle = inner.register_forward_pre_hook(lambda module, args: held.update(z=args[0]))
+        sums = _Sums()
+        try:
+            with _captured(self.module, {}) as seen:
+                for index, _ in enumerate(self._run(self.calls.small_in)):
+                    events = {"block.in": self.calls.small_in[index], **seen}
+                    wanted = totals[index] - events[residual.stream]
+                    sums.add(held["z"], wanted, self.mask.weights(held["z"]))
+        finally:
+            handle.remove()
+        sums.solve_into(linear, residual.scale, self.ridge)
+
+
+class _Sums:
+    """Weighted sums of a regression of `wanted` (tokens, d) on `z` (tokens, k)."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] | None = None
+
+    def add(self, z: Tensor, wanted: Tensor, weights: Tensor) -> None:
+        z, wanted, w = z.double().flatten(0, -2), wanted.double().flatten(0, -2), weights.flatten()
+        weighted = z * w[:, None]
+        new = [w.sum(), weighted.sum(0), w @ wanted, weighted.T @ z, weighted.T @ wanted]
+        self.values = new if self.values is None else [a + b for a, b in zip(self.values, new, strict=True)]
+
+    def solve_into(self, linear: nn.Module, scale: Tensor, ridge: float) -> None:
+        count, z_sum, y_sum, zz, zy = self.values
+        z_mean, y_mean = z_sum / count, y_sum / count
+        covariance = zz / count - torch.outer(z_mean, z_mean)
+        cross = zy / count - torch.outer(z_mean, y_mean)
+        start, scale = linear.weight.double().T, scale.double()
+        pull = ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+        system = covariance + pull * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+        # With a scale on the output the stream gets `scale * output`; where that is nothing, nothing can be fitted.
+        used = scale.abs() > 1e-6 * scale.abs().max()
+        divisor = torch.where(used, scale, 1.0)
+        weight = torch.linalg.solve(system, cross / divisor + pull * start)
+        bias = y_mean / divisor - z_mean @ weight
+        linear.weight[used] = weight.T.to(linear.weight)[used]
+        linear.bias[used] = bias.to(linear.bias)[used]
+
+
+def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]]) -> dict[str, _Calls]:
+    """Run the dense model and keep what its blocks are called with."""
+    calls = {path: _Calls() for path in paths}
+    running: dict[str, Any] = {}
+
+    def recorder(record: _Calls) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            kwargs = dict(kwargs)
+            states = args[0] if args else kwargs.pop("hidden_states")
+            record.dense_in.append(states)
+            record.arguments.append((args[1:], kwargs))
+            mask = running.get("attention_mask")
+            fits = isinstance(mask, Tensor) and mask.shape == states.shape[:-1]
+            record.masks.append(mask if fits else None)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            handle = model.get_submodule(path).register_forward_pre_hook(recorder(calls[path]), with_kwargs=True)
+            stack.callback(handle.remove)
+        for batch in inputs:
+            running = batch
+            model(**batch)
+    return calls
+
+
+@contextmanager
+def _captured(block: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What the norms of a block take and give, and the named linear layers give, in the order of their last calls."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, module in block.named_modules():
+            if "norm" in type(module).__name__.lower():
+                hook = module.register_forward_hook(
+                    lambda m, args, output, name=name: seen.update({f"{name}.in": args[0], f"{name}.out": output})
+                )
+                stack.callback(hook.remove)
+        for name, linear in linears.items():
+            hook = linear.register_forward_hook(lambda m, args, output, name=name: seen.update({f"={name}": output}))
+            stack.callback(hook.remove)
+        yield seen
+
+
+def _find_residual(seen: Mapping[str, Tensor], name: str) -> _Residual | None:
+    output = seen[f"={name}"].double()
+    order = list(seen)
+    points = [key for key in order if not key.startswith("=") and seen[key].shape == output.shape]
+    here = order.index(f"={name}")
+    energy = output.flatten(0, -2).square().sum(0)
+    for total in (key for key in points if order.index(key) > here):
+        for stream in (key for key in reversed(points) if order.index(key) < here):
+            added = seen[total].double() - seen[stream].double()
+            for scale in (torch.ones_like(energy), _scale(added, output, energy)):
+                if (added - scale * output).norm() <= _EXACT * added.norm() and added.norm() > 0:
+                    return _Residual(stream, total, scale)
+    return None
+
+
+def _scale(added: Tensor, output: Tensor, energy: Tensor) -> Tensor:
+    return (added * output).flatten(0, -2).sum(0) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+
+
+def _output_of(site: Site) -> tuple[str, nn.Module]:
+    """Path and module of the linear layer that a site ends in."""
+    view = getattr(site, "view", None)
+    return (site.name, site.linear) if view is None else (view.output_name, view.output)
+
+
+def _rest_moments(
+    model: nn.Module, sites: Mapping[str, Site], names: list[str], inputs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    mask = TokenMask()
+    with ExitStack() as stack:
+        collectors = {name: stack.enter_context(collecting(sites[name], mask)) for name in names}
+        for batch in inputs:
+            model(**batch)
+    return {name: collector.moments(name) for name, collector in collectors.items()}

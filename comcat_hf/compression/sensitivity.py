@@ -1,0 +1,278 @@
+"""How much every rank moves a model's output, measured one site at a time."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..attention import Site, eval_mode, replace_module
+from ..attention.sites import block_of
+from ..errors import InvalidValueError
+from .budget import Budget, Choice, Option
+from .outputs import Movement, main_output
+from .solver import ranks_of, solve
+from .spectra import discarded_energy
+from .statistics import collect_statistics, prepare_batch
+
+
+__all__ = ["interpolate", "measure", "sensitivity"]
+
+logger = logging.getLogger(__name__)
+
+# Ranks that are measured per option; those between are interpolated.
+MEASURED = 4
+
+# Below these an energy or a movement is rounding.
+_NO_ENERGY = 1e-12
+_NO_MOVEMENT = 1e-14
+
+# Largest movement of the output, relative to its mean square, at which a run from a later block counts as the same.
+_SAME = 1e-6
+
+Measured = dict[Option, dict[int, float]]
+
+
+def sensitivity(
+    budget: Budget,
+    *,
+    model: nn.Module,
+    scope: str,
+    batches: Iterable[Any],
+    statistics: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **_: Any,
+) -> Choice:
+    """The least sum of movements of the model's output, each site truncated alone."""
+    batches = list(batches)
+    if not batches:
+        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+    if statistics is None:
+        statistics = collect_statistics(model, batches, scope=scope, progress=progress)
+    measured = measure(model, budget, batches, statistics, progress=progress)
+    energies = {o: discarded_energy(o, statistics.get(o.site.name)) for o in budget.options}
+    return solve(budget, {option: interpolate(energies[option], measured[option]) for option in budget.options})
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    budget: Budget,
+    batches: Sequence[Any],
+    statistics: Mapping[str, Any] | None = None,
+    *,
+    progress: bool = False,
+) -> Measured:
+    """Truncate one option at a time at a few ranks and measure how far the model's output moves ([`Movement`]).
+
+    Blocks before the one that is truncated do not run again. Memory: the model's output and one block's output on all
+    batches. The model is left as it was, also after an error.
+
+    Raises:
+        InvalidValueError: batches that do not fit the model, outputs that are not finite.
+    """
+    ranks = {option: _measured_ranks(option, budget.step) for option in budget.options}
+    count = sum(map(len, ranks.values()))
+    blocks = {block_of(option.site.name) for option in budget.options} - {None}
+    logger.info(
+        "Sensitivity: %d truncations of %d pairs and layers on %d batches: at most %d forward passes, most of them "
+        "from a later block on.",
+        count,
+        len(ranks),
+        len(batches),
+        # Besides: the dense model, what each block gives, and whether it serves.
+        (count + 1 + len(blocks)) * len(batches) + 1 + 2 * len(blocks),
+    )
+    result: Measured = {option: {} for option in budget.options}
+    with eval_mode(model), tqdm(total=count, desc="Sensitivity", disable=not progress) as bar:
+        meter = _Meter(model, batches)
+        for block, options in _by_block(budget.options).items():
+            with meter.starting_at(block):
+                for option in options:
+                    for rank in ranks[option]:
+                        moments = (statistics or {}).get(option.site.name)
+                        with _truncated(model, option.site, option.choice, rank, moments):
+                            result[option][rank] = meter.movement(f"{option.site.name}, {option.choice}, rank {rank}")
+                        bar.update()
+    return result
+
+
+def interpolate(energy: Tensor, measured: Mapping[int, float]) -> Tensor:
+    """The movement at every rank, from that at a few ranks and the discarded energy at all; never increasing.
+
+    Linear in logarithms between the measured ranks, proportional to the energy outside them.
+
+    Args:
+        energy: what each rank discards, `(limit + 1,)`, 0 at the limit.
+        measured: movement by rank.
+    """
+    if not measured:
+        return torch.zeros_like(energy)
+    known = torch.tensor(sorted(measured))
+    moved = torch.tensor([measured[int(rank)] for rank in known], dtype=torch.float64)
+    # A larger rank that moves the output more is chance.
+    moved = moved.flip(0).cummax(0).values.flip(0).clamp(min=_NO_MOVEMENT).log()
+    log = energy.clamp(min=_NO_ENERGY).log()
+    every = torch.arange(len(energy))
+    high = torch.searchsorted(known, every).clamp(1, len(known) - 1) if len(known) > 1 else torch.zeros_like(every)
+    low = (high - 1).clamp(min=0)
+    span = log[known[low]] - log[known[high]]
+    share = torch.where(span > 0, (log[known[low]] - log) / span.clamp(min=1e-9), 1.0).clamp(0, 1)
+    result = moved[low] + share * (moved[high] - moved[low])
+    result = torch.where(every < known[0], moved[0] + log - log[known[0]], result)
+    result = torch.where(every > known[-1], moved[-1] + log - log[known[-1]], result).exp()
+    result[-1] = 0
+    return result
+
+
+class _Meter:
+    """Runs a model on all batches and compares with what it gave before anything was truncated."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        self.model, self.batches = model, batches
+        self.current = 0
+        self.kept: list[Any] = []
+        self.skipped: tuple[str, ...] = ()
+        self.expected: list[dict[str, Tensor]] = []
+        self.expected = [main_output(output) for output, _ in self._outputs(range(len(batches)))]
+        if not all(value.isfinite().all() for outputs in self.expected for value in outputs.values()):
+            raise InvalidValueError(
+                f"The output of {type(self.model).__name__} is not finite on the calibration batches. Check the "
+                "inputs and the weights."
+            )
+        if self._movement([0]) > _SAME:
+            logger.warning(
+                "%s gives another output when it runs again on the same batch, so what truncation does cannot be told "
+                "from chance. Give the batches what makes it repeatable.",
+                type(model).__name__,
+            )
+
+    def movement(self, what: str) -> float:
+        """How far the output lies from what is expected; errors name `what` was done."""
+        moved = self._movement(range(len(self.batches)))
+        if not moved < float("inf"):
+            raise InvalidValueError(
+                f"The output of {type(self.model).__name__} is not finite with {what}. In half precision measure on a "
+                "copy in float32 and pass the plan on."
+            )
+        return moved
+
+    @contextmanager
+    def starting_at(self, block: str | None) -> Iterator[None]:
+        """Within it the blocks before this one give what they gave before, where the model allows that."""
+        before = _blocks_before(self.model, block)
+        if before:
+            self.kept, self.skipped = self._record(before[-1]), before
+            # Twice: the first run may change what is kept, in place.
+            if max(self._movement([0]) for _ in range(2)) > _SAME:
+                self.kept, self.skipped = [], ()
+        else:
+            self.kept, self.skipped = [], ()
+        yield
+
+    def _record(self, block: str) -> list[Any]:
+        seen: list[Any] = []
+        # What was kept for the block before serves as far as it goes.
+        usable = self.skipped and set(self.skipped) < set(_blocks_before(self.model, block)) | {block}
+        if not usable:
+            self.kept, self.skipped = [], ()
+        for _ in self._outputs(range(len(self.batches)), watch=(block, seen)):
+            pass
+        return seen
+
+    def _movement(self, which: Iterable[int]) -> float:
+        movement = Movement(self.model)
+        for index, (output, mask) in zip(which, self._outputs(which), strict=True):
+            movement.add(self.expected[index], main_output(output), mask)
+        return movement.total()
+
+    def _outputs(self, which: Iterable[int], watch: tuple[str, list] | None = None) -> Iterator[tuple[Any, Any]]:
+        device = next(self.model.parameters()).device
+        with ExitStack() as stack:
+            for path in self.skipped:
+                stack.enter_context(_answering(self.model.get_submodule(path), lambda: self.kept[self.current]))
+            for index in which:
+                self.current = index
+                inputs = prepare_batch(self.model, self.batches[index], index, device)
+                with _watching(self.model, watch):
+                    try:
+                        output = self.model(**inputs)
+                    except torch.OutOfMemoryError:
+                        raise
+                    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+                        raise InvalidValueError(
+                            f"Calibration batch {index} does not fit {type(self.model).__name__}: {error}"
+                        ) from error
+                mask = inputs.get("attention_mask")
+                yield output, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+@contextmanager
+def _answering(module: nn.Module, answer: Callable[[], Any]) -> Iterator[None]:
+    """Within it a module returns what `answer` gives, whatever it is called with."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: answer()
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
+def _watching(model: nn.Module, watch: tuple[str, list] | None) -> Iterator[None]:
+    if watch is None:
+        yield
+        return
+    path, seen = watch
+    last: list[Any] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda module, args, output: last.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+    seen.append(last[-1] if last else None)
+
+
+@contextmanager
+def _truncated(model: nn.Module, site: Site, choice: str, rank: int, moments: Any | None) -> Iterator[None]:
+    """Within it one choice of a site has this rank."""
+    substitutes = site.substitutes({choice: rank})
+    site.initialize(substitutes, moments)
+    dense = site.dense_modules()
+    try:
+        for path, substitute in substitutes.items():
+            replace_module(model, dense[path], substitute)
+        yield
+    finally:
+        for path, substitute in substitutes.items():
+            replace_module(model, substitute, dense[path])
+
+
+def _measured_ranks(option: Option, step: int) -> list[int]:
+    ranks = ranks_of(option, step) or list(range(1, option.limit))
+    last = len(ranks) - 1
+    return sorted({ranks[round(last * i / (MEASURED - 1))] for i in range(MEASURED)}) if ranks else []
+
+
+def _by_block(options: Iterable[Option]) -> dict[str | None, list[Option]]:
+    """Options by block, blocks of one list in order, so that what one gave serves the next."""
+    found: dict[str | None, list[Option]] = {}
+    for option in options:
+        found.setdefault(block_of(option.site.name), []).append(option)
+    return dict(sorted(found.items(), key=lambda item: _position(item[0])))
+
+
+def _position(block: str | None) -> tuple[str, int]:
+    parent, _, index = (block or "").rpartition(".")
+    return parent, int(index) if index else -1
+
+
+def _blocks_before(model: nn.Module, block: str | None) -> tuple[str, ...]:
+    parent, index = _position(block)
+    names = {name for name, _ in model.get_submodule(parent).named_children()} if index > 0 else set()
+    return tuple(f"{parent}.{i}".removeprefix(".") for i in range(index) if str(i) in names)

@@ -1,0 +1,90 @@
+"""The choice of ranks with the least total error that lands on a budget."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .budget import Budget, Choice, Option, land
+
+
+__all__ = ["Errors", "solve"]
+
+# Per option one error for every rank, `(limit + 1,)`; that of the dense weights, at the limit, is 0.
+Errors = Mapping[Option, Tensor]
+
+# Partial choices that the dynamic programme keeps.
+BINS = 4000
+
+_Ladder = list[tuple[int, int | None, float]]
+
+
+def solve(budget: Budget, errors: Errors) -> Choice:
+    """Minimise the sum of errors under a budget by dynamic programming, in finer steps where the grid misses it.
+
+    Partial choices are kept by what they remove, the best in each of `BINS` intervals, with their exact sums: rounding
+    never adds up, and a choice that is found is within the budget. Memory: `BINS` numbers per option.
+    """
+    step = budget.step
+    best: Choice | None = None
+    while step >= 1:
+        ladders = [_ladder(option, errors[option], step) for option in budget.options]
+        chosen = _program(budget, ladders)
+        if chosen is not None and budget.saved(chosen) <= budget.most:
+            return chosen
+        best = best or chosen
+        step //= 2
+    return land(budget, best or dict.fromkeys(budget.options, 1), 1)
+
+
+def ranks_of(option: Option, step: int) -> list[int]:
+    """The ranks that an option is chosen from, ascending; staying dense is always one more."""
+    grid = option.grid(step)
+    return list(range(grid, option.limit, grid))
+
+
+def _ladder(option: Option, errors: Tensor, step: int) -> _Ladder:
+    """What can be chosen: (removed, rank, error), without ranks that are larger and worse than others."""
+    ladder: _Ladder = [(0, None, 0.0)]
+    for rank in reversed(ranks_of(option, step)):
+        saved = option.saved(rank)
+        if saved > ladder[-1][0]:
+            ladder.append((saved, rank, float(errors[rank])))
+    return ladder
+
+
+def _program(budget: Budget, ladders: list[_Ladder]) -> Choice | None:
+    """The best choice within the budget, else the best beyond it; `None` if these ladders do not get there."""
+    top = budget.most + max(ladder[-1][0] for ladder in ladders)
+    saved, cost = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    trail: list[tuple[Tensor, Tensor]] = []
+    for ladder in ladders:
+        steps = torch.tensor([entry[0] for entry in ladder])
+        prices = torch.tensor([entry[2] for entry in ladder], dtype=torch.float64)
+        new_saved, new_cost = (saved[:, None] + steps).flatten(), (cost[:, None] + prices).flatten()
+        kept = _best_per_bin(new_saved, new_cost, top)
+        trail.append((kept // len(ladder), kept % len(ladder)))
+        saved, cost = new_saved[kept], new_cost[kept]
+    for reached in ((saved >= budget.asked) & (saved <= budget.most), saved >= budget.asked):
+        if reached.any():
+            state = int(torch.where(reached, cost, torch.inf).argmin())
+            break
+    else:
+        return None
+    chosen: Choice = {}
+    for option, ladder, (parents, picks) in reversed(list(zip(budget.options, ladders, trail, strict=True))):
+        chosen[option] = ladder[int(picks[state])][1]
+        state = int(parents[state])
+    return {option: chosen[option] for option in budget.options}
+
+
+def _best_per_bin(saved: Tensor, cost: Tensor, top: int) -> Tensor:
+    """Indices of the cheapest partial choice in every interval of what is removed, none above `top`."""
+    order = cost.argsort(stable=True)
+    order = order[saved[order] <= top]
+    bins = saved[order] * BINS // (top + 1)
+    order = order[bins.argsort(stable=True)]
+    bins = saved[order] * BINS // (top + 1)
+    first = torch.ones_like(bins, dtype=torch.bool)
+    first[1:] = bins[1:] != bins[:-1]
+    return order[first]

@@ -1,0 +1,66 @@
+"""How much of a site's energy a rank discards."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionSite, LinearSite
+from ..errors import InvalidValueError
+from ..factorization import linear_spectrum, qk_spectrum, vo_spectrum
+from .budget import Option
+
+
+__all__ = ["discarded_energy"]
+
+
+@torch.no_grad()
+def discarded_energy(option: Option, moments: Any | None = None) -> Tensor:
+    """The share of an option's energy that each rank discards, `(limit + 1,)`, float64 on the CPU; not increasing.
+
+    The squared tail of the spectrum, summed over heads, relative to the whole; 0 at the limit, where it stays dense.
+
+    Args:
+        option: what to look at.
+        moments: those of its site; without them the energy is that of the weights.
+
+    Raises:
+        InvalidValueError: weights that are not finite or have no data, moments of another shape.
+    """
+    try:
+        spectrum = _SPECTRA[option.choice](option.site, moments)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{option.site.name}, {option.choice}: {error}") from error
+    energy = spectrum.cpu().square().flatten(0, -2).sum(0) if spectrum.ndim > 1 else spectrum.cpu().square()
+    tail = energy.flip(0).cumsum(0).flip(0)
+    share = tail / tail[0] if tail[0] > 0 else torch.zeros_like(tail)
+    result = share.new_zeros(option.limit + 1)
+    result[: option.limit] = share[: option.limit]
+    return result
+
+
+def _qk(site: AttentionSite, moments: Any | None) -> Tensor:
+    view = site.view
+    return qk_spectrum(
+        _rows(site, view.query.weight), _rows(site, view.query.bias), _rows(site, view.key.weight), moments=moments
+    )
+
+
+def _vo(site: AttentionSite, moments: Any | None) -> Tensor:
+    view = site.view
+    output = view.output.weight.unflatten(1, (view.num_heads, view.head_dim)).transpose(0, 1)
+    return vo_spectrum(
+        _rows(site, view.value.weight), _rows(site, view.value.bias), output, view.output.bias, moments=moments
+    )
+
+
+def _linear(site: LinearSite, moments: Any | None) -> Tensor:
+    return linear_spectrum(site.linear.weight, site.linear.bias, moments=moments)
+
+
+def _rows(site: AttentionSite, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unflatten(0, (site.view.num_heads, site.view.head_dim))
+
+
+_SPECTRA: Mapping[str, Callable[[Any, Any | None], Tensor]] = {"qk": _qk, "vo": _vo, "rank": _linear}

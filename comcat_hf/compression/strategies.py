@@ -1,0 +1,57 @@
+"""Strategies: how ranks are chosen under a budget. A further one is a function here and a row in `STRATEGIES`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .budget import Budget, Choice, land
+from .sensitivity import sensitivity
+from .solver import solve
+from .spectra import discarded_energy
+
+
+__all__ = ["INFORMED", "MEASURING", "STRATEGIES"]
+
+
+def uniform(budget: Budget, **_: Any) -> Choice:
+    """The same share of every site, then single ranks moved to land on the budget."""
+    step = budget.step
+    low, high = 0.0, 1.0
+    for _iteration in range(50):
+        share = (low + high) / 2
+        if budget.saved(_at_share(budget, share, step)) >= budget.asked:
+            low = share
+        else:
+            high = share
+    chosen = _at_share(budget, low, step)
+    if budget.saved(chosen) < budget.asked:
+        # Even one step everywhere keeps too much.
+        chosen = dict.fromkeys(budget.options, 1)
+        step = 1
+    return land(budget, chosen, step)
+
+
+def _at_share(budget: Budget, share: float, step: int) -> Choice:
+    chosen = {}
+    for option in budget.options:
+        grid = option.grid(step)
+        chosen[option] = option.at(max(round(share * option.limit / grid), 1) * grid)
+    return chosen
+
+
+def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_: Any) -> Choice:
+    """The least sum of discarded energies, each relative to its own option's."""
+    known = statistics or {}
+    return solve(budget, {option: discarded_energy(option, known.get(option.site.name)) for option in budget.options})
+
+
+STRATEGIES: Mapping[str, Callable[..., Choice]] = {
+    "uniform": uniform,
+    "spectrum": spectrum,
+    "sensitivity": sensitivity,
+}
+
+# These look at statistics.
+INFORMED = frozenset({"spectrum", "sensitivity"})
+
+# These need batches.
+MEASURING = frozenset({"sensitivity"})

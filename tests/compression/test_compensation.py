@@ -1,0 +1,146 @@
+"""Compensation: layer by layer, on what the compressed layers before produce."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from comcat_hf import allocate_ranks, collect_statistics, compress, count_parameters
+from comcat_hf.attention import find_sites, read_ranks
+from comcat_hf.compression import compensation
+from comcat_hf.compression.compensation import compress_in_order
+from comcat_hf.errors import InvalidValueError
+from tests.helpers import MODELS, outputs
+
+
+# Pre-norm, pre-norm with a scale on each layer's output, post-norm.
+HOSTS = ("vit", "dinov2", "bert")
+
+
+def batches_for(model, inputs, count=6):
+    """Different inputs, correlated as those of images and texts are."""
+    made = []
+    for index in range(count):
+        torch.manual_seed(index)
+        batch = dict(inputs)
+        if "pixel_values" in batch:
+            shape = batch["pixel_values"].shape
+            batch["pixel_values"] = torch.randn(shape).cumsum(-1).cumsum(-2) / 10
+        else:
+            batch["input_ids"] = torch.randint(0, model.config.vocab_size, batch["input_ids"].shape)
+        made.append(batch)
+    return made
+
+
+def scaled(model):
+    """Larger weights than at random initialisation, so that every layer matters."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data.mul_(4)
+        for name, parameter in module.named_parameters(recurse=False):
+            if "lambda" in name:
+                parameter.data.uniform_(0.2, 1.5)
+    return model
+
+
+@pytest.fixture(params=HOSTS)
+def host(request):
+    torch.manual_seed(0)
+    model, inputs = MODELS[request.param]()
+    return scaled(model), inputs
+
+
+def states(model, batch):
+    output = model(**batch)
+    return output["last_hidden_state"] if "last_hidden_state" in output else output["logits"]
+
+
+@torch.no_grad()
+def error(model, dense, batches):
+    pairs = [(states(model, batch), states(dense, batch)) for batch in batches]
+    return sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+
+
+def test_the_stream_is_found_in_every_block(host, monkeypatch):
+    model, inputs = host
+    found = {}
+    find = compensation._find_residual
+    monkeypatch.setattr(
+        compensation, "_find_residual", lambda seen, name: found.setdefault(name, find(seen, name)) or found[name]
+    )
+    ranks = {n: s.entry(dict.fromkeys(s.choices, 4)) for n, s in find_sites(model).items() if "." in n}
+    compress_in_order(copy.deepcopy(model), ranks, batches_for(model, inputs, 1))
+    ends = [n for n in ranks if "attention" in n or n.endswith(("fc2", "weights_out"))]
+    ends += [n for n in ranks if n.endswith("output.dense")]
+    assert ends
+    assert all(found[name] is not None for name in ends)
+    assert all((residual.scale > 0).all() for residual in found.values() if residual is not None)
+
+
+# The norm that takes the residual stream behind the first block's attention.
+BEHIND_ATTENTION = {
+    "ViTForImageClassification": "vit.layers.0.layernorm_after",
+    "Dinov2ForImageClassification": "dinov2.encoder.layer.0.norm2",
+    "BertForSequenceClassification": "bert.encoder.layer.0.attention.output.LayerNorm",
+}
+
+
+@torch.no_grad()
+def streams(model, batches):
+    seen = []
+    norm = model.get_submodule(BEHIND_ATTENTION[type(model).__name__])
+    handle = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for batch in batches:
+        model(**batch)
+    handle.remove()
+    return seen
+
+
+def test_the_stream_is_nearer_to_the_dense_one_than_without(host):
+    model, inputs = host
+    batches = [{k: v for k, v in b.items() if k != "attention_mask"} for b in batches_for(model, inputs, 8)]
+    plan = allocate_ranks(model, 0.5, scope="attention")
+    plain = compress(model, plan=plan, statistics=collect_statistics(model, batches))
+    small = compress(model, plan=plan, batches=batches, compensate=True)
+    assert read_ranks(small) == dict(plan.ranks)
+    dense, without, fitted = (streams(m, batches) for m in (model, plain, small))
+    before = sum((a - b).square().sum() for a, b in zip(without, dense, strict=True))
+    after = sum((a - b).square().sum() for a, b in zip(fitted, dense, strict=True))
+    # Least squares pulled toward the same factors can only be nearer, on the data it was fitted to.
+    assert after < 0.98 * before
+
+
+def test_compensation_needs_batches(host):
+    model, _ = host
+    with pytest.raises(InvalidValueError, match="batches"):
+        compress(model, 0.3, compensate=True)
+
+
+def test_a_whole_model_with_its_classifier(host):
+    model, inputs = host
+    batches = batches_for(model, inputs, 4)
+    small = compress(model, 0.4, batches=batches, compensate=True)
+    reached = 1 - count_parameters(small) / count_parameters(model)
+    assert 0.4 <= reached <= 0.405
+    assert all(value.isfinite().all() for value in outputs(small, inputs))
+
+
+def test_full_rank_changes_nothing(host):
+    model, inputs = host
+    batches = batches_for(model, inputs, 8)
+    ranks = {n: s.entry(dict(s.choices)) for n, s in find_sites(model, "attention").items()}
+    small = copy.deepcopy(model)
+    compress_in_order(small, ranks, batches)
+    assert error(small, model, batches) < 1e-6
+
+
+def test_hooks_are_gone_and_the_mode_is_as_it_was(host):
+    model, inputs = host
+    model.train()
+    plan = allocate_ranks(model, 0.3)
+    small = copy.deepcopy(model)
+    compress_in_order(small, plan.ranks, batches_for(model, inputs, 2))
+    assert all(module.training for module in small.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
+    assert len(outputs(small.eval(), inputs)) == len(outputs(model.eval(), inputs))
