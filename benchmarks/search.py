@@ -70,11 +70,11 @@ class WrittenOutAttention(nn.Module):
         qk, vo = self.weights
         states = hidden_states.unsqueeze(1)
         scores = output = 0
-        for (product, bias), weight in zip(self.qk, qk, strict=False):
+        for (product, bias), weight in zip(self.qk, qk, strict=True):
             score = (states @ product + bias[:, None]) @ states.mT
             scores = scores + score * self.scaling * weight
         attention = scores.softmax(-1)
-        for (product, bias), weight in zip(self.vo, vo, strict=False):
+        for (product, bias), weight in zip(self.vo, vo, strict=True):
             output = output + ((attention @ states @ product).sum(1) + bias) * weight
         return output, None
 
@@ -93,7 +93,7 @@ class WrittenOutLinear(nn.Module):
             self.products.append(product)
 
     def forward(self, states: Tensor) -> Tensor:
-        pairs = zip(self.products, self.weights, strict=False)
+        pairs = zip(self.products, self.weights, strict=True)
         return sum(F.linear(states, product) * weight for product, weight in pairs) + self.bias
 
 

@@ -74,7 +74,31 @@ def allocate_ranks(
         budget, model=model, scope=scope, statistics=statistics, batches=batches, progress=progress
     )
     ranks = _entries(sites, chosen)
+    return finish_plan(model, ranks, count, total, reduction, scope=scope, metric=metric, strategy=strategy)
 
+
+def finish_plan(
+    model: nn.Module,
+    ranks: Mapping[str, Any],
+    count: Callable[[nn.Module], int],
+    total: int,
+    reduction: float,
+    *,
+    scope: str,
+    metric: str,
+    strategy: str,
+) -> RankPlan:
+    """The plan of chosen ranks, with the reduction that it reaches counted on the built model.
+
+    Args:
+        model: the dense model; it is not changed.
+        ranks: entries by module path.
+        count: counts a model in units of the metric; `total` is what it says of the dense one.
+        reduction: what was asked; `scope`, `metric`, `strategy`: how.
+
+    Raises:
+        BudgetError: the built model is not within the budget.
+    """
     skeleton = meta_copy(model)
     apply_ranks(skeleton, ranks, initialize=False)
     reached = 1 - count(skeleton) / total
@@ -96,15 +120,20 @@ def allocate_ranks(
     )
 
 
-def _check_arguments(reduction: Any, metric: str, strategy: str, batches: Any, step: Any) -> None:
+def check_ask(reduction: Any, metric: Any, step: Any) -> None:
+    """Raise InvalidValueError for a reduction, a metric or a step of ranks that cannot be asked for."""
     if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
         raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
-    if strategy not in STRATEGIES:
-        raise InvalidValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
     if metric not in _METRICS:
         raise InvalidValueError(f"metric must be one of {', '.join(map(repr, _METRICS))}, got {metric!r}.")
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
         raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
+
+
+def _check_arguments(reduction: Any, metric: str, strategy: str, batches: Any, step: Any) -> None:
+    check_ask(reduction, metric, step)
+    if strategy not in STRATEGIES:
+        raise InvalidValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
     if strategy in MEASURING and batches is None:
         raise InvalidValueError(
             f"strategy={strategy!r} measures on calibration inputs: pass batches=, mappings or tensors of the main "

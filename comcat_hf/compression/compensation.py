@@ -19,7 +19,7 @@ from ..attention import LowRankLinear, Site, apply_ranks, eval_mode
 from ..attention.sites import block_of
 from ..attention.surgery import sites_for, substitute_module
 from ..errors import InvalidValueError
-from .statistics import TokenMask, collecting, prepare_batch
+from .statistics import TokenMask, collecting, prepare_batch, run_batch, token_mask
 
 
 __all__ = ["compress_in_order"]
@@ -104,7 +104,7 @@ class _Residual:
 
 class _Block:
     def __init__(self, model: nn.Module, path: str, calls: _Calls, before: _Calls | None, ridge: float) -> None:
-        self.model, self.path, self.calls, self.ridge = model, path, calls, ridge
+        self.model, self.calls, self.ridge = model, calls, ridge
         self.module = model.get_submodule(path)
         chained = before is not None and torch.equal(before.dense_out[0], calls.dense_in[0])
         calls.small_in = before.small_out if chained else calls.dense_in
@@ -216,9 +216,9 @@ def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any
         for path in paths:
             handle = model.get_submodule(path).register_forward_pre_hook(recorder(calls[path]), with_kwargs=True)
             stack.callback(handle.remove)
-        for batch in inputs:
+        for index, batch in enumerate(inputs):
             running = batch
-            model(**batch)
+            run_batch(model, batch, index)
     return calls
 
 
@@ -267,8 +267,8 @@ def _output_of(site: Site) -> tuple[str, nn.Module]:
 def _rest_moments(
     model: nn.Module, sites: Mapping[str, Site], names: list[str], inputs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    mask = TokenMask()
     with ExitStack() as stack:
+        mask = stack.enter_context(token_mask(model))
         collectors = {name: stack.enter_context(collecting(sites[name], mask)) for name in names}
         for batch in inputs:
             model(**batch)

@@ -6,7 +6,7 @@ here one forward of a [`NestedModel`] has the value and the gradients of that mi
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ..attention import apply_ranks, find_sites, meta_copy
+from ..attention import find_sites
 from ..configs import RankPlan
-from ..errors import BudgetError, CheckpointError, ComCATError, InvalidValueError
-from .allocation import _METRICS, _paths
-from .budget import TOLERANCE, Budget, default_step, entries, find_budget
+from ..errors import CheckpointError, ComCATError, InvalidValueError
+from .allocation import _METRICS, _paths, check_ask, finish_plan
+from .budget import Budget, default_step, entries, find_budget
 from .distillation import DistillationLoss, ask_teacher
 from .nested import Candidates, Key, NestedModel
 
@@ -221,7 +221,8 @@ def search_ranks(
     teacher = None if teacher is None else teacher.to(accelerator.device)
     search = _Search(accelerator, nested, candidates, budget, loss, teacher, beta, temperature, steps)
     search.run(loader, state, learning_rate, weight_decay, seed, progress)
-    return _plan(model, entries(sites, candidates.choose(state.logits)), budget, count, reduction, scope, metric)
+    ranks = entries(sites, candidates.choose(state.logits))
+    return finish_plan(model, ranks, count, budget.total, reduction, scope=scope, metric=metric, strategy="search")
 
 
 @dataclass(frozen=True)
@@ -323,36 +324,6 @@ def _length(loader: Any, epochs: int) -> int:
     return epochs * len(loader)
 
 
-def _plan(
-    model: nn.Module,
-    ranks: Mapping[str, Any],
-    budget: Budget,
-    count: Callable[[nn.Module], int],
-    reduction: float,
-    scope: str,
-    metric: str,
-) -> RankPlan:
-    skeleton = meta_copy(model)
-    apply_ranks(skeleton, ranks, initialize=False)
-    reached = 1 - count(skeleton) / budget.total
-    if not reduction - 1e-12 <= reached <= reduction + TOLERANCE:
-        raise BudgetError(
-            f"The plan removes {reached:.4f} of {type(model).__name__}'s {metric}, asked were {reduction} to "
-            f"{reduction + TOLERANCE}: its modules share weights in a way that cannot be budgeted."
-        )
-    return RankPlan(
-        ranks,
-        architecture=type(model).__name__,
-        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
-        revision=getattr(model.config, "_commit_hash", None),
-        scope=scope,
-        metric=metric,
-        strategy="search",
-        reduction=float(reduction),
-        reached=reached,
-    )
-
-
 def _check(
     reduction: Any,
     metric: Any,
@@ -363,10 +334,7 @@ def _check(
     epochs: Any,
     step: Any,
 ) -> None:
-    if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
-        raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
-    if metric not in _METRICS:
-        raise InvalidValueError(f"metric must be one of {', '.join(map(repr, _METRICS))}, got {metric!r}.")
+    check_ask(reduction, metric, step)
     for name, value in (("learning_rate", learning_rate), *(("temperature", value) for value in temperature)):
         if not 0 < value < math.inf:
             raise InvalidValueError(f"{name} must be above 0, got {value!r}.")
@@ -374,6 +342,6 @@ def _check(
         raise InvalidValueError(f"beta must be a number from 0, got {beta!r}.")
     if steps is not None and epochs is not None:
         raise InvalidValueError(f"Give either steps or epochs, got steps={steps!r} and epochs={epochs!r}.")
-    for name, value in (("steps", steps), ("epochs", epochs), ("step", step)):
+    for name, value in (("steps", steps), ("epochs", epochs)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InvalidValueError(f"{name} must be a whole number from 1 or None, got {value!r}.")

@@ -16,7 +16,7 @@ from .budget import Budget, Choice, Option
 from .outputs import Movement, main_output
 from .solver import ranks_of, solve
 from .spectra import discarded_energy
-from .statistics import collect_statistics, prepare_batch
+from .statistics import collect_statistics, prepare_batch, run_batch
 
 
 __all__ = ["interpolate", "measure", "sensitivity"]
@@ -198,14 +198,7 @@ class _Meter:
                 self.current = index
                 inputs = prepare_batch(self.model, self.batches[index], index, device)
                 with _watching(self.model, watch):
-                    try:
-                        output = self.model(**inputs)
-                    except torch.OutOfMemoryError:
-                        raise
-                    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-                        raise InvalidValueError(
-                            f"Calibration batch {index} does not fit {type(self.model).__name__}: {error}"
-                        ) from error
+                    output = run_batch(self.model, inputs, index)
                 mask = inputs.get("attention_mask")
                 yield output, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 

@@ -1,5 +1,6 @@
 """Second moments of head and layer activations, gathered on calibration batches."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -61,7 +62,7 @@ def collect_statistics(
     samples, error = 0, None
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
-        mask = stack.enter_context(_token_mask(model))
+        mask = stack.enter_context(token_mask(model))
         collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
         try:
             for index, batch in enumerate(tqdm(batches, desc="Statistics", disable=not progress)):
@@ -79,15 +80,20 @@ def collect_statistics(
 
 def _run(model: nn.Module, batch: Batch, index: int) -> int:
     inputs = prepare_batch(model, batch, index, next(model.parameters()).device)
+    run_batch(model, inputs, index)
+    return len(inputs[_main_input(model)])
+
+
+def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
+    """The model's output; inputs that it does not take give one InvalidValueError naming the batch."""
     try:
-        model(**inputs)
+        return model(**inputs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise InvalidValueError(
             f"Calibration batch {index} does not fit {type(model).__name__}: {error} (inputs: {_describe(inputs)})"
         ) from error
-    return len(inputs[_main_input(model)])
 
 
 def _reduce(
@@ -143,7 +149,7 @@ class TokenMask:
         return torch.ones(states.shape[:-1], dtype=torch.float64, device=states.device)
 
 
-class _Collector:
+class _Collector(ABC):
     """Adds up what passes one site."""
 
     side: str
@@ -157,8 +163,9 @@ class _Collector:
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        raise NotImplementedError
+        """Shapes of the sums that are no counts."""
 
     def zeros(self, device: torch.device) -> dict[str, Tensor]:
         """The sums of a process that saw nothing."""
@@ -284,7 +291,7 @@ def collecting(site: Site, mask: TokenMask) -> Iterator[Any]:
 
 
 @contextmanager
-def _token_mask(model: nn.Module) -> Iterator[TokenMask]:
+def token_mask(model: nn.Module) -> Iterator[TokenMask]:
     """Follow the mask into every submodel: of two towers only one may have it."""
     holder = TokenMask()
 

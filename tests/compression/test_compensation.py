@@ -144,3 +144,11 @@ def test_hooks_are_gone_and_the_mode_is_as_it_was(host):
     assert all(module.training for module in small.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
     assert len(outputs(small.eval(), inputs)) == len(outputs(model.eval(), inputs))
+
+
+def test_a_batch_that_does_not_fit_is_named(host):
+    model, inputs = host
+    name = model.main_input_name
+    batch = {name: inputs[name][:, :1] if inputs[name].ndim > 2 else torch.full_like(inputs[name], 10**6)}
+    with pytest.raises(InvalidValueError, match="batch 0 does not fit"):
+        compress(model, 0.3, batches=[batch], compensate=True)
