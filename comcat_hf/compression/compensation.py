@@ -19,16 +19,17 @@ from ..attention import LowRankLinear, Site, apply_ranks, eval_mode
 from ..attention.sites import block_of
 from ..attention.surgery import sites_for, substitute_module
 from ..errors import InvalidValueError
+from .regression import Regression
 from .statistics import TokenMask, collecting, prepare_batch, run_batch, token_mask
 
 
 __all__ = ["compress_in_order"]
 
-# Share of the mean variance of the inputs that holds the fitted output factor at the closed form.
-RIDGE = 1e-2
-
 # Relative error below which a sum of two captured tensors counts as the residual stream.
 _EXACT = 1e-3
+
+# Scales on a layer's output below this share of the largest count as zero.
+_NO_SCALE = 1e-6
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def compress_in_order(
     ranks: Mapping[str, Any],
     batches: Iterable[Any],
     *,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     progress: bool = False,
 ) -> None:
     """Replace the modules named in a plan, in place and in forward order, with compensation.
@@ -48,7 +49,8 @@ def compress_in_order(
         model: a dense model, changed in place; on an error it may be half changed, so pass a copy.
         ranks: entries of a plan by module path.
         batches: calibration inputs, read once.
-        ridge: pull of the output factors toward the closed form, as a share of their inputs' mean variance.
+        ridge: pull of the output factors toward the closed form, as a share of their inputs' mean variance; by
+            default the one with which either half of the batches predicts the other best.
         progress: show a progress bar over the blocks.
 
     Raises:
@@ -103,7 +105,7 @@ class _Residual:
 
 
 class _Block:
-    def __init__(self, model: nn.Module, path: str, calls: _Calls, before: _Calls | None, ridge: float) -> None:
+    def __init__(self, model: nn.Module, path: str, calls: _Calls, before: _Calls | None, ridge: float | None) -> None:
         self.model, self.calls, self.ridge = model, calls, ridge
         self.module = model.get_submodule(path)
         chained = before is not None and torch.equal(before.dense_out[0], calls.dense_in[0])
@@ -154,43 +156,19 @@ class _Block:
             handle = inner.register_forward_hook(lambda module, args, output: held.update(z=output))
         else:
             handle = inner.register_forward_pre_hook(lambda module, args: held.update(z=args[0]))
-        sums = _Sums()
+        regression = Regression()
         try:
             with _captured(self.module, {}) as seen:
                 for index, _ in enumerate(self._run(self.calls.small_in)):
                     events = {"block.in": self.calls.small_in[index], **seen}
                     wanted = totals[index] - events[residual.stream]
-                    sums.add(held["z"], wanted, self.mask.weights(held["z"]))
+                    regression.add(held["z"], wanted, self.mask.weights(held["z"]))
         finally:
             handle.remove()
-        sums.solve_into(linear, residual.scale, self.ridge)
-
-
-class _Sums:
-    """Weighted sums of a regression of `wanted` (tokens, d) on `z` (tokens, k)."""
-
-    def __init__(self) -> None:
-        self.values: list[Tensor] | None = None
-
-    def add(self, z: Tensor, wanted: Tensor, weights: Tensor) -> None:
-        z, wanted, w = z.double().flatten(0, -2), wanted.double().flatten(0, -2), weights.flatten()
-        weighted = z * w[:, None]
-        new = [w.sum(), weighted.sum(0), w @ wanted, weighted.T @ z, weighted.T @ wanted]
-        self.values = new if self.values is None else [a + b for a, b in zip(self.values, new, strict=True)]
-
-    def solve_into(self, linear: nn.Module, scale: Tensor, ridge: float) -> None:
-        count, z_sum, y_sum, zz, zy = self.values
-        z_mean, y_mean = z_sum / count, y_sum / count
-        covariance = zz / count - torch.outer(z_mean, z_mean)
-        cross = zy / count - torch.outer(z_mean, y_mean)
-        start, scale = linear.weight.double().T, scale.double()
-        pull = ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
-        system = covariance + pull * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+        scale = residual.scale
         # With a scale on the output the stream gets `scale * output`; where that is nothing, nothing can be fitted.
-        used = scale.abs() > 1e-6 * scale.abs().max()
-        divisor = torch.where(used, scale, 1.0)
-        weight = torch.linalg.solve(system, cross / divisor + pull * start)
-        bias = y_mean / divisor - z_mean @ weight
+        used = scale.abs() > _NO_SCALE * scale.abs().max()
+        weight, bias = regression.solve(linear.weight.double().T, torch.where(used, scale, 1.0), self.ridge)
         linear.weight[used] = weight.T.to(linear.weight)[used]
         linear.bias[used] = bias.to(linear.bias)[used]
 
