@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .attention import LowRankAttention, LowRankLinear, apply_ranks, fit_names, read_ranks
+from .attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names, read_ranks
 from .configs.ranks import RankPlan
 from .errors import CheckpointError, InvalidValueError
 
@@ -51,7 +51,7 @@ class ComCATQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class ComCATQuantizer(HfQuantizer):
-    """Rebuilds the low-rank skeleton before the weights are read, then withdraws."""
+    """Rebuilds the compressed skeleton before the weights are read, then withdraws."""
 
     requires_calibration = False
 
@@ -99,14 +99,14 @@ def plan_of(model: nn.Module) -> RankPlan:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     ranks = read_ranks(model)
     if not ranks:
-        raise InvalidValueError(f"{type(model).__name__} has no low-rank modules; compress it first.")
+        raise InvalidValueError(f"{type(model).__name__} has no low-rank modules or narrow MLPs; compress it first.")
     if isinstance(config, ComCATQuantizationConfig):
         return replace(config.plan, ranks=ranks)
     return RankPlan(ranks, architecture=type(model).__name__)
 
 
 def attach_plan(model: PreTrainedModel, plan: RankPlan | None = None) -> PreTrainedModel:
-    """Make a model with low-rank modules save itself as a native checkpoint with its rank file.
+    """Make a model with low-rank modules or narrow MLPs save itself as a native checkpoint with its rank file.
 
     Args:
         model: a model whose modules were replaced, without adapters.
@@ -182,7 +182,8 @@ def _fit_plan(plan: RankPlan, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _check_factors(model: PreTrainedModel, loading_info: Any) -> None:
-    modules = [name for name, m in model.named_modules() if isinstance(m, (LowRankAttention, LowRankLinear))]
+    kinds = (LowRankAttention, LowRankLinear, NarrowLinear)
+    modules = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     misfits = {key: (tuple(want), tuple(have)) for key, have, want in loading_info.mismatched_keys}
     # A head for other labels: whether that is meant, transformers' ignore_mismatched_sizes says.
     relabelled = [n for n in modules if "." not in n and {f"{n}.weight", f"{n}.bias"} <= set(misfits)]

@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "factorization": 0.5,
     "transport": 0.5,
+    "width": 0.75,
     "configs": 1,
     "attention": 2,
     "native": 2.5,

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from comcat_hf import RankPlan, compress, plan_of
-from comcat_hf.attention import read_ranks
+from comcat_hf.attention import NarrowLinear, apply_ranks, find_sites, read_ranks
 from comcat_hf.errors import CheckpointError, InvalidValueError, RankPlanError
 from comcat_hf.native import attach_plan
 from tests.helpers import MODELS, images, outputs, small_vit
@@ -47,6 +48,20 @@ CLASSES = {
 def small(family="vit", reduction=0.5, **settings):
     model, inputs = MODELS[family](**settings)
     return compress(model, reduction), inputs
+
+
+def narrowed(family="vit", **settings):
+    """Widths in the first MLP of every tower, ranks in the layers of the others."""
+    model, inputs = MODELS[family](**settings)
+    sites = find_sites(model, "mlp", width=True)
+    plan = {}
+    for name, site in sites.items():
+        if site.kind == "mlp":
+            first = re.search(r"\.0(\.|$)", name)
+            plan |= {name: {"width": 21}} if first else dict.fromkeys(site.dense_modules(), 6)
+    assert {type(entry) for entry in plan.values()} == {dict, int}
+    apply_ranks(model, plan)
+    return attach_plan(model), inputs
 
 
 def loader_of(family, model):
@@ -73,8 +88,9 @@ def load(folder, **options):
 
 
 @pytest.mark.parametrize("family", list(MODELS))
-def test_round_trip_is_exact_also_the_second_time(family, tmp_path):
-    model, inputs = small(family)
+@pytest.mark.parametrize("build", [small, narrowed])
+def test_round_trip_is_exact_also_the_second_time(build, family, tmp_path):
+    model, inputs = build(family)
     model.save_pretrained(tmp_path / "one")
     assert {path.name for path in (tmp_path / "one").iterdir()} >= FILES
     loaded = loader_of(family, model).from_pretrained(tmp_path / "one")
@@ -208,6 +224,49 @@ def test_bare_backbone_and_back(saved, tmp_path):
     assert torch.equal(part(pixels).last_hidden_state, model.vit(pixels).last_hidden_state)
 
 
+@pytest.mark.parametrize(
+    ("family", "auto"), [("vit", load), ("bert", AutoModelForSequenceClassification.from_pretrained)]
+)
+def test_a_narrowed_backbone_and_back(family, auto, tmp_path):
+    model, inputs = narrowed(family)
+    model.save_pretrained(tmp_path / "model")
+    bare = AutoModel.from_pretrained(tmp_path / "model")
+    assert dict(plan_of(bare).ranks) == {
+        n.removeprefix(f"{family}."): entry for n, entry in plan_of(model).ranks.items()
+    }
+    hidden = model.base_model(**inputs).last_hidden_state
+    assert torch.equal(bare(**inputs).last_hidden_state, hidden)
+    bare.save_pretrained(tmp_path / "bare")
+    headed = auto(tmp_path / "bare", num_labels=3)
+    assert torch.equal(headed.base_model(**inputs).last_hidden_state, hidden)
+    assert plan_of(headed).ranks == plan_of(model).ranks
+
+
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"dtype": torch.bfloat16}])
+@pytest.mark.parametrize("family", ["vit", "dinov2_swiglu", "bert"])
+def test_every_missing_or_misshapen_narrow_tensor_is_an_error_that_names_it(family, options, tmp_path):
+    model, _ = narrowed(family)
+    model.save_pretrained(tmp_path / "whole")
+    names = [n for n, m in model.named_modules() if isinstance(m, NarrowLinear)]
+    mapping = {tuple(tensor.shape) for name in names for tensor in model.get_submodule(name).parameters()}
+    saved_as = load_file(tmp_path / "whole" / "model.safetensors")
+    # By shape, since files may have the names of older versions.
+    found = [key for key, tensor in saved_as.items() if tuple(tensor.shape) in mapping and 21 in tensor.shape]
+    assert len(found) == len(names) * 2 - 1
+    for number, key in enumerate(found):
+        for change, says in ((lambda t, k=key: t.pop(k), "found none"), (lambda t, k=key: _cut(t, k), "found")):
+            broken = tmp_path / f"{number}{says}"
+            shutil.copytree(tmp_path / "whole", broken)
+            edit_tensors(broken, change)
+            with pytest.raises(CheckpointError, match=says) as caught:
+                type(model).from_pretrained(broken, **options)
+            assert any(f"expected {name}." in str(caught.value) for name in names)
+
+
+def _cut(tensors, key):
+    tensors[key] = tensors[key][:-1]
+
+
 def test_only_the_head_compressed(tmp_path):
     model, inputs = small_vit(num_labels=20)
     model = compress(model, plan=RankPlan({"classifier": 4}))
@@ -333,6 +392,7 @@ def test_a_process_without_the_import_stops(tmp_path):
     plans["vo"] = RankPlan({"vit.layers.1.attention": {"vo": 15}})
     plans["qk"] = RankPlan({"vit.layers.1.attention": {"qk": 15}})
     plans["classifier"] = RankPlan({"classifier": 2})
+    plans["width"] = RankPlan({"vit.layers.1.mlp": {"width": 79}})
     for name, plan in plans.items():
         compress(model, plan=plan).save_pretrained(tmp_path / name)
     command = [sys.executable, "-c", UNIMPORTED, *(str(tmp_path / name) for name in plans)]
@@ -412,6 +472,11 @@ def test_a_factor_of_another_shape_is_an_error_that_names_it(saved, ignore):
         ({"vit.layers.0.mlp.fc1": 0}, RankPlanError, r"config\.json.*vit\.layers\.0\.mlp\.fc1.*got 0"),
         ({"vit.layers.0.mlp.fc1": "7"}, RankPlanError, r"config\.json.*vit\.layers\.0\.mlp\.fc1.*got '7'"),
         ({"vit.layers.0.mlp.fc1": 999}, RankPlanError, r"vit\.layers\.0\.mlp\.fc1.*1 to 48.*got 999"),
+        (
+            {"vit.layers.0.mlp": {"width": 9}},
+            RankPlanError,
+            r"fc1 has the entry \d+ and vit\.layers\.0\.mlp the entry",
+        ),
         ({"vit.layers.0.mlp.fc9": 4}, RankPlanError, r"vit\.layers\.0\.mlp\.fc9.*ViTForImageClassification"),
         ({"bert.encoder.layer.0.attention.self": {"qk": 4}}, RankPlanError, r"bert\.encoder"),
     ],

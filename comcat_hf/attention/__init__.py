@@ -1,13 +1,18 @@
-"""Which attention modules we know, and what replaces them."""
+"""Which attention modules and MLPs we know, and what replaces them."""
 
+from .finding import SCOPES as SCOPES
+from .finding import find_sites as find_sites
+from .mlps import MLPFamily as MLPFamily
+from .mlps import MLPView as MLPView
+from .mlps import register_mlp_family as register_mlp_family
 from .modules import LowRankAttention as LowRankAttention
 from .modules import LowRankLinear as LowRankLinear
-from .sites import SCOPES as SCOPES
+from .modules import NarrowLinear as NarrowLinear
 from .sites import AttentionSite as AttentionSite
 from .sites import LinearSite as LinearSite
+from .sites import MLPSite as MLPSite
 from .sites import Site as Site
 from .sites import Tokens as Tokens
-from .sites import find_sites as find_sites
 from .surgery import apply_ranks as apply_ranks
 from .surgery import eval_mode as eval_mode
 from .surgery import fit_names as fit_names

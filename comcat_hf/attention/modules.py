@@ -1,6 +1,6 @@
-"""What replaces the dense modules: low-rank attention and low-rank linear layers.
+"""What replaces the dense modules: low-rank attention, low-rank linear layers, and the layers of a narrowed MLP.
 
-Both keep the parameter names of the module they replace, at smaller shapes. A process that does not know this package
+All keep the parameter names of the module they replace, at smaller shapes. A process that does not know this package
 therefore stops on a size mismatch when it loads such a checkpoint, where it would otherwise invent weights.
 """
 
@@ -16,18 +16,27 @@ from transformers.models.vit.modeling_vit import eager_attention_forward
 from .views import AttentionFamily, AttentionView
 
 
-__all__ = ["LowRankAttention", "LowRankLinear"]
+__all__ = ["LowRankAttention", "LowRankLinear", "NarrowLinear"]
 
 # What a host module's __dict__ holds besides its own settings: nn.Module's slots, and accelerate's forward wrapping.
 _NOT_SETTINGS = frozenset(nn.Module().__dict__) | {"forward", "_hf_hook", "_old_forward"}
 _CAPTURE_HOOKS = "transformers.utils.output_capturing"
 
 
-def low_rank_projection(linear: nn.Linear, out_features: int, in_features: int, bias: bool) -> nn.Linear:
-    """An empty `nn.Linear` of other sizes, on the device and in the dtype of the one given."""
+class NarrowLinear(nn.Linear):
+    """A layer of an MLP that has lost hidden units: fewer outputs before the activation, or fewer inputs behind it.
+
+    It computes what `nn.Linear` does; the class says that its size is a choice and not the configuration's.
+    """
+
+
+def empty_linear(
+    linear: nn.Linear, out_features: int, in_features: int, bias: bool, cls: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
+    """An empty linear layer of other sizes, on the device and in the dtype of the one given."""
     weight = linear.weight
     return nn.utils.skip_init(
-        nn.Linear, in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype
+        cls, in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype
     ).train(linear.training)
 
 
@@ -111,9 +120,9 @@ class LowRankAttention(nn.Module):
             rank = ranks.get(name)
             if rank is not None:
                 bias = name == view.family.query and child.bias is not None
-                module.add_module(name, low_rank_projection(child, heads * rank, child.in_features, bias))
+                module.add_module(name, empty_linear(child, heads * rank, child.in_features, bias))
             elif child is view.output and vo_rank is not None:
-                module.add_module(name, low_rank_projection(child, child.out_features, heads * vo_rank, True))
+                module.add_module(name, empty_linear(child, child.out_features, heads * vo_rank, True))
             else:
                 _borrow(module, name, child)
         return module

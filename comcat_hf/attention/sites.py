@@ -1,12 +1,12 @@
-"""Sites: the places of a model that a rank plan can give a rank to.
+"""Sites: the places of a model that a rank plan can give a rank to, or a width.
 
 A site knows its dense module or modules, which entries of a plan it takes, what those cost, which modules replace the
 dense ones and how the replacements get their factors. Everything above (tuner, native loading, allocation) works on
-sites alone, so that a further kind of site is a further class here and a row in `_FINDERS`.
+sites alone, so that a further kind of site is a further class here and a row in `finding.py`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -14,18 +14,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidValueError, RankPlanError, UnsupportedModuleError
+from ..errors import InvalidValueError, RankPlanError
 from ..factorization import AttentionMoments, LinearMoments, factorize_linear, factorize_qk, factorize_vo
-from .modules import LowRankAttention, LowRankLinear, low_rank_projection
-from .views import AttentionView, attention_paths, attention_views, class_path, is_plain_linear, named_base_modules
+from ..width import HiddenUnits, narrow_mlp, order_units
+from .mlps import MLPView
+from .modules import LowRankAttention, LowRankLinear, NarrowLinear, empty_linear
+from .views import AttentionView
 
 
-__all__ = ["SCOPES", "AttentionSite", "LinearSite", "Site", "find_sites"]
-
-SCOPES = ("model", "attention", "mlp")
+__all__ = ["AttentionSite", "LinearSite", "MLPSite", "Site", "Tokens", "block_of", "check_disjoint"]
 
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)(?:\.|$)")
-_CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier", "head", "score")
 
 Entry = int | Mapping[str, int]
 
@@ -39,14 +38,26 @@ class Tokens:
 
 
 class Site(Protocol):
-    """One place that a rank can be given to."""
+    """One place that a rank or a width can be given to.
+
+    Attributes:
+        kind: `"attention"`, `"linear"` or `"mlp"`.
+        replacement: class of the first of the substitutes.
+        name: under which path plans name it.
+    """
 
     kind: ClassVar[str]
+    replacement: ClassVar[type[nn.Module]]
     name: str
 
     @property
+    def moments_path(self) -> str:
+        """Path of the module at which its moments are gathered, and under which statistics hold them."""
+        ...
+
+    @property
     def choices(self) -> dict[str, int]:
-        """What can be chosen here, each with the rank from which on the weights better stay dense."""
+        """What can be chosen here, each with the rank (or width) from which on the weights better stay dense."""
         ...
 
     def entry(self, ranks: Mapping[str, int | None]) -> Entry | None:
@@ -73,8 +84,12 @@ class Site(Protocol):
         """Empty modules that replace the dense ones, by path; device and dtype are those of the dense ones."""
         ...
 
+    def prepare(self, moments: Any | None = None) -> Any:
+        """Do once what all ranks have in common; [`initialize`] takes the result in place of the moments."""
+        ...
+
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: Any | None = None) -> None:
-        """Fill substitutes with the closed form, from the weights alone or from moments."""
+        """Fill substitutes with the closed form, from the weights alone or from moments, prepared or not."""
         ...
 
 
@@ -84,9 +99,14 @@ class AttentionSite:
 
     view: AttentionView
     kind: ClassVar[str] = "attention"
+    replacement: ClassVar[type[nn.Module]] = LowRankAttention
 
     @property
     def name(self) -> str:
+        return self.view.name
+
+    @property
+    def moments_path(self) -> str:
         return self.view.name
 
     @property
@@ -138,8 +158,11 @@ class AttentionSite:
         modules: dict[str, nn.Module] = {view.name: LowRankAttention.from_view(view, ranks.get("qk"), ranks.get("vo"))}
         if view.family.output_in_parent and ranks.get("vo") is not None:
             width = view.num_heads * ranks["vo"]
-            modules[view.output_name] = low_rank_projection(view.output, view.output.out_features, width, True)
+            modules[view.output_name] = empty_linear(view.output, view.output.out_features, width, True)
         return modules
+
+    def prepare(self, moments: AttentionMoments | None = None) -> AttentionMoments | None:
+        return moments
 
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: AttentionMoments | None = None) -> None:
@@ -182,6 +205,11 @@ class LinearSite:
     name: str
     linear: nn.Linear
     kind: ClassVar[str] = "linear"
+    replacement: ClassVar[type[nn.Module]] = LowRankLinear
+
+    @property
+    def moments_path(self) -> str:
+        return self.name
 
     @property
     def choices(self) -> dict[str, int]:
@@ -219,6 +247,9 @@ class LinearSite:
             )
         return {self.name: module.to_empty(device=weight.device).train(self.linear.training)}
 
+    def prepare(self, moments: LinearMoments | None = None) -> LinearMoments | None:
+        return moments
+
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: LinearMoments | None = None) -> None:
         module = substitutes[self.name]
@@ -232,86 +263,114 @@ class LinearSite:
             module.bias.copy_(factors.bias)
 
 
+@dataclass(frozen=True)
+class MLPSite:
+    """A known MLP: its one choice is its width, how many hidden units are kept."""
+
+    view: MLPView
+    kind: ClassVar[str] = "mlp"
+    replacement: ClassVar[type[nn.Module]] = NarrowLinear
+
+    @property
+    def name(self) -> str:
+        return self.view.name
+
+    @property
+    def moments_path(self) -> str:
+        # What enters the output layer are the hidden units.
+        return self.view.output_name
+
+    @property
+    def choices(self) -> dict[str, int]:
+        return {"width": self.view.width}
+
+    def entry(self, ranks: Mapping[str, int | None]) -> dict[str, int] | None:
+        width = ranks.get("width")
+        return None if width is None else {"width": width}
+
+    def ranks(self, entry: Any) -> dict[str, int | None]:
+        if not isinstance(entry, Mapping) or set(entry) != {"width"}:
+            raise RankPlanError(f"{self.name} is an MLP: its entry must be {{'width': k}}, got {entry!r}.")
+        _check_rank(self.name, entry["width"], self.view.width, "its hidden units", "width")
+        return {"width": entry["width"]}
+
+    def saved_parameters(self, choice: str, rank: int | None) -> int:
+        if rank is None:
+            return 0
+        view, cut = self.view, self.view.width - rank
+        a_unit = sum(first.in_features + (first.bias is not None) for _, first in view.first)
+        new_bias = view.output.out_features if view.output.bias is None else 0
+        return cut * (a_unit + view.output.out_features) - new_bias
+
+    def saved_macs(self, choice: str, rank: int | None, tokens: Tokens) -> int:
+        if rank is None:
+            return 0
+        view = self.view
+        a_unit = sum(first.in_features for _, first in view.first) + view.output.out_features
+        return tokens.queries * (view.width - rank) * a_unit
+
+    def dense_modules(self) -> dict[str, nn.Module]:
+        return self.view.layers()
+
+    def substitutes(self, ranks: Mapping[str, int | None]) -> dict[str, nn.Module]:
+        view, width = self.view, ranks["width"]
+        modules: dict[str, nn.Module] = {
+            path: empty_linear(first, width, first.in_features, first.bias is not None, NarrowLinear)
+            for path, first in view.first
+        }
+        modules[view.output_name] = empty_linear(view.output, view.output.out_features, width, True, NarrowLinear)
+        return modules
+
+    @torch.no_grad()
+    def prepare(self, moments: LinearMoments | HiddenUnits | None = None) -> HiddenUnits:
+        if isinstance(moments, HiddenUnits):
+            return moments
+        scale = torch.ones(self.view.width, dtype=torch.float64, device=self.view.output.weight.device)
+        for _, first in self.view.first:
+            # A gated unit is a product.
+            bias = 0.0 if first.bias is None else first.bias.double().square()
+            scale *= (first.weight.double().square().sum(1) + bias).sqrt()
+        with _errors_name(self.name):
+            return order_units(self.view.output.weight, moments, importance=scale)
+
+    @torch.no_grad()
+    def initialize(
+        self, substitutes: Mapping[str, nn.Module], moments: LinearMoments | HiddenUnits | None = None
+    ) -> None:
+        view, output, units = self.view, substitutes[self.view.output_name], self.prepare(moments)
+        with _errors_name(self.name):
+            factors = narrow_mlp(view.output.weight, view.output.bias, output.in_features, units)
+        for path, first in view.first:
+            substitutes[path].weight.copy_(first.weight[factors.units])
+            if first.bias is not None:
+                substitutes[path].bias.copy_(first.bias[factors.units])
+        output.weight.copy_(factors.output_weight)
+        output.bias.copy_(factors.output_bias)
+
+
+def check_disjoint(sites: Iterable[Site], entries: Mapping[str, Any]) -> None:
+    """Raise RankPlanError if two sites named in a plan replace one module: an MLP's width, and a rank in a layer."""
+    owners: dict[str, str] = {}
+    for site in sites:
+        for path in site.dense_modules():
+            other = owners.setdefault(path, site.name)
+            if other != site.name:
+                raise RankPlanError(
+                    f"{other} has the entry {entries[other]!r} and {site.name} the entry {entries[site.name]!r}; both "
+                    f"replace {path}, expected a width for the MLP or ranks for its layers. Take one of the two out "
+                    "of the plan."
+                )
+
+
 def block_of(name: str) -> str | None:
     """Path of the block that a module lies in, its innermost numbered parent; `None` outside all blocks."""
     match = _BLOCK.match(name.rpartition(".")[0])
     return match[1] if match else None
 
 
-def _attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
-    yield from map(AttentionSite, attention_views(model).values())
-
-
-def _mlp_sites(model: nn.Module) -> Iterator[LinearSite]:
-    """Linear layers of the blocks that hold attention, outside it."""
-    attention = attention_paths(model)
-    blocks = {block for name in attention if (block := block_of(name))}
-    for name, linear in _plain_linears(model):
-        if _lies_under(name, blocks) and not _lies_under(name, attention):
-            yield LinearSite(name, linear)
-
-
-def _classifier_sites(model: nn.Module) -> Iterator[LinearSite]:
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    for name, linear in _plain_linears(model):
-        # SigLIP's text tower names its projection `head`.
-        if name in _CLASSIFIERS and labels in (None, linear.out_features):
-            yield LinearSite(name, linear)
-
-
-_FINDERS: dict[str, tuple[Callable[[nn.Module], Iterator[Site]], ...]] = {
-    "attention": (_attention_sites,),
-    "mlp": (_mlp_sites,),
-    "linear": (_mlp_sites, _classifier_sites),
-    "model": (_attention_sites, _mlp_sites, _classifier_sites),
-}
-
-
-def find_sites(model: nn.Module, scope: str = "model") -> dict[str, Site]:
-    """Every site of a model within a scope, by path, in the order of the model's modules.
-
-    Args:
-        model: a transformers model, with or without adapters.
-        scope: `"model"` (attention, MLP and classifier), `"attention"`, `"mlp"` or `"linear"` (MLP and classifier).
-
-    Raises:
-        InvalidValueError: unknown scope.
-        UnsupportedModuleError: the model has no attention that is known, or one that is not known.
-    """
-    if scope not in _FINDERS:
-        raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
-    sites = {site.name: site for finder in _FINDERS[scope] for site in finder(model)}
-    if not sites and scope in SCOPES:
-        raise UnsupportedModuleError(
-            f"{class_path(type(model))} has nothing to factorise in scope {scope!r}: no known attention module was "
-            "found, or all are low-rank already. Models whose attention modules are known are listed in "
-            "docs/constraints.md."
-        )
-    order = {name: index for index, (name, _, _) in enumerate(named_base_modules(model))}
-    return dict(sorted(sites.items(), key=lambda item: order[item[0]]))
-
-
-def _plain_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Plain linear layers whose weight no other module shares."""
-    owners: dict[int, int] = {}
-    modules = list(named_base_modules(model))
-    low_rank = [name for name, module, _ in modules if isinstance(module, LowRankLinear)]
-    for _, module, _ in modules:
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for name, module, _ in modules:
-        plain = is_plain_linear(module) and owners[id(module.weight)] == 1
-        if plain and not _lies_under(name, low_rank):
-            yield name, module
-
-
-def _lies_under(name: str, paths: Iterable[str]) -> bool:
-    return any(name.startswith(f"{path}.") for path in paths)
-
-
-def _check_rank(where: str, rank: Any, limit: int, what: str) -> None:
+def _check_rank(where: str, rank: Any, limit: int, what: str, choice: str = "rank") -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
-        raise RankPlanError(f"{where}: the rank must be a whole number from 1 to {limit} ({what}), got {rank!r}.")
+        raise RankPlanError(f"{where}: the {choice} must be a whole number from 1 to {limit} ({what}), got {rank!r}.")
 
 
 @contextmanager

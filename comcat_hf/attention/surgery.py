@@ -1,4 +1,4 @@
-"""Putting low-rank modules into a model, and reading off which ranks a model has."""
+"""Putting low-rank and narrow modules into a model, and reading off which ranks a model has."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import RankPlanError
+from .finding import find_sites
+from .mlps import narrowed_mlps
 from .modules import LowRankAttention, LowRankLinear
-from .sites import Entry, Site, find_sites
+from .sites import Entry, Site, check_disjoint
 from .views import check_no_adapter, named_base_modules
 
 
@@ -55,7 +57,7 @@ def apply_ranks(
     initialize: bool = True,
     statistics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace the modules named by low-rank ones, in place.
+    """Replace the modules named by low-rank ones and narrow the MLPs named, in place.
 
     Everything is checked and computed before the first module is replaced: an error leaves the model as it was.
 
@@ -63,11 +65,11 @@ def apply_ranks(
         model: a model without adapters.
         ranks: entries of a plan by module path.
         initialize: fill the factors with the closed form; `False` leaves them empty, for weights to be loaded into.
-        statistics: moments by module path (and path of the site's linear layers), as gathered by
-            `collect_statistics`.
+        statistics: moments by module path, as gathered by `collect_statistics`.
 
     Raises:
-        RankPlanError: unknown module names or ranks that do not fit.
+        RankPlanError: unknown module names, ranks that do not fit, an MLP with a width and a rank for one of its
+            layers.
         InvalidValueError: weights that are not finite, or statistics of another model.
         UnsupportedModuleError: attention that is not known, quantised weights, adapters on a module that is named.
     """
@@ -77,7 +79,7 @@ def apply_ranks(
         site = sites[name]
         substitutes = site.substitutes(site.ranks(entry))
         if initialize:
-            site.initialize(substitutes, (statistics or {}).get(name))
+            site.initialize(substitutes, (statistics or {}).get(site.moments_path))
         dense = site.dense_modules()
         for path in substitutes:
             check_no_adapter(path, model.get_submodule(path))
@@ -96,7 +98,7 @@ def substitute_module(model: nn.Module, dense: nn.Module, substitute: nn.Module)
 
 
 def read_ranks(model: nn.Module) -> dict[str, Entry]:
-    """Which ranks a model has, by module path; adapters are not counted."""
+    """Which ranks and widths a model has, by module path; adapters are not counted."""
     ranks: dict[str, Entry] = {}
     for name, module, _ in named_base_modules(model):
         if isinstance(module, LowRankAttention):
@@ -104,7 +106,7 @@ def read_ranks(model: nn.Module) -> dict[str, Entry]:
             ranks[name] = {pair: rank for pair, rank in pairs.items() if rank is not None}
         elif isinstance(module, LowRankLinear):
             ranks[name] = module.rank
-    return ranks
+    return ranks | {name: {"width": width} for name, width in narrowed_mlps(model)}
 
 
 def fit_names(ranks: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
@@ -123,10 +125,11 @@ def fit_names(ranks: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
 
 
 def sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site]:
-    sites = find_sites(model, "linear")
+    """The sites of a model by path, after a check that a plan's names are among them and do not overlap."""
+    sites = find_sites(model, "linear", width=True)
     if not set(ranks) <= set(sites):
         # Only here: a plan without attention asks nothing of the attention classes, which then need not be known.
-        sites = find_sites(model)
+        sites = find_sites(model, width=True)
     unknown = [name for name in ranks if name not in sites]
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
@@ -134,4 +137,5 @@ def sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site
             f"The plan names {shown}, which {type(model).__name__} does not have or which cannot be factorised. "
             f"Expected names such as {', '.join(list(sites)[:3])}. Was the plan made for another model?"
         )
+    check_disjoint([sites[name] for name in ranks], ranks)
     return sites

@@ -1,10 +1,11 @@
-"""The attention classes of transformers that we know, and those we refuse with a reason."""
+"""The attention and MLP classes of transformers that we know, and the attention that we refuse with a reason."""
 
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
+from .mlps import MLPFamily
 from .views import AttentionFamily
 
 
@@ -52,6 +53,31 @@ FAMILIES: tuple[AttentionFamily, ...] = (
     _bert(_models("dpt.modeling_dpt.DPTSelfAttention")),
     _bert(_models("yolos.modeling_yolos.YolosSelfAttention")),
     _bert(_models("bert.modeling_bert.BertSelfAttention"), dropout="dropout", refuse=_refuse_decoder),
+)
+
+# One module with both layers.
+_fc: Callable[..., MLPFamily] = partial(MLPFamily, first=("fc1",), second="fc2")
+# Gate and value are layers of their own, also where a checkpoint holds them as one tensor.
+_swiglu: Callable[..., MLPFamily] = partial(MLPFamily, first=("gate_proj", "up_proj"), second="down_proj")
+# Older style: both layers in modules of the block, whose output also adds the residual.
+_block: Callable[..., MLPFamily] = partial(MLPFamily, first=("intermediate.dense",), second="output.dense")
+
+MLPS: tuple[MLPFamily, ...] = (
+    _fc(_models("vit.modeling_vit.ViTMLP")),
+    _fc(_models("deit.modeling_deit.DeiTMLP")),
+    _fc(_models("dinov2.modeling_dinov2.Dinov2MLP")),
+    _swiglu(_models("dinov2.modeling_dinov2.Dinov2SwiGLUFFN")),
+    _fc(_models("dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersMLP")),
+    _swiglu(_models("dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN")),
+    _fc(_models("ijepa.modeling_ijepa.IJepaMLP")),
+    _fc(_models("vit_msn.modeling_vit_msn.ViTMSNMLP")),
+    _fc(_models("vit_mae.modeling_vit_mae.ViTMAEMLP")),
+    _fc(_models("clip.modeling_clip.CLIPMLP")),
+    _fc(_models("siglip.modeling_siglip.SiglipMLP")),
+    _block(_models("videomae.modeling_videomae.VideoMAELayer")),
+    _block(_models("dpt.modeling_dpt.DPTViTLayer")),
+    _block(_models("yolos.modeling_yolos.YolosLayer")),
+    _block(_models("bert.modeling_bert.BertLayer")),
 )
 
 _POSITION_BIAS = "it adds a relative position bias to the scores, which is no product of query and key"

@@ -6,8 +6,9 @@ module inside one model. Families are plain data: a new one is a row in `attenti
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ __all__ = [
 _PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
+
+Family = TypeVar("Family")
 
 
 def class_path(cls: type) -> str:
@@ -114,31 +117,49 @@ class AttentionView:
         return {**inputs, self.output_name: self.output}
 
 
-class _Registry:
-    """Families by the import path of their host class; filled on first use, so that no host library is imported."""
+class Registry(Generic[Family]):
+    """Families by the import path of their host class; filled on first use, so that no host library is imported.
 
-    def __init__(self) -> None:
-        self._families: dict[str, AttentionFamily] | None = None
+    Args:
+        what: what the families describe, for errors.
+        rows: gives the rows of the libraries we know.
+    """
+
+    def __init__(self, what: str, rows: Callable[[], Iterable[Family]]) -> None:
+        self._what, self._rows = what, rows
+        self._families: dict[str, Family] | None = None
 
     @property
-    def families(self) -> dict[str, AttentionFamily]:
+    def families(self) -> dict[str, Family]:
         if self._families is None:
-            from . import transformers
-
-            self._families = {family.host: family for family in transformers.FAMILIES}
+            self._families = {family.host: family for family in self._rows()}
         return self._families
 
-    @property
-    def refusals(self) -> dict[str, str]:
-        from . import transformers
-
-        return dict(transformers.REFUSED)
-
-    def find(self, module: nn.Module) -> AttentionFamily | None:
+    def find(self, module: nn.Module) -> Family | None:
         return self.families.get(class_path(type(module)))
 
+    def add(self, family: Family) -> None:
+        known = self.families.get(family.host)
+        if known is not None and known != family:
+            raise InvalidValueError(
+                f"The {self._what} class {family.host} is registered already, as {known}; got {family}."
+            )
+        self.families[family.host] = family
 
-_registry = _Registry()
+
+def _rows() -> Iterable[AttentionFamily]:
+    from . import transformers
+
+    return transformers.FAMILIES
+
+
+def _refusals() -> dict[str, str]:
+    from . import transformers
+
+    return dict(transformers.REFUSED)
+
+
+_registry = Registry("attention", _rows)
 
 
 def register_attention_family(family: AttentionFamily) -> None:
@@ -152,10 +173,7 @@ def register_attention_family(family: AttentionFamily) -> None:
     Raises:
         InvalidValueError: if the class is registered already with another description.
     """
-    known = _registry.families.get(family.host)
-    if known is not None and known != family:
-        raise InvalidValueError(f"The attention class {family.host} is registered already, as {known}; got {family}.")
-    _registry.families[family.host] = family
+    _registry.add(family)
 
 
 def known_attention_classes() -> list[str]:
@@ -174,8 +192,7 @@ def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
     def walk(
         name: str, module: nn.Module, parent: nn.Module | None
     ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-        while _is_tuner_layer(module):
-            module = module.base_layer
+        module = base_module(module)
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -246,6 +263,13 @@ def _attention_modules(
     return found
 
 
+def base_module(module: nn.Module) -> nn.Module:
+    """The module below whatever adapters wrap it."""
+    while _is_tuner_layer(module):
+        module = module.base_layer
+    return module
+
+
 def _is_tuner_layer(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
@@ -314,7 +338,7 @@ def _check_unshared(views: dict[str, AttentionView]) -> None:
 
 def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> UnsupportedModuleError:
     cls = class_path(type(module))
-    reason, fix = reason or _registry.refusals.get(cls), ""
+    reason, fix = reason or _refusals().get(cls), ""
     if reason is None:
         reason = "no family describes this class"
         fix = ", or describe the class with comcat_hf.attention.register_attention_family"

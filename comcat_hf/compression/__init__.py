@@ -9,5 +9,6 @@ from .finetuning import finetune as finetune
 from .search import SearchState as SearchState
 from .search import search_ranks as search_ranks
 from .search import split_for_search as split_for_search
+from .sensitivity import measure_sensitivities as measure_sensitivities
 from .statistics import Statistics as Statistics
 from .statistics import collect_statistics as collect_statistics

@@ -6,20 +6,26 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import Site, apply_ranks, find_sites, meta_copy
+from ..attention import apply_ranks, find_sites, meta_copy
 from ..configs import RankPlan
 from ..errors import BudgetError, InvalidValueError
-from .budget import TOLERANCE, Budget, Choice, Option
-from .budget import default_step as _default_step
-from .budget import entries as _entries
-from .budget import find_budget as _budget
-from .budget import land as _land  # noqa: F401 - the search lands with it
-from .counting import count_macs, count_parameters
+from .budget import (
+    METRICS,
+    TOLERANCE,
+    WAYS,
+    check_choice,
+    default_step,
+    entries,
+    find_budget,
+    module_paths,
+    sites_by_way,
+)
 from .moments import Statistics
+from .sensitivity import Sensitivities
 from .strategies import INFORMED, MEASURING, STRATEGIES
 
 
-__all__ = ["STRATEGIES", "TOLERANCE", "Budget", "Choice", "Option", "allocate_ranks"]
+__all__ = ["STRATEGIES", "TOLERANCE", "allocate_ranks"]
 
 
 def allocate_ranks(
@@ -29,8 +35,10 @@ def allocate_ranks(
     scope: str = "model",
     metric: str = "params",
     strategy: str = "uniform",
+    mlp: str | None = None,
     statistics: Mapping[str, Any] | None = None,
     batches: Iterable[Any] | None = None,
+    sensitivities: Sensitivities | None = None,
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -46,10 +54,16 @@ def allocate_ranks(
         strategy: `"uniform"`: the same share of every site. `"spectrum"`: the least discarded energy, summed over
             sites, each relative to its own. `"sensitivity"`: the least movement of the model's output, measured one
             site at a time; logs beforehand how many forward passes that takes.
+        mlp: how MLPs shrink. `"width"`: hidden units are cut; MLPs that are not known, and the classifier, get ranks.
+            `"rank"`: their layers get ranks, the paper's way. `"mixed"`: the one or the other, MLP by MLP, whichever
+            costs less; not for `"uniform"`, which knows no cost. By default `"width"` where there are statistics or
+            batches, which it needs to make up for the units it cuts, else `"rank"`.
         statistics: what [`collect_statistics`] returned for this model and scope. `"spectrum"` does without,
             `"sensitivity"` gathers them from the batches where none are given, `"uniform"` does not look at them.
         batches: calibration inputs, read once and kept: mappings, or tensors of the main input. `"sensitivity"` needs
             them.
+        sensitivities: what [`measure_sensitivities`] returned for this model, in place of measuring again. With it and
+            statistics `"sensitivity"` needs no batches.
         step: ranks per head come in multiples of this where the budget allows, by default 8 for heads of 64 or wider,
             else 4; ranks of wide linear layers in multiples of four times this.
         inputs: one sample, for `metric="macs"` where the configuration does not say the native size.
@@ -63,17 +77,25 @@ def allocate_ranks(
             do not fit the model.
         BudgetError: a reduction out of reach; the message says what is reachable.
     """
-    _check_arguments(reduction, metric, strategy, batches, step)
-    sites = find_sites(model, scope)
-    count = partial(_METRICS[metric], names=None if scope == "model" else _paths(sites), inputs=inputs)
+    mlp = mlp or ("rank" if statistics is None and batches is None else "width")
+    measured = batches is not None or (sensitivities is not None and statistics is not None)
+    _check_arguments(reduction, metric, strategy, mlp, measured, step)
+    sites = sites_by_way(find_sites(model, scope, width=True), mlp)
+    count = partial(METRICS[metric], names=None if scope == "model" else module_paths(sites), inputs=inputs)
     total = count(model)
-    budget = _budget(model, sites, reduction, metric, total, step or _default_step(sites), inputs)
+    budget = find_budget(model, sites, reduction, metric, total, step or default_step(sites), inputs)
     if isinstance(statistics, Statistics) and strategy in INFORMED:
-        statistics.check_model(model, dict.fromkeys(option.site.name for option in budget.options))
+        statistics.check_model(model, [site.name for site in budget.sites()])
     chosen = STRATEGIES[strategy](
-        budget, model=model, scope=scope, statistics=statistics, batches=batches, progress=progress
+        budget,
+        model=model,
+        scope=scope,
+        statistics=statistics,
+        batches=batches,
+        sensitivities=sensitivities,
+        progress=progress,
     )
-    ranks = _entries(sites, chosen)
+    ranks = entries(sites, chosen)
     return finish_plan(model, ranks, count, total, reduction, scope=scope, metric=metric, strategy=strategy)
 
 
@@ -124,28 +146,22 @@ def check_ask(reduction: Any, metric: Any, step: Any) -> None:
     """Raise InvalidValueError for a reduction, a metric or a step of ranks that cannot be asked for."""
     if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
         raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
-    if metric not in _METRICS:
-        raise InvalidValueError(f"metric must be one of {', '.join(map(repr, _METRICS))}, got {metric!r}.")
+    check_choice("metric", metric, METRICS)
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
         raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
 
 
-def _check_arguments(reduction: Any, metric: str, strategy: str, batches: Any, step: Any) -> None:
+def _check_arguments(reduction: Any, metric: str, strategy: str, mlp: str, measured: bool, step: Any) -> None:
     check_ask(reduction, metric, step)
-    if strategy not in STRATEGIES:
-        raise InvalidValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
-    if strategy in MEASURING and batches is None:
+    check_choice("mlp", mlp, WAYS)
+    if mlp == "mixed" and strategy == "uniform":
+        raise InvalidValueError(
+            "mlp='mixed' compares what width and rank cost, which strategy='uniform' does not look at: choose "
+            "mlp='width' or 'rank', or strategy='spectrum' or 'sensitivity'."
+        )
+    check_choice("strategy", strategy, STRATEGIES)
+    if strategy in MEASURING and not measured:
         raise InvalidValueError(
             f"strategy={strategy!r} measures on calibration inputs: pass batches=, mappings or tensors of the main "
             "input, or choose strategy='spectrum', which needs none."
         )
-
-
-_METRICS: dict[str, Callable[..., int]] = {
-    "params": lambda model, names, inputs: count_parameters(model, names),
-    "macs": count_macs,
-}
-
-
-def _paths(sites: Mapping[str, Site]) -> tuple[str, ...]:
-    return tuple(path for site in sites.values() for path in site.dense_modules())

@@ -1,7 +1,7 @@
 """What is to be removed, what can be chosen, and how a choice lands on the budget."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,19 +9,43 @@ from typing import Any
 from torch import nn
 
 from ..attention import Site, Tokens
-from ..errors import BudgetError
-from .counting import trace
+from ..errors import BudgetError, InvalidValueError
+from .counting import count_macs, count_parameters, trace
 
 
-__all__ = ["TOLERANCE", "Budget", "Choice", "Option", "default_step", "entries", "find_budget", "land"]
+__all__ = [
+    "METRICS",
+    "TOLERANCE",
+    "WAYS",
+    "Budget",
+    "Choice",
+    "Option",
+    "check_choice",
+    "default_step",
+    "entries",
+    "find_budget",
+    "find_options",
+    "land",
+    "module_paths",
+    "sites_by_way",
+]
 
 # The finished plan removes at least what was asked, and at most this share more.
 TOLERANCE = 0.005
 
+# What can be counted: the model, paths of the modules to count or `None` for all, one sample or `None`.
+METRICS: Mapping[str, Callable[..., int]] = {
+    "params": lambda model, names, inputs: count_parameters(model, names),
+    "macs": count_macs,
+}
+
+# How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
+WAYS = ("width", "rank", "mixed")
+
 # Break-even rank from which on a linear layer takes part.
 _FEWEST = 12
 
-# Linear layers from this break-even rank on are wide; their ranks come in multiples of this many steps.
+# Linear layers and MLPs from this limit on are wide; their ranks and widths come in multiples of this many steps.
 _WIDE = 128
 _TILE = 4
 
@@ -33,19 +57,21 @@ Choice = dict["Option", int | None]
 
 @dataclass(frozen=True)
 class Option:
-    """One rank to choose: a site's query/key pair, its value/output pair, or a linear layer.
+    """One rank or width to choose: a site's query/key pair, its value/output pair, a linear layer, or an MLP.
 
     Attributes:
         site: where.
         choice: which of the site's ranks.
         limit: the rank at which nothing would be saved any more; from there on the weights stay dense.
         saved: what a rank removes, in units of the budget; 0 for `None`, the dense weights.
+        group: of all options of one group only those of one kind of site can be chosen; `None` is no group.
     """
 
     site: Site
     choice: str
     limit: int
     saved: Callable[[int | None], int]
+    group: str | None = None
 
     def __hash__(self) -> int:
         return hash((self.site.name, self.choice))
@@ -53,7 +79,7 @@ class Option:
     def grid(self, step: int) -> int:
         """The multiples in which this rank is chosen when ranks per head come in multiples of `step`."""
         # Matrix kernels work on tiles: at the widths of a ViT's MLP a rank of 136 costs the time of 160.
-        wide = self.site.kind == "linear" and self.limit >= _WIDE
+        wide = self.site.kind != "attention" and self.limit >= _WIDE
         return step * _TILE if wide and step > 1 else step
 
     def at(self, rank: int) -> int | None:
@@ -81,6 +107,25 @@ class Budget:
 
     def saved(self, chosen: Choice) -> int:
         return sum(option.saved(rank) for option, rank in chosen.items())
+
+    def sites(self) -> list[Site]:
+        """Where there is something to choose, in order."""
+        return list({option.site.name: option.site for option in self.options}.values())
+
+    def alternatives(self) -> list[list[tuple[Option, ...]]]:
+        """What is chosen independently, in order, each as its alternatives: options that are chosen together."""
+        found: dict[Any, dict[str, list[Option]]] = {}
+        for option in self.options:
+            key = option if option.group is None else option.group
+            found.setdefault(key, {}).setdefault(option.site.kind, []).append(option)
+        return [[tuple(options) for options in kinds.values()] for kinds in found.values()]
+
+    def smallest(self) -> Choice:
+        """Rank 1 everywhere; in a group for the kind that removes most."""
+        chosen: Choice = dict.fromkeys(self.options)
+        for alternatives in self.alternatives():
+            chosen |= dict.fromkeys(max(alternatives, key=lambda options: sum(o.saved(1) for o in options)), 1)
+        return chosen
 
 
 def land(budget: Budget, chosen: Choice, step: int) -> Choice:
@@ -120,7 +165,10 @@ def land(budget: Budget, chosen: Choice, step: int) -> Choice:
 def _exchange(budget: Budget, chosen: Choice, saved: int) -> Choice | None:
     """The two smallest changes of ranks that together give back what is too much, or else some of it."""
     moves = []
+    used = {option.group: option.site.kind for option, rank in chosen.items() if option.group and rank is not None}
     for option, rank in chosen.items():
+        if option.group and used.get(option.group) != option.site.kind:
+            continue
         near = range(-_REACH, _REACH + 1)
         others = {option.at((option.limit if rank is None else rank) + change) for change in near} - {rank}
         moves += [(option.saved(rank) - option.saved(other), option, other) for other in others]
@@ -141,6 +189,24 @@ def _exchange(budget: Budget, chosen: Choice, saved: int) -> Choice | None:
     return None if best is None else {best[1]: best[2], best[3]: best[4]}
 
 
+def find_options(
+    model: nn.Module, sites: Mapping[str, Site], metric: str, inputs: Mapping[str, Any] | None
+) -> tuple[Option, ...]:
+    """All that can be chosen at these sites and would save something worth it, in units of the metric."""
+    tokens = trace(model, inputs, whole=False).tokens if metric == "macs" else {}
+    groups = {path: site.name for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}
+    mixed = any(site.name in groups for site in sites.values() if site.kind == "linear")
+    options = []
+    for site in sites.values():
+        for choice, limit in site.choices.items():
+            # A layer with hardly a rank to choose, such as a classifier of ten classes, would lose much for nothing.
+            if site.kind == "attention" or limit >= _FEWEST:
+                saved = _savings(site, choice, metric, tokens.get(site.moments_path))
+                group = groups.get(site.moments_path) if mixed else None
+                options.append(Option(site, choice, limit, saved, group))
+    return tuple(options)
+
+
 def find_budget(
     model: nn.Module,
     sites: Mapping[str, Site],
@@ -150,16 +216,15 @@ def find_budget(
     step: int,
     inputs: Mapping[str, Any] | None,
 ) -> Budget:
-    tokens = trace(model, inputs, whole=False).tokens if metric == "macs" else {}
-    options = []
-    for site in sites.values():
-        for choice, limit in site.choices.items():
-            # A layer with hardly a rank to choose, such as a classifier of ten classes, would lose much for nothing.
-            if site.kind == "attention" or limit >= _FEWEST:
-                options.append(Option(site, choice, limit, _savings(site, choice, metric, tokens.get(site.name))))
+    """The budget of a reduction.
+
+    Raises:
+        BudgetError: a reduction out of reach.
+    """
+    options = find_options(model, sites, metric, inputs)
     asked = -int(-reduction * total // 1)
-    budget = Budget(tuple(options), total, asked, int((reduction + TOLERANCE) * total), step)
-    most = budget.saved(dict.fromkeys(options, 1))
+    budget = Budget(options, total, asked, int((reduction + TOLERANCE) * total), step)
+    most = budget.saved(budget.smallest())
     if most < asked:
         reachable = f"at rank 1 everywhere {_floor(most / total)} would be removed. Ask for no more than that"
         raise BudgetError(
@@ -168,6 +233,25 @@ def find_budget(
             + ", or widen the scope."
         )
     return budget
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise InvalidValueError if an argument is none of the values allowed."""
+    if value not in allowed:
+        raise InvalidValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:
+    """Of all sites of a model those that this way of making its MLPs smaller (`WAYS`) chooses from."""
+    if mlp == "rank":
+        return {name: site for name, site in sites.items() if site.kind != "mlp"}
+    known = {path for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}
+    return {name: site for name, site in sites.items() if mlp == "mixed" or name not in known}
+
+
+def module_paths(sites: Mapping[str, Site]) -> tuple[str, ...]:
+    """Paths of all modules that can be replaced at these sites."""
+    return tuple(dict.fromkeys(path for site in sites.values() for path in site.dense_modules()))
 
 
 def _floor(share: float) -> float:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attention import LowRankLinear, Site, apply_ranks, eval_mode
+from ..attention import LinearSite, LowRankLinear, Site, apply_ranks, eval_mode
 from ..attention.sites import block_of
 from ..attention.surgery import sites_for, substitute_module
-from ..errors import InvalidValueError
 from .regression import Regression
-from .statistics import TokenMask, collecting, prepare_batch, run_batch, token_mask
+from .statistics import TokenMask, collecting, prepare_batch, read_batches, run_batch, token_mask
 
 
 __all__ = ["compress_in_order"]
@@ -60,12 +59,11 @@ def compress_in_order(
     sites = sites_for(ranks, model)
     chosen = {name: sites[name].ranks(entry) for name, entry in ranks.items()}
     device = next(model.parameters()).device
-    inputs = [prepare_batch(model, batch, index, device) for index, batch in enumerate(batches)]
-    if not inputs:
-        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+    inputs = [prepare_batch(model, batch, index, device) for index, batch in enumerate(read_batches(batches))]
     blocks: dict[str, list[str]] = {}
     for name in ranks:
-        blocks.setdefault(block_of(name) or "", []).append(name)
+        # Not by its name: an MLP may have that of its block.
+        blocks.setdefault(block_of(sites[name].moments_path) or "", []).append(name)
     rest = blocks.pop("", [])
     order = [name for name, _ in model.named_modules() if name in blocks]
     training = {name for name, module in model.named_modules() if module.training}
@@ -238,8 +236,7 @@ def _scale(added: Tensor, output: Tensor, energy: Tensor) -> Tensor:
 
 def _output_of(site: Site) -> tuple[str, nn.Module]:
     """Path and module of the linear layer that a site ends in."""
-    view = getattr(site, "view", None)
-    return (site.name, site.linear) if view is None else (view.output_name, view.output)
+    return (site.name, site.linear) if isinstance(site, LinearSite) else (site.view.output_name, site.view.output)
 
 
 def _rest_moments(
@@ -250,4 +247,4 @@ def _rest_moments(
         collectors = {name: stack.enter_context(collecting(sites[name], mask)) for name in names}
         for batch in inputs:
             model(**batch)
-    return {name: collector.moments(name) for name, collector in collectors.items()}
+    return {sites[name].moments_path: collector.moments(name) for name, collector in collectors.items()}

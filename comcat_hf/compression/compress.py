@@ -31,6 +31,7 @@ def compress(
     scope: str = "model",
     metric: str = "params",
     strategy: str = "uniform",
+    mlp: str | None = None,
     compensate: bool = False,
     progress: bool = False,
     **kwargs: Any,
@@ -51,6 +52,8 @@ def compress(
         scope: `"model"`, `"attention"` or `"mlp"`.
         metric: `"params"` or `"macs"`.
         strategy: how ranks are chosen: `"uniform"`, `"spectrum"` or `"sensitivity"`; see [`allocate_ranks`].
+        mlp: how MLPs shrink: `"width"` (by default where there are batches or statistics), `"rank"` (else) or
+            `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
             output again to the dense model's residual stream; needs `batches`.
         progress: show a progress bar.
@@ -81,11 +84,12 @@ def compress(
             f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
             "model = model.merge_and_unload(), or load the model again without them."
         )
-    if plan is not None and kwargs:
-        raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(kwargs)} cannot be used.")
-    allocate = partial(
-        allocate_ranks, model, reduction, scope=scope, metric=metric, strategy=strategy, progress=progress, **kwargs
-    )
+    if plan is not None and (kwargs or mlp):
+        named = [*kwargs, *(["mlp"] if mlp else [])]
+        raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(named)} cannot be used.")
+    mlp = mlp or ("rank" if batches is None and statistics is None else "width")
+    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "progress": progress}
+    allocate = partial(allocate_ranks, model, reduction, **how, **kwargs)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
     if plan is None and strategy not in INFORMED:
         plan = allocate()

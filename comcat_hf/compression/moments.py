@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..attention import AttentionSite, LinearSite, Site, find_sites
+from ..attention import AttentionSite, LinearSite, MLPSite, find_sites
 from ..attention.views import class_path
 from ..errors import CheckpointError, InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
@@ -145,22 +145,26 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
         return Statistics(sums, self.architecture, self.samples + other.samples, self.scope)
 
     def check_model(self, model: nn.Module, names: Iterable[str] = ()) -> None:
-        """Raise InvalidValueError if these are the statistics of another model, or lack one of the modules named."""
+        """Raise InvalidValueError if these are the statistics of another model, or lack those of a site named."""
         if class_path(type(model)) != self.architecture:
             raise InvalidValueError(
                 f"The statistics were gathered on {self.architecture}, the model is {class_path(type(model))}. "
                 "Gather them again with collect_statistics(model, batches)."
             )
-        sites = find_sites(model, self.scope)
+        sites = find_sites(model, self.scope, width=True)
+        expected: dict[str, list[tuple[int, ...]]] = {}
+        for site in sites.values():
+            # At a layer that reads hidden units: of the MLP and of the layer, whose statistics older files hold.
+            expected.setdefault(site.moments_path, []).append(_SHAPES[type(site)](site))
         for name, sums in self.sums.items():
-            expected = _shape(sites.get(name))
-            if expected != sums.shape:
+            shapes = expected.get(name, [])
+            if sums.shape not in shapes:
                 raise InvalidValueError(
                     f"The statistics of {name} have the shape {sums.shape}; the model "
-                    + (f"has {expected} there. " if expected else "has no such module. ")
+                    + (f"has {' or '.join(map(str, shapes))} there. " if shapes else "has no such module. ")
                     + "They were gathered on another model; gather them again with collect_statistics(model, batches)."
                 )
-        missing = [name for name in names if name not in self]
+        missing = [name for name in names if (sites[name].moments_path if name in sites else name) not in self]
         if missing:
             raise InvalidValueError(
                 f"The statistics, gathered with scope={self.scope!r}, lack {', '.join(missing[:3])}"
@@ -251,11 +255,22 @@ def _signature(statistics: Statistics, name: str) -> tuple[str, tuple[int, ...]]
     return None if sums is None else (sums.side, sums.shape)
 
 
-def _shape(site: Site | None) -> tuple[int, ...] | None:
-    if isinstance(site, AttentionSite):
-        p = site.view.head_dim
-        return (site.view.num_heads, p, p)
-    if isinstance(site, LinearSite):
-        n = min(site.linear.in_features, site.linear.out_features)
-        return (n, n)
-    return None
+def _attention_shape(site: AttentionSite) -> tuple[int, ...]:
+    p = site.view.head_dim
+    return (site.view.num_heads, p, p)
+
+
+def _linear_shape(site: LinearSite) -> tuple[int, ...]:
+    n = min(site.linear.in_features, site.linear.out_features)
+    return (n, n)
+
+
+def _mlp_shape(site: MLPSite) -> tuple[int, ...]:
+    return (site.view.width, site.view.width)
+
+
+_SHAPES: Mapping[type, Callable[[Any], tuple[int, ...]]] = {
+    AttentionSite: _attention_shape,
+    LinearSite: _linear_shape,
+    MLPSite: _mlp_shape,
+}

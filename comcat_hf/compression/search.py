@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from ..attention import find_sites
 from ..configs import RankPlan
 from ..errors import CheckpointError, ComCATError, InvalidValueError
-from .allocation import _METRICS, _paths, check_ask, finish_plan
-from .budget import Budget, default_step, entries, find_budget
+from .allocation import check_ask, finish_plan
+from .budget import METRICS, Budget, default_step, entries, find_budget, module_paths
 from .distillation import DistillationLoss, ask_teacher
 from .nested import Candidates, Key, NestedModel
 
@@ -205,7 +205,7 @@ def search_ranks(
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
     sites = find_sites(model, scope)
-    count = partial(_METRICS[metric], names=None if scope == "model" else _paths(sites), inputs=inputs)
+    count = partial(METRICS[metric], names=None if scope == "model" else module_paths(sites), inputs=inputs)
     total = count(model)
     budget = find_budget(model, sites, reduction, metric, total, step or default_step(sites), inputs)
     candidates = Candidates(budget)

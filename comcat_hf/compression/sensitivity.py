@@ -1,6 +1,7 @@
 """How much every rank moves a model's output, measured one site at a time."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attention import Site, eval_mode, replace_module
+from ..attention import Site, eval_mode, find_sites, replace_module
 from ..attention.sites import block_of
 from ..errors import InvalidValueError
-from .budget import Budget, Choice, Option
+from .budget import WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
 from .outputs import Movement, main_output
 from .solver import ranks_of, solve
 from .spectra import discarded_energy
-from .statistics import collect_statistics, prepare_batch, run_batch
+from .statistics import collect_statistics, prepare_batch, read_batches, run_batch
 
 
-__all__ = ["interpolate", "measure", "sensitivity"]
+__all__ = ["Sensitivities", "interpolate", "measure", "measure_sensitivities", "sensitivity"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ _NO_MOVEMENT = 1e-14
 # Largest movement of the output, relative to its mean square, at which a run from a later block counts as the same.
 _SAME = 1e-6
 
-Measured = dict[Option, dict[int, float]]
+# Movement of the output by path and choice, then by rank.
+Sensitivities = Mapping[tuple[str, str], Mapping[int, float]]
 
 
 def sensitivity(
@@ -41,63 +43,131 @@ def sensitivity(
     *,
     model: nn.Module,
     scope: str,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     statistics: Mapping[str, Any] | None = None,
+    sensitivities: Sensitivities | None = None,
     progress: bool = False,
     **_: Any,
 ) -> Choice:
     """The least sum of movements of the model's output, each site truncated alone."""
-    batches = list(batches)
-    if not batches:
-        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+    if sensitivities is None or statistics is None:
+        batches = read_batches(batches)
     if statistics is None:
         statistics = collect_statistics(model, batches, scope=scope, progress=progress)
-    measured = measure(model, budget, batches, statistics, progress=progress)
-    energies = {o: discarded_energy(o, statistics.get(o.site.name)) for o in budget.options}
-    return solve(budget, {option: interpolate(energies[option], measured[option]) for option in budget.options})
+    prepared = {site.name: site.prepare(statistics.get(site.moments_path)) for site in budget.sites()}
+    if sensitivities is None:
+        sensitivities = measure(model, budget.options, budget.step, batches, prepared, progress=progress)
+    _check_measured(budget, sensitivities)
+    energies = {option: discarded_energy(option, prepared[option.site.name]) for option in budget.options}
+    return solve(budget, {o: interpolate(energies[o], sensitivities[o.site.name, o.choice]) for o in budget.options})
+
+
+def measure_sensitivities(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    scope: str = "model",
+    mlp: str = "width",
+    statistics: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    progress: bool = False,
+) -> Sensitivities:
+    """Measure once how far the output moves when each site alone is truncated, for plans of several reductions.
+
+    The costly part of `strategy="sensitivity"`: give the result to [`allocate_ranks`] as `sensitivities`.
+
+    Args:
+        model: a dense transformers model; it is left as it was.
+        batches: calibration inputs, read once and kept: mappings, or tensors of the main input.
+        scope, mlp, step: as for the plans; see [`allocate_ranks`].
+        statistics: what [`collect_statistics`] returned for this model; gathered from the batches if not given.
+        progress: show a progress bar.
+
+    Returns:
+        by path and choice (`"qk"`, `"vo"`, `"rank"`, `"width"`), the movement of the output at a few ranks: mean
+        Kullback-Leibler divergence in nats for logits, else the mean squared difference relative to the mean square.
+
+    Raises:
+        InvalidValueError: an argument out of range, batches that are empty or do not fit the model, outputs that are
+            not finite.
+    """
+    check_choice("mlp", mlp, WAYS)
+    sites = sites_by_way(find_sites(model, scope, width=True), mlp)
+    batches = read_batches(batches)
+    if statistics is None:
+        statistics = collect_statistics(model, batches, scope=scope, progress=progress)
+    options = find_options(model, sites, "params", None)
+    prepared = {option.site.name: option.site for option in options}
+    prepared = {name: site.prepare(statistics.get(site.moments_path)) for name, site in prepared.items()}
+    return measure(model, options, step or default_step(sites), batches, prepared, progress=progress)
 
 
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    budget: Budget,
+    options: Sequence[Option],
+    step: int,
     batches: Sequence[Any],
-    statistics: Mapping[str, Any] | None = None,
+    prepared: Mapping[str, Any] | None = None,
     *,
     progress: bool = False,
-) -> Measured:
+) -> Sensitivities:
     """Truncate one option at a time at a few ranks and measure how far the model's output moves ([`Movement`]).
 
     Blocks before the one that is truncated do not run again. Memory: the model's output and one block's output on all
     batches. The model is left as it was, also after an error.
 
+    Args:
+        model: the dense model.
+        options: what there is to choose; ranks in multiples of `step`.
+        batches: calibration inputs.
+        prepared: by site, its moments as `Site.prepare` made them ready; without, the closed forms of the weights.
+        progress: show a progress bar.
+
     Raises:
         InvalidValueError: batches that do not fit the model, outputs that are not finite.
     """
-    ranks = {option: _measured_ranks(option, budget.step) for option in budget.options}
+    ranks = {option: _measured_ranks(option, step) for option in options}
     count = sum(map(len, ranks.values()))
-    blocks = {block_of(option.site.name) for option in budget.options} - {None}
-    logger.info(
-        "Sensitivity: %d truncations of %d pairs and layers on %d batches: at most %d forward passes, most of them "
-        "from a later block on.",
-        count,
-        len(ranks),
-        len(batches),
-        # Besides: the dense model, what each block gives, and whether it serves.
-        (count + 1 + len(blocks)) * len(batches) + 1 + 2 * len(blocks),
-    )
-    result: Measured = {option: {} for option in budget.options}
+    result: Sensitivities = {(option.site.name, option.choice): {} for option in options}
     with eval_mode(model), tqdm(total=count, desc="Sensitivity", disable=not progress) as bar:
+        start = time.perf_counter()
         meter = _Meter(model, batches)
-        for block, options in _by_block(budget.options).items():
+        _say_cost(options, count, len(batches), time.perf_counter() - start)
+        for block, together in _by_block(options).items():
             with meter.starting_at(block):
-                for option in options:
+                for option in together:
+                    name, choice = option.site.name, option.choice
+                    moments = (prepared or {}).get(name)
                     for rank in ranks[option]:
-                        moments = (statistics or {}).get(option.site.name)
-                        with _truncated(model, option.site, option.choice, rank, moments):
-                            result[option][rank] = meter.movement(f"{option.site.name}, {option.choice}, rank {rank}")
+                        with _truncated(model, option.site, choice, rank, moments):
+                            result[name, choice][rank] = meter.movement(f"{name}, {choice}, rank {rank}")
                         bar.update()
     return result
+
+
+def _say_cost(options: Sequence[Option], count: int, batches: int, seconds: float) -> None:
+    blocks = {block_of(option.site.moments_path) for option in options} - {None}
+    logger.info(
+        "Sensitivity: %d truncations of %d pairs and layers on %d batches: at most %d forward passes, most of them "
+        "from a later block on; no more than about %s.",
+        count,
+        len(options),
+        batches,
+        # Besides: the dense model, what each block gives, and whether it serves.
+        (count + 1 + len(blocks)) * batches + 1 + 2 * len(blocks),
+        f"{count * seconds / 60:.0f} minutes" if count * seconds > 90 else f"{count * seconds:.0f} seconds",
+    )
+
+
+def _check_measured(budget: Budget, sensitivities: Sensitivities) -> None:
+    missing = [o for o in budget.options if not sensitivities.get((o.site.name, o.choice))]
+    if missing:
+        raise InvalidValueError(
+            f"The sensitivities lack {missing[0].site.name}, {missing[0].choice}"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ". Measure them on this model, with the scope and the mlp= of the plan."
+        )
 
 
 def interpolate(energy: Tensor, measured: Mapping[int, float]) -> Tensor:
@@ -256,7 +326,7 @@ def _by_block(options: Iterable[Option]) -> dict[str | None, list[Option]]:
     """Options by block, blocks of one list in order, so that what one gave serves the next."""
     found: dict[str | None, list[Option]] = {}
     for option in options:
-        found.setdefault(block_of(option.site.name), []).append(option)
+        found.setdefault(block_of(option.site.moments_path), []).append(option)
     return dict(sorted(found.items(), key=lambda item: _position(item[0])))
 
 

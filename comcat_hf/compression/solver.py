@@ -1,5 +1,6 @@
 """The choice of ranks with the least total error that lands on a budget."""
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +17,8 @@ Errors = Mapping[Option, Tensor]
 # Partial choices that the dynamic programme keeps.
 BINS = 4000
 
-_Ladder = list[tuple[int, int | None, float]]
+# What can be chosen in one place: what it removes, the ranks, the error.
+_Ladder = list[tuple[int, Choice, float]]
 
 
 def solve(budget: Budget, errors: Errors) -> Choice:
@@ -28,13 +30,13 @@ def solve(budget: Budget, errors: Errors) -> Choice:
     step = budget.step
     best: Choice | None = None
     while step >= 1:
-        ladders = [_ladder(option, errors[option], step) for option in budget.options]
+        ladders = [_ladder(alternatives, errors, step, budget.step) for alternatives in budget.alternatives()]
         chosen = _program(budget, ladders)
         if chosen is not None and budget.saved(chosen) <= budget.most:
             return chosen
         best = best or chosen
         step //= 2
-    return land(budget, best or dict.fromkeys(budget.options, 1), 1)
+    return land(budget, best or budget.smallest(), 1)
 
 
 def ranks_of(option: Option, step: int) -> list[int]:
@@ -43,14 +45,26 @@ def ranks_of(option: Option, step: int) -> list[int]:
     return list(range(grid, option.limit, grid))
 
 
-def _ladder(option: Option, errors: Tensor, step: int) -> _Ladder:
-    """What can be chosen: (removed, rank, error), without ranks that are larger and worse than others."""
-    ladder: _Ladder = [(0, None, 0.0)]
-    for rank in reversed(ranks_of(option, step)):
-        saved = option.saved(rank)
-        if saved > ladder[-1][0]:
-            ladder.append((saved, rank, float(errors[rank])))
-    return ladder
+def _ladder(alternatives: list[tuple[Option, ...]], errors: Errors, step: int, coarse: int) -> _Ladder:
+    """What can be chosen in one place, by what it removes, without what removes less and is worse."""
+    rungs: _Ladder = [(0, {}, 0.0)]
+    for options in alternatives:
+        single = [
+            [(0, None, 0.0)] + [(option.saved(rank), rank, float(errors[option][rank])) for rank in ranks]
+            for option in options
+            # All pairs of fine ranks would be too many, and others can land on the budget.
+            for ranks in [ranks_of(option, step if len(options) == 1 else coarse)]
+        ]
+        for picks in itertools.product(*single):
+            chosen = {option: rank for option, (_, rank, _) in zip(options, picks, strict=True) if rank is not None}
+            if chosen:
+                rungs.append((sum(pick[0] for pick in picks), chosen, sum(pick[2] for pick in picks)))
+    ladder: _Ladder = []
+    # From the largest removal on; of equal ones the least error.
+    for rung in sorted(rungs, key=lambda rung: (-rung[0], rung[2])):
+        if rung[0] >= 0 and (not ladder or rung[2] < ladder[-1][2]):
+            ladder.append(rung)
+    return ladder[::-1]
 
 
 def _program(budget: Budget, ladders: list[_Ladder]) -> Choice | None:
@@ -71,11 +85,11 @@ def _program(budget: Budget, ladders: list[_Ladder]) -> Choice | None:
             break
     else:
         return None
-    chosen: Choice = {}
-    for option, ladder, (parents, picks) in reversed(list(zip(budget.options, ladders, trail, strict=True))):
-        chosen[option] = ladder[int(picks[state])][1]
+    chosen: Choice = dict.fromkeys(budget.options)
+    for ladder, (parents, picks) in reversed(list(zip(ladders, trail, strict=True))):
+        chosen |= ladder[int(picks[state])][1]
         state = int(parents[state])
-    return {option: chosen[option] for option in budget.options}
+    return chosen
 
 
 def _best_per_bin(saved: Tensor, cost: Tensor, top: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionSite, LinearSite
+from ..attention import AttentionSite, LinearSite, MLPSite
 from ..errors import InvalidValueError
 from ..factorization import linear_spectrum, qk_spectrum, vo_spectrum
 from .budget import Option
@@ -23,44 +23,55 @@ def discarded_energy(option: Option, moments: Any | None = None) -> Tensor:
 
     Args:
         option: what to look at.
-        moments: those of its site; without them the energy is that of the weights.
+        moments: those of its site, prepared or not; without them the energy is that of the weights.
 
     Raises:
         InvalidValueError: weights that are not finite or have no data, moments of another shape.
     """
     try:
-        spectrum = _SPECTRA[option.choice](option.site, moments)
+        share = _DISCARDED[option.choice](option.site, moments).cpu()
     except InvalidValueError as error:
         raise InvalidValueError(f"{option.site.name}, {option.choice}: {error}") from error
-    energy = spectrum.cpu().square().flatten(0, -2).sum(0) if spectrum.ndim > 1 else spectrum.cpu().square()
-    tail = energy.flip(0).cumsum(0).flip(0)
-    share = tail / tail[0] if tail[0] > 0 else torch.zeros_like(tail)
     result = share.new_zeros(option.limit + 1)
     result[: option.limit] = share[: option.limit]
     return result
 
 
+def _tail(spectrum: Tensor) -> Tensor:
+    """From singular values `(..., n)`, the share of their squares from each index on, summed over what leads."""
+    energy = spectrum.cpu().square().reshape(-1, spectrum.shape[-1]).sum(0)
+    tail = energy.flip(0).cumsum(0).flip(0)
+    return tail / tail[0] if tail[0] > 0 else torch.zeros_like(tail)
+
+
 def _qk(site: AttentionSite, moments: Any | None) -> Tensor:
     view = site.view
-    return qk_spectrum(
-        _rows(site, view.query.weight), _rows(site, view.query.bias), _rows(site, view.key.weight), moments=moments
-    )
+    query, key = _rows(site, view.query.weight), _rows(site, view.key.weight)
+    return _tail(qk_spectrum(query, _rows(site, view.query.bias), key, moments=moments))
 
 
 def _vo(site: AttentionSite, moments: Any | None) -> Tensor:
     view = site.view
     output = view.output.weight.unflatten(1, (view.num_heads, view.head_dim)).transpose(0, 1)
-    return vo_spectrum(
-        _rows(site, view.value.weight), _rows(site, view.value.bias), output, view.output.bias, moments=moments
-    )
+    value, bias = _rows(site, view.value.weight), _rows(site, view.value.bias)
+    return _tail(vo_spectrum(value, bias, output, view.output.bias, moments=moments))
 
 
 def _linear(site: LinearSite, moments: Any | None) -> Tensor:
-    return linear_spectrum(site.linear.weight, site.linear.bias, moments=moments)
+    return _tail(linear_spectrum(site.linear.weight, site.linear.bias, moments=moments))
+
+
+def _width(site: MLPSite, moments: Any | None) -> Tensor:
+    return site.prepare(moments).discarded
 
 
 def _rows(site: AttentionSite, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unflatten(0, (site.view.num_heads, site.view.head_dim))
 
 
-_SPECTRA: Mapping[str, Callable[[Any, Any | None], Tensor]] = {"qk": _qk, "vo": _vo, "rank": _linear}
+_DISCARDED: Mapping[str, Callable[[Any, Any | None], Tensor]] = {
+    "qk": _qk,
+    "vo": _vo,
+    "rank": _linear,
+    "width": _width,
+}

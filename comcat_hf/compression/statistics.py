@@ -1,7 +1,7 @@
 """Second moments of head and layer activations, gathered on calibration batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..attention import AttentionSite, LinearSite, Site, eval_mode, find_sites
+from ..attention import AttentionSite, LinearSite, MLPSite, Site, eval_mode, find_sites
 from ..attention.views import class_path
 from ..errors import InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
 from .moments import Statistics, Sums, sum_names
 
 
-__all__ = ["Statistics", "collect_statistics", "prepare_batch"]
+__all__ = ["Statistics", "collect_statistics", "prepare_batch", "read_batches", "run_batch"]
 
 Batch = Mapping[str, Any] | Tensor
 
@@ -35,9 +35,10 @@ def collect_statistics(
 
     Per head: `E[q^T q]` with the query bias, the second moment of the keys centred within each sample, covariance and
     mean of the attended values (docs/method.md). Per linear layer: the covariance of the smaller of its input and
-    output, and the mean of its input. Sums are kept in float64 whatever the model's dtype. Padded tokens and keys that
-    a mask does not admit carry no weight. Memory: `3 H p^2 + min(d_in, d_out)^2` numbers per attention and linear
-    layer.
+    output, and the mean of its input; where a layer reads the hidden units of a known MLP always the covariance of its
+    input, which serves the MLP's width and the layer's rank. Sums are kept in float64 whatever the model's dtype.
+    Padded tokens and keys that a mask does not admit carry no weight. Memory: `3 H p^2` numbers per attention,
+    `n^2` per known MLP of n hidden units, `min(d_in, d_out)^2` per other linear layer.
 
     Args:
         model: a dense model; run in eval mode, without gradients, and left in the mode it was in.
@@ -58,7 +59,9 @@ def collect_statistics(
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
         progress = progress and accelerator.is_main_process
-    sites = find_sites(model, scope)
+    found = find_sites(model, scope, width=True).values()
+    # Of an MLP and its output layer the MLP: what it gathers serves both.
+    sites = {site.moments_path: site for site in sorted(found, key=lambda site: site.kind == "mlp")}
     samples, error = 0, None
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
@@ -94,6 +97,14 @@ def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
         raise InvalidValueError(
             f"Calibration batch {index} does not fit {type(model).__name__}: {error} (inputs: {_describe(inputs)})"
         ) from error
+
+
+def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
+    """Keep batches that are gone through more than once; raises InvalidValueError where there are none."""
+    kept = list(batches or ())
+    if not kept:
+        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+    return kept
 
 
 def _reduce(
@@ -250,14 +261,13 @@ class _AttentionCollector(_Collector):
 
 
 class _LinearCollector(_Collector):
-    def __init__(self, site: LinearSite, mask: TokenMask) -> None:
+    def __init__(self, linear: nn.Linear, side: str, mask: TokenMask) -> None:
         super().__init__(mask)
-        self.linear = site.linear
-        self.side = "output" if self.linear.out_features < self.linear.in_features else "input"
+        self.linear, self.side = linear, side
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         inputs = self.linear.in_features
-        size = min(inputs, self.linear.out_features)
+        size = inputs if self.side == "input" else self.linear.out_features
         return {"input": (inputs,), "mean": (size,), "second": (size, size)}
 
     def hooks(self) -> Iterator[Any]:
@@ -276,11 +286,25 @@ class _LinearCollector(_Collector):
         )
 
 
-_COLLECTORS = {AttentionSite: _AttentionCollector, LinearSite: _LinearCollector}
+def _of_linear(site: LinearSite, mask: TokenMask) -> _LinearCollector:
+    linear = site.linear
+    return _LinearCollector(linear, "output" if linear.out_features < linear.in_features else "input", mask)
+
+
+def _of_mlp(site: MLPSite, mask: TokenMask) -> _LinearCollector:
+    return _LinearCollector(site.view.output, "input", mask)
+
+
+_COLLECTORS: Mapping[type, Callable[..., _Collector]] = {
+    AttentionSite: _AttentionCollector,
+    LinearSite: _of_linear,
+    MLPSite: _of_mlp,
+}
 
 
 @contextmanager
 def collecting(site: Site, mask: TokenMask) -> Iterator[Any]:
+    """Within it what passes a site is added up, by the collector that is given."""
     collector = _COLLECTORS[type(site)](site, mask)
     handles = list(collector.hooks())
     try:

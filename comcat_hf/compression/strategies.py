@@ -25,7 +25,7 @@ def uniform(budget: Budget, **_: Any) -> Choice:
     chosen = _at_share(budget, low, step)
     if budget.saved(chosen) < budget.asked:
         # Even one step everywhere keeps too much.
-        chosen = dict.fromkeys(budget.options, 1)
+        chosen = budget.smallest()
         step = 1
     return land(budget, chosen, step)
 
@@ -41,7 +41,8 @@ def _at_share(budget: Budget, share: float, step: int) -> Choice:
 def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_: Any) -> Choice:
     """The least sum of discarded energies, each relative to its own option's."""
     known = statistics or {}
-    return solve(budget, {option: discarded_energy(option, known.get(option.site.name)) for option in budget.options})
+    prepared = {site.name: site.prepare(known.get(site.moments_path)) for site in budget.sites()}
+    return solve(budget, {option: discarded_energy(option, prepared[option.site.name]) for option in budget.options})
 
 
 STRATEGIES: Mapping[str, Callable[..., Choice]] = {

@@ -21,21 +21,26 @@ MODES = ("compress",)
 class ComCATConfig(PeftConfig):
     """Configuration of a ComCAT adapter.
 
-    A rank of `None` leaves that pair, or those layers, as they are.
+    A rank or width of `None` leaves that pair, or those layers, as they are.
 
     Args:
         mode: `"compress"`: head-wise low-rank factors in place of the dense attention products, and of linear layers.
         qk_rank: rank per head of the query/key product, 1 to the head dimension.
         vo_rank: rank per head of the value/output product, 1 to the head dimension.
         linear_rank: rank of the linear layers of MLPs and of the classifier. A layer that would have no fewer
-            parameters than the dense one stays dense.
+            parameters than the dense one stays dense. With `mlp_width`, `linear_rank` is for the other layers.
+        mlp_width: how many hidden units the MLPs that are known keep (docs/constraints.md). An MLP that has no more
+            stays dense.
         rank_pattern: ranks of single modules, over those above: module path, or a regular expression that matches its
-            end, to `{"qk": r, "vo": r}` for attention or a rank for a linear layer.
+            end, to `{"qk": r, "vo": r}` for attention, `{"width": k}` for an MLP or a rank for a linear layer. A rank
+            for a layer of an MLP goes over `mlp_width`.
         init_weights: `True`: truncated SVD of the dense products, biases exact (paper, section 3; `[W_Q; a] W_K^T` and
-            `W_V W_O`). `False`: random, for tests.
+            `W_V W_O`); of an MLP the hidden units with the largest weights. `False`: random, for tests.
         target_modules: restrict to modules whose path ends so (list), or matches this regular expression (string). By
-            default all attention modules, MLP layers and the classifier that have a rank, found by their role.
-        exclude_modules: leave these modules out; written as `target_modules`.
+            default all attention modules, MLPs, their layers and the classifier that have a rank or width, found by
+            their role. An MLP is meant by its own path or by those of all its layers.
+        exclude_modules: leave these modules out; written as `target_modules`. To leave out a layer is to leave its
+            MLP's width.
         modules_to_save: further modules to train and save, for example `["layernorm"]`.
     """
 
@@ -43,8 +48,9 @@ class ComCATConfig(PeftConfig):
     qk_rank: int | None = field(default=None, metadata={"help": "Rank per head of the query/key product."})
     vo_rank: int | None = field(default=None, metadata={"help": "Rank per head of the value/output product."})
     linear_rank: int | None = field(default=None, metadata={"help": "Rank of MLP and classifier layers."})
+    mlp_width: int | None = field(default=None, metadata={"help": "Hidden units kept per MLP."})
     rank_pattern: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Ranks of single modules, by path or regular expression."}
+        default_factory=dict, metadata={"help": "Ranks and widths of single modules, by path or regular expression."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Closed-form initialisation, or random for tests."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Restrict to these modules."})
@@ -56,7 +62,8 @@ class ComCATConfig(PeftConfig):
         self.peft_type = PeftType("COMCAT")
         if self.mode not in MODES:
             raise InvalidValueError(f"ComCATConfig.mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        for name in ("qk_rank", "vo_rank", "linear_rank"):
+        sizes = ("qk_rank", "vo_rank", "linear_rank", "mlp_width")
+        for name in sizes:
             rank = getattr(self, name)
             if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
                 raise InvalidValueError(f"ComCATConfig.{name} must be a whole number from 1 or None, got {rank!r}.")
@@ -68,9 +75,9 @@ class ComCATConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_pattern(name, getattr(self, name))
-        if self.qk_rank is None and self.vo_rank is None and self.linear_rank is None and not self.rank_pattern:
+        if all(getattr(self, name) is None for name in sizes) and not self.rank_pattern:
             raise InvalidValueError(
-                "ComCATConfig has no rank: give qk_rank, vo_rank or linear_rank, a rank_pattern, or use "
+                "ComCATConfig has no rank: give qk_rank, vo_rank, linear_rank or mlp_width, a rank_pattern, or use "
                 "ComCATConfig.from_plan(plan)."
             )
 
@@ -79,7 +86,7 @@ class ComCATConfig(PeftConfig):
         """A configuration that builds a rank plan.
 
         Args:
-            plan: which module gets which rank; everything it does not name stays dense.
+            plan: which module gets which rank or width; everything it does not name stays dense.
             **kwargs: further fields.
         """
         kwargs.setdefault("base_model_name_or_path", plan.base_model_name_or_path)

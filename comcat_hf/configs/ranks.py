@@ -1,4 +1,4 @@
-"""Rank plans: which rank every attention and linear layer of a model gets, and the file that holds them."""
+"""Rank plans: which rank every attention and linear layer of a model gets, which width every MLP, and their file."""
 
 import copy
 import tempfile
@@ -23,11 +23,12 @@ Entry = int | Mapping[str, int]
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Which rank every module of a model gets.
+    """Which rank or width every module of a model gets.
 
     Attributes:
         ranks: per module path `{"qk": r, "vo": r}` for attention (ranks per head; one may be missing: that pair stays
-            dense) or a rank for a linear layer. Modules that are not named stay dense.
+            dense), `{"width": k}` for an MLP (hidden units kept) or a rank for a linear layer. An MLP has a width or
+            ranks for its layers, not both. Modules that are not named stay dense.
         architecture: class name of the model the plan was made for.
         base_model_name_or_path, revision: where that model came from, if known.
         scope: what was allowed to be compressed: `"model"`, `"attention"` or `"mlp"`.
@@ -135,6 +136,6 @@ def check_entry(where: str, entry: Any) -> None:
     ranks = entry.values() if isinstance(entry, Mapping) and entry else [entry]
     if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in ranks):
         raise RankPlanError(
-            f"{where}: expected a whole number from 1 for a linear layer or {{'qk': r, 'vo': r}} for attention, "
-            f"got {entry!r}."
+            f"{where}: expected a whole number from 1 for a linear layer, {{'qk': r, 'vo': r}} for attention or "
+            f"{{'width': k}} for an MLP, got {entry!r}."
         )

@@ -1,4 +1,4 @@
-"""The tuner: finds the modules that a configuration gives ranks to and puts tuner layers around them."""
+"""The tuner: finds the modules that a configuration gives ranks or widths to and puts tuner layers around them."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import Site, find_sites, named_base_modules, read_ranks, replace_module
+from ..attention.sites import check_disjoint
 from ..configs import ComCATConfig
 from ..errors import InvalidValueError, RankPlanError
 from ..native import attach_plan, plan_of
@@ -30,7 +31,7 @@ _OWN_NAMES = frozenset(
 
 
 class ComCATModel(BaseTuner):
-    """A model whose attention products and linear layers are replaced by low-rank factors, adapter by adapter.
+    """A model whose attention and linear layers are replaced by low-rank factors or narrow ones, adapter by adapter.
 
     Made by `get_peft_model(model, ComCATConfig(...))`.
     """
@@ -62,7 +63,8 @@ class ComCATModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: ComCATConfig, model: nn.Module) -> None:
-        # A site may stand for two modules (attention, and its output projection in a sibling); PEFT asks for each.
+        # A site may stand for several modules (the layers of an MLP; attention, and its output projection in a
+        # sibling); PEFT asks for each.
         self._pending: dict[str, tuple[Site, dict[str, nn.Module]]] = {}
         for site, ranks in targets_of(peft_config, model).values():
             substitutes = site.substitutes(ranks)
@@ -92,9 +94,9 @@ class ComCATModel(BaseTuner):
                 "configuration the adapter was saved with."
             )
         site, substitutes = self._pending[current_key]
-        if current_key != site.name:
+        if current_key != next(iter(substitutes)):
             return
-        if _on_meta_device() or next(site.dense_modules()[site.name].parameters()).is_meta:
+        if _on_meta_device() or next(site.dense_modules()[current_key].parameters()).is_meta:
             substitutes = {path: module.to("meta") for path, module in substitutes.items()}
         elif peft_config.init_weights:
             site.initialize(substitutes)
@@ -169,21 +171,16 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
     """Which sites of a model a configuration gives ranks to, by path.
 
     Raises:
-        RankPlanError: a pattern that matches nothing, or ranks that do not fit.
+        RankPlanError: a pattern that matches nothing, ranks that do not fit, an MLP with a width and a rank for one of
+            its layers.
         InvalidValueError: nothing is targeted.
     """
-    sites = find_sites(model, _scope(config))
-    unmatched = [key for key in config.rank_pattern if not any(_matches(key, name) for name in sites)]
-    if unmatched:
-        raise RankPlanError(
-            f"The rank_pattern names {', '.join(unmatched[:3])}, which {type(model).__name__} does not have or which "
-            f"cannot be factorised. Expected names such as {', '.join(list(sites)[:3])}. "
-            "Was the plan made for another model?"
-        )
+    sites = find_sites(model, _scope(config), width=True)
+    entries = _pattern_entries(config, sites, model)
     targets = {}
     for name, site in sites.items():
-        if check_target_module_exists(_selection(config), name):
-            ranks = _ranks_for(config, site)
+        if _is_selected(config, site):
+            ranks = site.ranks(entries[name]) if name in entries else _default_ranks(config, site, sites, entries)
             if any(rank is not None for rank in ranks.values()):
                 targets[name] = (site, ranks)
     if not targets:
@@ -191,6 +188,7 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
             f"Target modules {config.target_modules} (excluded: {config.exclude_modules}) match nothing that has a "
             f"rank in {type(model).__name__}. Modules that can be targeted: {', '.join(list(sites)[:6])}, ..."
         )
+    check_disjoint([site for site, _ in targets.values()], {n: site.entry(r) for n, (site, r) in targets.items()})
     return targets
 
 
@@ -214,21 +212,37 @@ def initialize_comcat_weights(
         raise InvalidValueError(f"{type(base).__name__} has no ComCAT adapter named {adapter_name!r}.")
     if statistics is not None and hasattr(statistics, "check_model"):
         statistics.check_model(base)
-    for name, site in find_sites(base, _scope(base.peft_config[adapter_name])).items():
+    for site in find_sites(base, _scope(base.peft_config[adapter_name]), width=True).values():
         substitutes = {
             path: layers[id(dense)].comcat_factors[adapter_name]
             for path, dense in site.dense_modules().items()
             if id(dense) in layers and adapter_name in layers[id(dense)].comcat_factors
         }
-        if substitutes:
-            site.initialize(substitutes, (statistics or {}).get(name))
+        # The factors of a layer may be those of its MLP's width.
+        if substitutes and isinstance(next(iter(substitutes.values())), site.replacement):
+            site.initialize(substitutes, (statistics or {}).get(site.moments_path))
 
 
 def _scope(config: ComCATConfig) -> str:
     # Attention is looked for only where it may be wanted, so that a model whose attention is unknown keeps its MLPs.
     wanted = config.qk_rank is not None or config.vo_rank is not None
-    wanted = wanted or any(isinstance(entry, Mapping) for entry in config.rank_pattern.values())
+    wanted = wanted or any(isinstance(e, Mapping) and not _is_width(e) for e in config.rank_pattern.values())
     return "model" if wanted else "linear"
+
+
+def _is_width(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "width" in entry
+
+
+def _is_selected(config: ComCATConfig, site: Site) -> bool:
+    selection, modules = _selection(config), site.dense_modules()
+    matched = check_target_module_exists(selection, site.name)
+    if site.name in modules:
+        return bool(matched)
+    # The site of several modules: they are meant together or not at all.
+    parts = [check_target_module_exists(selection, path) for path in modules]
+    excluded = any(isinstance(part, _ExcludedModule) for part in (matched, *parts))
+    return not excluded and (bool(matched) or all(parts))
 
 
 def _selection(config: ComCATConfig) -> SimpleNamespace:
@@ -240,17 +254,48 @@ def _selection(config: ComCATConfig) -> SimpleNamespace:
     )
 
 
-def _ranks_for(config: ComCATConfig, site: Site) -> Ranks:
-    # A module's own name goes over a pattern that happens to match it.
-    keys = [key for key in config.rank_pattern if key == site.name or _matches(key, site.name)]
-    if keys:
-        return site.ranks(config.rank_pattern[site.name if site.name in keys else keys[0]])
-    defaults = {"qk": config.qk_rank, "vo": config.vo_rank, "rank": config.linear_rank}
+def _pattern_entries(config: ComCATConfig, sites: Mapping[str, Site], model: nn.Module) -> dict[str, Any]:
+    """The entries of the rank_pattern by the sites they are for."""
+    entries: dict[str, Any] = {}
+    unmatched = []
+    for key, entry in config.rank_pattern.items():
+        matched = [name for name in sites if _matches(key, name)]
+        # What matches the layers of an MLP may match the MLP; the entry says which of the two is meant.
+        fitting = [n for n in matched if key == n or _is_width(entry) == (sites[n].kind == "mlp")]
+        for name in fitting or matched:
+            # A module's own name goes over a pattern that happens to match it, an earlier pattern over a later one.
+            if key == name or name not in entries:
+                entries[name] = entry
+        if not matched:
+            unmatched.append(key)
+    if unmatched:
+        raise RankPlanError(
+            f"The rank_pattern names {', '.join(unmatched[:3])}, which {type(model).__name__} does not have or which "
+            f"cannot be factorised. Expected names such as {', '.join(list(sites)[:3])}. "
+            "Was the plan made for another model?"
+        )
+    return entries
+
+
+def _default_ranks(config: ComCATConfig, site: Site, sites: Mapping[str, Site], entries: Mapping[str, Any]) -> Ranks:
+    """What a site without an entry of its own gets."""
+    defaults = {"qk": config.qk_rank, "vo": config.vo_rank, "rank": config.linear_rank, "width": config.mlp_width}
     ranks = {choice: defaults[choice] for choice in site.choices}
-    if site.kind == "linear" and ranks["rank"] is not None and ranks["rank"] >= site.choices["rank"]:
-        return {"rank": None}
+    if site.kind != "attention":
+        choice = next(iter(ranks))
+        enough = ranks[choice] is not None and ranks[choice] >= site.choices[choice]
+        if enough or _yields(config, site, sites, entries):
+            return {choice: None}
     entry = site.entry(ranks)
     return ranks if entry is None else site.ranks(entry)
+
+
+def _yields(config: ComCATConfig, site: Site, sites: Mapping[str, Site], entries: Mapping[str, Any]) -> bool:
+    """An MLP's width to entries for its layers; the rank of a layer to its MLP's width."""
+    if site.kind == "mlp":
+        return not entries.keys().isdisjoint(site.dense_modules())
+    mlps = [mlp for mlp in sites.values() if mlp.kind == "mlp" and site.name in mlp.dense_modules()]
+    return any(config.mlp_width is not None or mlp.name in entries for mlp in mlps)
 
 
 def _matches(key: str, name: str) -> bool:

@@ -84,13 +84,15 @@ def correlated_images(count, seed):
     return (mix @ patterns / 4).reshape(count, 3, 32, 32)
 
 
-@pytest.mark.parametrize("scope", ["model", "attention", "mlp"])
+@pytest.mark.parametrize(
+    ("scope", "mlp"), [("model", "rank"), ("model", "width"), ("attention", "rank"), ("mlp", "rank"), ("mlp", "width")]
+)
 @pytest.mark.parametrize("family", ["vit", "dinov2", "clip_vision"])
-def test_batches_lower_the_error_also_on_other_images(family, scope):
+def test_batches_lower_the_error_also_on_other_images(family, scope, mlp):
     model, _ = MODELS[family]()
     seen, unseen = correlated_images(32, 1), correlated_images(32, 2)
-    blind = compress(model, 0.4, scope=scope)
-    fitted = compress(model, 0.4, scope=scope, batches=seen.split(8))
+    blind = compress(model, 0.4, scope=scope, mlp=mlp)
+    fitted = compress(model, 0.4, scope=scope, mlp=mlp, batches=seen.split(8))
 
     def error(small, pixels):
         return (outputs(small, {"pixel_values": pixels})[0] - outputs(model, {"pixel_values": pixels})[0]).norm()

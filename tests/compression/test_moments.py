@@ -12,7 +12,9 @@ import safetensors.torch
 import torch
 
 from comcat_hf import Statistics, collect_statistics, compress
+from comcat_hf.attention import apply_ranks, find_sites
 from comcat_hf.compression.moments import STATISTICS_NAME
+from comcat_hf.compression.statistics import collecting, token_mask
 from comcat_hf.errors import CheckpointError, InvalidValueError
 from tests.compression.test_statistics import assert_same
 from tests.helpers import MODELS, images, small_bert, small_vit
@@ -93,6 +95,33 @@ def test_those_of_other_models_do_not_add_up():
             statistics + other
     with pytest.raises(TypeError):
         statistics + 1
+
+
+def test_serve_the_width_of_an_mlp():
+    model, statistics = gathered()
+    name = "vit.layers.0.mlp"
+    statistics.check_model(model, [name, f"{name}.fc2", "vit.layers.0.attention"])
+    with pytest.raises(InvalidValueError, match=r"scope='attention', lack vit\.layers\.0\.mlp, which"):
+        collect_statistics(model, [images()], scope="attention").check_model(model, [name])
+
+
+def test_those_of_a_narrower_side_serve_ranks_only():
+    # As gathered before widths were known: at an output layer the covariance of what it gives.
+    model, statistics = gathered()
+    name = "vit.layers.0.mlp.fc2"
+    with token_mask(model) as mask, collecting(find_sites(model)[name], mask) as collector:
+        model(images(5))
+    old = Statistics({**statistics.sums, name: collector.finish(name)}, statistics.architecture, 5)
+    old.check_model(model)
+    weights = []
+    for given in (old, statistics):
+        small = small_vit()[0]
+        apply_ranks(small, {name: 9}, statistics=given)
+        weights.append(small.get_submodule(name))
+    products = [layer.weight @ layer.first_factor.weight for layer in weights]
+    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidValueError, match=r"^vit\.layers\.0\.mlp: .*side 'input'.*gather"):
+        apply_ranks(model, {"vit.layers.0.mlp": {"width": 9}}, statistics=old)
 
 
 def test_come_back_from_a_folder_and_a_file(tmp_path):

@@ -51,7 +51,7 @@ def capture(model, inputs):
     return seen
 
 
-def brute_force(site, seen, mask):
+def brute_force(site, seen, mask, hidden):
     """The moments by loops over samples, tokens that count, and heads."""
 
     def rows(states):
@@ -63,7 +63,8 @@ def brute_force(site, seen, mask):
 
     if not isinstance(site, AttentionSite):
         x, y = torch.cat(rows(seen["x"])), torch.cat(rows(seen["y"]))
-        inner = y if site.linear.out_features < site.linear.in_features else x
+        narrows = site.linear.out_features < site.linear.in_features
+        inner = y if narrows and site.name not in hidden else x
         return {"covariance": torch.cov(inner.T, correction=0), "mean": x.mean(0)}
     heads, width = site.view.num_heads, site.view.head_dim
     found = {"query": [], "key": [], "attended": [], "attended_mean": []}
@@ -87,8 +88,11 @@ def test_equal_plain_loops_over_activations(family):
     statistics = collect_statistics(model, [inputs])
     seen, mask = capture(model, inputs), inputs.get("attention_mask")
     assert set(statistics) == set(find_sites(model)) == set(seen)
+    # Whatever reads hidden units has the covariance of all of them, which serves the MLP's width too.
+    hidden = {site.moments_path for site in find_sites(model, width=True).values() if site.kind == "mlp"}
+    assert len(hidden) == sum(site.kind == "attention" for site in find_sites(model).values())
     for name, site in find_sites(model).items():
-        for field, expected in brute_force(site, seen[name], mask).items():
+        for field, expected in brute_force(site, seen[name], mask, hidden).items():
             found = fields(statistics[name])[field]
             assert found.dtype == torch.float64
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11, msg=f"{name}.{field}")

@@ -1,15 +1,16 @@
 """Ranks by discarded energy and by measured sensitivity: on budget, where it matters, and the model as it was."""
 
 import logging
+import re
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from comcat_hf import allocate_ranks, collect_statistics, compress, plan_of
-from comcat_hf.attention import LowRankAttention, LowRankLinear, find_sites
+from comcat_hf import allocate_ranks, collect_statistics, compress, measure_sensitivities, plan_of
+from comcat_hf.attention import LowRankAttention, NarrowLinear, find_sites
 from comcat_hf.compression import sensitivity as module
-from comcat_hf.compression.allocation import TOLERANCE, _budget, _default_step
+from comcat_hf.compression.budget import TOLERANCE, default_step, find_budget
 from comcat_hf.compression.counting import count_parameters
 from comcat_hf.compression.outputs import Movement, main_output
 from comcat_hf.compression.sensitivity import interpolate, measure
@@ -24,7 +25,7 @@ LOW = "vit.layers.1.mlp.fc1"
 
 def budget_of(model, reduction=0.4):
     sites = find_sites(model)
-    return _budget(model, sites, reduction, "params", count_parameters(model), _default_step(sites), None)
+    return find_budget(model, sites, reduction, "params", count_parameters(model), default_step(sites), None)
 
 
 def movement(model, small, inputs):
@@ -97,7 +98,7 @@ def test_spectrum_needs_weights():
 def test_a_layer_of_low_rank_gets_a_low_rank(strategy):
     model, inputs = with_low_rank_layer()
     options = {"strategy": strategy, "batches": [inputs]}
-    plan = allocate_ranks(model, 0.3, scope="mlp", **options)
+    plan = allocate_ranks(model, 0.3, scope="mlp", mlp="rank", **options)
     others = [rank for name, rank in plan.ranks.items() if name != LOW]
     dense = sorted(set(find_sites(model, "mlp")) - set(plan.ranks))
     assert plan.ranks[LOW] <= 4
@@ -136,21 +137,22 @@ def test_runs_from_a_later_block_measure_the_same(monkeypatch):
         return run(meter, what)
 
     monkeypatch.setattr(module._Meter, "movement", watched)
-    fast = measure(model, budget, batches)
+    fast = measure(model, budget.options, budget.step, batches)
     assert set(skipped) == {0, 1, 2, 3}
     monkeypatch.setattr(module, "_blocks_before", lambda model, block: ())
-    slow = measure(model, budget, batches)
-    assert list(fast) == list(slow) == list(budget.options)
-    for option in budget.options:
-        assert fast[option] == pytest.approx(slow[option], rel=1e-3, abs=1e-12)
-        assert 3 <= len(fast[option]) <= 4
+    slow = measure(model, budget.options, budget.step, batches)
+    assert list(fast) == list(slow) == [(option.site.name, option.choice) for option in budget.options]
+    for key, movements in fast.items():
+        assert movements == pytest.approx(slow[key], rel=1e-3, abs=1e-12)
+        assert 3 <= len(movements) <= 4
 
 
 def test_a_model_that_uses_every_block_runs_in_full(monkeypatch):
     model, inputs = MODELS["dpt"]()
-    expected = measure(model, budget_of(model), [inputs])
+    budget = budget_of(model)
+    expected = measure(model, budget.options, budget.step, [inputs])
     monkeypatch.setattr(module, "_blocks_before", lambda model, block: ())
-    found = measure(model, budget_of(model), [inputs])
+    found = measure(model, budget.options, budget.step, [inputs])
     for one, other in zip(expected.values(), found.values(), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-12)
 
@@ -175,6 +177,26 @@ def test_batches_are_read_once_and_may_be_shuffled():
     assert plan_of(given).ranks == plan.ranks
 
 
+def test_measured_once_for_several_plans():
+    model, _ = small_vit()
+    batches = images(4).split(2)
+    statistics = collect_statistics(model, batches)
+    measured = measure_sensitivities(model, batches, statistics=statistics)
+    for reduction in (0.3, 0.5):
+        options = {"strategy": "sensitivity", "statistics": statistics}
+        plan = allocate_ranks(model, reduction, sensitivities=measured, **options)
+        assert plan == allocate_ranks(model, reduction, batches=batches, **options)
+
+
+def test_sensitivities_of_another_way_are_refused():
+    model, _ = small_vit()
+    batches = images(4).split(2)
+    statistics = collect_statistics(model, batches)
+    measured = measure_sensitivities(model, batches, statistics=statistics)
+    with pytest.raises(InvalidValueError, match=r"lack vit.layers.0.mlp.fc1, rank, and 3 more"):
+        allocate_ranks(model, 0.3, strategy="sensitivity", mlp="mixed", statistics=statistics, sensitivities=measured)
+
+
 def test_the_model_is_left_as_it_was_also_on_error(monkeypatch):
     model, inputs = small_vit()
     model.train()
@@ -185,7 +207,7 @@ def test_the_model_is_left_as_it_was_also_on_error(monkeypatch):
 
     def broken(meter, what):
         if "layers.1.mlp" in what:
-            assert any(isinstance(m, (LowRankAttention, LowRankLinear)) for m in model.modules())
+            assert any(isinstance(m, (LowRankAttention, NarrowLinear)) for m in model.modules())
             raise KeyboardInterrupt
         return 0.0
 
@@ -206,8 +228,9 @@ def test_what_it_will_cost_is_said_and_kept(caplog):
     with caplog.at_level(logging.INFO, "comcat_hf"):
         allocate_ranks(model, 0.4, strategy="sensitivity", batches=[inputs, inputs], statistics=statistics)
     handle.remove()
-    assert "28 truncations of 8 pairs and layers on 2 batches: at most 67 forward passes" in caplog.text
-    assert 56 < len(passes) <= 67
+    assert "20 truncations of 6 pairs and layers on 2 batches: at most 51 forward passes" in caplog.text
+    assert re.search(r"no more than about \d+ seconds", caplog.text)
+    assert 40 < len(passes) <= 51
 
 
 def test_chance_in_the_output_is_warned_of(caplog):

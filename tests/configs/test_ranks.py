@@ -12,7 +12,12 @@ from comcat_hf.errors import CheckpointError, RankPlanError
 
 def _plan() -> RankPlan:
     return RankPlan(
-        {"layers.0.attention": {"qk": 4, "vo": 6}, "layers.1.attention": {"vo": 2}, "layers.0.fc1": 8},
+        {
+            "layers.0.attention": {"qk": 4, "vo": 6},
+            "layers.1.attention": {"vo": 2},
+            "layers.0.fc1": 8,
+            "layers.1.mlp": {"width": 30},
+        },
         architecture="ViTForImageClassification",
         base_model_name_or_path="user/base",
         revision="abc",
@@ -98,6 +103,7 @@ def test_a_changed_plan_is_checked_again():
         ({"ranks": {"attention": {}}}, r"attention.*\{\}"),
         ({"ranks": {"attention": {"qk": 2, "vo": 0}}}, "attention.*'vo': 0"),
         ({"ranks": {"attention": {"qk": None}}}, "attention.*'qk': None"),
+        ({"ranks": {"mlp": {"width": 0}}}, r"mlp: expected .*\{'width': k\} for an MLP, got \{'width': 0\}"),
         ({"ranks": {"attention": [2, 3]}}, r"attention.*\[2, 3\]"),
         ({"ranks": [["fc1", 2]]}, "'ranks' must map"),
         ({"ranks": None}, "'ranks' must map"),

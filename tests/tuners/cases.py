@@ -32,6 +32,13 @@ _SECOND_MLP = {
     "clip_vision": "vision_model.encoder.layers.1.mlp.fc1",
     "bert": "bert.encoder.layer.1.intermediate.dense",
 }
+_FIRST_MLP = {
+    "vit": "vit.layers.0.mlp",
+    "deit": "deit.layers.0.mlp",
+    "clip_vision": "vision_model.encoder.layers.0.mlp",
+    "bert": "bert.encoder.layer.0",
+}
+_EVERY_MLP = r"mlp|layer\.\d"
 _LAST_NORM = {
     "vit": "vit.layernorm",
     "deit": "deit.layernorm",
@@ -56,14 +63,23 @@ _CONFIGS: dict[str, tuple[Callable[[str], dict[str, Any]], bool]] = {
         lambda family: {"qk_rank": 4, "rank_pattern": {_FIRST_ATTENTION[family]: {"vo": 3}, r"(fc1|dense)": 5}},
         False,
     ),
+    "full_width": (lambda family: {"rank_pattern": {_EVERY_MLP: {"width": 80}}}, True),
+    "only_width": (lambda family: {"mlp_width": 24}, False),
+    "width_and_ranks": (
+        lambda family: {**LOW, "mlp_width": 24, "rank_pattern": {_SECOND_MLP[family]: 6}},
+        False,
+    ),
     "modules_to_save": (lambda family: {**LOW, "modules_to_save": [_LAST_NORM[family]]}, False),
 }
 # How modules are chosen does not depend on the family: not every family needs every configuration.
 _OF_FAMILY = {
     "vit": tuple(_CONFIGS),
-    "bert": ("full_rank", "low_rank", "only_qk", "only_vo", "target_list", "rank_pattern", "modules_to_save"),
+    "bert": (
+        *("full_rank", "low_rank", "only_qk", "only_vo", "target_list", "rank_pattern", "modules_to_save"),
+        *("full_width", "width_and_ranks"),
+    ),
     "deit": ("full_rank", "low_rank", "only_qk"),
-    "clip_vision": ("full_rank", "low_rank", "only_qk"),
+    "clip_vision": ("full_rank", "low_rank", "only_qk", "only_width"),
 }
 
 
@@ -85,7 +101,8 @@ class Case:
 
 
 def _plan(family: str) -> RankPlan:
-    return RankPlan({_FIRST_ATTENTION[family]: {"qk": 6, "vo": 2}, _SECOND_MLP[family]: 8})
+    first = {_FIRST_ATTENTION[family]: {"qk": 6, "vo": 2}, _FIRST_MLP[family]: {"width": 30}}
+    return RankPlan({**first, _SECOND_MLP[family]: 8})
 
 
 def _cases() -> list[Case]:

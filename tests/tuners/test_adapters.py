@@ -12,6 +12,7 @@ from peft import (
 from safetensors.torch import load_file
 
 from comcat_hf import ComCATConfig, RankPlan
+from comcat_hf.attention import read_ranks
 from comcat_hf.errors import InvalidValueError
 from tests.helpers import (
     assert_unchanged,
@@ -52,6 +53,40 @@ class TestSeveralAdapters:
         assert {n for n, g in trainable(model).items() if g} == {n for n in trainable(model) if ".other." in n}
         model.set_adapter("default")
         assert equal(outputs(model, inputs), first)
+
+    @pytest.mark.parametrize("build", [small_vit, small_bert])
+    def test_widths_and_ranks_in_turn(self, build, tmp_path):
+        base, inputs = build()
+        dense = outputs(base, inputs)
+        settings = {"narrow": {"mlp_width": 20}, "wide": {"mlp_width": 60, "qk_rank": 3}, "low": {"linear_rank": 5}}
+        model = get_peft_model(base, ComCATConfig(**settings["narrow"]), "narrow")
+        for name in ("wide", "low"):
+            model.add_adapter(name, ComCATConfig(**settings[name]))
+        expected = {}
+        for name, own in settings.items():
+            alone = get_peft_model(build()[0], ComCATConfig(**own), name)
+            model.set_adapter(name)
+            assert equal(outputs(model, inputs), outputs(alone, inputs))
+            disturb(model)
+            expected[name] = outputs(model, inputs)
+        with pytest.raises(InvalidValueError, match=r"narrow, wide.*only one"):
+            model.base_model.set_adapter(["narrow", "wide"])
+        with model.disable_adapter():
+            assert equal(outputs(model, inputs), dense)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(build()[0], tmp_path / "wide", adapter_name="wide")
+        for name in ("low", "narrow"):
+            loaded.load_adapter(tmp_path / name, adapter_name=name, low_cpu_mem_usage=name == "low")
+        inside = build()[0]
+        for name in settings:
+            loaded.set_adapter(name)
+            assert equal(outputs(loaded, inputs), expected[name])
+            inside.load_adapter(str(tmp_path / name), name)
+            inside.set_adapter(name)
+            assert equal(outputs(inside, inputs), expected[name])
+        merged = copy.deepcopy(model).merge_and_unload(adapter_names=["wide"])
+        assert equal(outputs(merged, inputs), expected["wide"])
+        assert {entry["width"] for entry in read_ranks(merged).values() if "width" in entry} == {60}
 
     def test_a_frozen_first_adapter_stays_frozen(self, tmp_path):
         model, _ = small_vit()

@@ -13,7 +13,8 @@ def _config() -> ComCATConfig:
     return ComCATConfig(
         qk_rank=4,
         linear_rank=8,
-        rank_pattern={"layers.0.attention": {"qk": 2, "vo": 3}, "fc1": 5},
+        mlp_width=30,
+        rank_pattern={"layers.0.attention": {"qk": 2, "vo": 3}, "fc1": 5, "layers.1.mlp": {"width": 20}},
         init_weights=False,
         target_modules=["attention", "fc1"],
         exclude_modules="head",
@@ -52,7 +53,9 @@ def test_a_configuration_can_be_copied():
     ("settings", "words"),
     [
         ({"mode": "squeeze", "qk_rank": 2}, "mode.*compress.*'squeeze'"),
-        ({}, "no rank.*qk_rank.*from_plan"),
+        ({}, "no rank.*qk_rank.*mlp_width.*from_plan"),
+        ({"mlp_width": 0}, "mlp_width.*from 1.*0"),
+        ({"rank_pattern": {"mlp": {"width": 0}}}, r"rank_pattern\['mlp'\].*'width': 0"),
         ({"qk_rank": 0}, "qk_rank.*from 1.*0"),
         ({"vo_rank": -3}, "vo_rank.*-3"),
         ({"vo_rank": 2.5}, "vo_rank.*2.5"),
@@ -84,10 +87,11 @@ def test_a_bad_value_in_a_file_is_refused(tmp_path):
 
 
 def test_a_plan_becomes_a_configuration():
-    plan = RankPlan({"a.attention": {"qk": 2}, "b.fc1": 4}, base_model_name_or_path="user/base", revision="abc")
+    ranks = {"a.attention": {"qk": 2}, "b.fc1": 4, "c.mlp": {"width": 3}}
+    plan = RankPlan(ranks, base_model_name_or_path="user/base", revision="abc")
     config = ComCATConfig.from_plan(plan, modules_to_save=["norm"])
     assert config.rank_pattern == plan.ranks and config.rank_pattern is not plan.ranks
-    assert (config.qk_rank, config.vo_rank, config.linear_rank) == (None, None, None)
+    assert (config.qk_rank, config.vo_rank, config.linear_rank, config.mlp_width) == (None,) * 4
     assert (config.base_model_name_or_path, config.revision) == ("user/base", "abc")
     assert config.modules_to_save == ["norm"]
 

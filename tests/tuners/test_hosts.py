@@ -11,6 +11,7 @@ from peft import (
 from torch import nn
 
 from comcat_hf import ComCATConfig, collect_statistics, initialize_comcat_weights
+from comcat_hf.attention import apply_ranks, read_ranks
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.tuners import ComCATLayer
 from tests.helpers import (
@@ -31,10 +32,18 @@ class TestInitialization:
             model, inputs = build()
             statistics = collect_statistics(model, [inputs])
             dense = outputs(model, inputs)
-            model = get_peft_model(model, ComCATConfig(qk_rank=6, vo_rank=8, linear_rank=12))
-            plain = _distance(outputs(model, inputs), dense)
-            initialize_comcat_weights(model, statistics=statistics)
-            assert _distance(outputs(model, inputs), dense) < plain
+            for name, settings in (
+                ("ranks", {"qk_rank": 6, "vo_rank": 8, "linear_rank": 12}),
+                ("w", {"mlp_width": 60}),
+            ):
+                adapted = get_peft_model(build()[0], ComCATConfig(**settings), name)
+                plain = _distance(outputs(adapted, inputs), dense)
+                initialize_comcat_weights(adapted, statistics=statistics, adapter_name=name)
+                assert _distance(outputs(adapted, inputs), dense) < plain
+                # The closed form that a plan gets.
+                small = build()[0]
+                apply_ranks(small, read_ranks(adapted.merge_and_unload()), statistics=statistics)
+                assert equal(outputs(adapted, inputs), outputs(small, inputs))
 
     def test_only_the_adapter_named_is_changed(self):
         model, inputs = small_vit()
@@ -145,7 +154,9 @@ class TestDevices:
         with torch.device("meta"):
             model = cls(config)
             model.add_adapter(ComCATConfig(**LOW), "inside")
+            model.add_adapter(ComCATConfig(mlp_width=20), "narrow")
         model.add_adapter(ComCATConfig(**LOW_CONFIG), "outside")
+        model.add_adapter(ComCATConfig(mlp_width=30), "wide")
         assert all(parameter.is_meta for parameter in model.parameters())
 
     def test_a_dense_model_and_an_adapter_on_the_meta_device(self):

@@ -9,8 +9,8 @@ from peft import (
 )
 from torch import nn
 
-from comcat_hf import ComCATConfig, RankPlan
-from comcat_hf.attention import LowRankAttention
+from comcat_hf import ComCATConfig, RankPlan, plan_of
+from comcat_hf.attention import LowRankAttention, NarrowLinear, read_ranks
 from comcat_hf.errors import ComCATError, InvalidValueError, RankPlanError
 from tests.helpers import (
     HEAD_DIM,
@@ -134,12 +134,77 @@ class TestWhatIsTargeted:
             get_peft_model(small_bert()[0], ComCATConfig(**LOW_CONFIG, modules_to_save=["attention.output"]))
 
 
+FC1, FC2 = "vit.layers.{}.mlp.fc1", "vit.layers.{}.mlp.fc2"
+
+
+class TestWidths:
+    """What an MLP gets: its width, ranks for its layers, or neither."""
+
+    @pytest.mark.parametrize(
+        ("settings", "first", "second"),
+        [
+            ({"mlp_width": 30}, "ww", "ww"),
+            # The layers of an MLP have its width, other layers the rank.
+            ({"mlp_width": 30, "linear_rank": 3}, "ww3", "ww3"),
+            ({"mlp_width": 30, "linear_rank": 3, "exclude_modules": ["layers.0.mlp"]}, "..3", "ww3"),
+            ({"mlp_width": 30, "linear_rank": 3, "exclude_modules": ["layers.0.mlp.fc2"]}, "..3", "ww3"),
+            ({"mlp_width": 30, "exclude_modules": r".*\.1\.mlp\..*"}, "ww", ".."),
+            ({"mlp_width": 30, "target_modules": ["layers.1.mlp"]}, "..", "ww"),
+            ({"mlp_width": 30, "target_modules": ["fc1", "fc2"]}, "ww", "ww"),
+            ({"mlp_width": 30, "modules_to_save": ["layers.1.mlp"]}, "ww", ".."),
+            ({"mlp_width": 30, "modules_to_save": ["layers.1.mlp.fc1"]}, "ww", ".."),
+            ({"mlp_width": 30, "rank_pattern": {"layers.1.mlp.fc1": 5}}, "ww", "5."),
+            ({"linear_rank": 4, "rank_pattern": {"layers.1.mlp": {"width": 30}}}, "444", "ww4"),
+            # An entry says which of the sites that a pattern matches it is for.
+            ({"rank_pattern": {r"vit.*0\.mlp.*": 6, r".*1\.mlp.*": {"width": 30}}}, "66", "ww"),
+            ({"qk_rank": 4, "mlp_width": 80, "linear_rank": 3}, "..3", "..3"),
+        ],
+    )
+    def test_of_each_mlp(self, settings, first, second):
+        model = get_peft_model(small_vit()[0], ComCATConfig(**settings))
+        layers = {n.removeprefix("base_model.model."): layer for n, layer in layers_of(model).items()}
+
+        def found(name):
+            factors = layers[name].comcat_factors["default"] if name in layers else None
+            return "." if factors is None else "w" if isinstance(factors, NarrowLinear) else str(factors.rank)
+
+        for index, expected in enumerate((first, second)):
+            tail = [found("classifier")] if len(expected) > 2 else []
+            assert "".join([found(FC1.format(index)), found(FC2.format(index)), *tail]) == expected
+
+    def test_a_width_and_a_rank_in_one_mlp_are_refused(self):
+        pattern = {"vit.layers.0.mlp": {"width": 9}, FC2.format(0): 5}
+        with pytest.raises(RankPlanError, match=r"layers\.0\.mlp has the entry .*'width': 9.*fc2 the entry 5"):
+            get_peft_model(small_vit()[0], ComCATConfig(rank_pattern=pattern))
+
+    def test_the_older_style(self):
+        model = get_peft_model(small_bert()[0], ComCATConfig(mlp_width=30, target_modules=r".*\.layer\.1\..*"))
+        block = "base_model.model.bert.encoder.layer.1"
+        assert set(layers_of(model)) == {f"{block}.intermediate.dense", f"{block}.output.dense"}
+        plan = RankPlan({"bert.encoder.layer.0": {"width": 7}})
+        merged = get_peft_model(small_bert()[0], ComCATConfig.from_plan(plan)).merge_and_unload()
+        assert read_ranks(merged) == plan_of(merged).ranks == plan.ranks
+
+    def test_attention_need_not_be_known(self):
+        model, _ = small_vit()
+
+        class UnknownAttention(type(model.vit.layers[0].attention)):
+            pass
+
+        model.vit.layers[0].attention.__class__ = UnknownAttention
+        pattern = {"vit.layers.1.mlp": {"width": 9}}
+        assert len(layers_of(get_peft_model(model, ComCATConfig(rank_pattern=pattern)))) == 2
+
+
 BROKEN = {
     "nan": (LOW_CONFIG, ValueError, "finite|NaN|nan"),
     "rank_above_head": ({"qk_rank": 2, "vo_rank": HEAD_DIM + 1}, RankPlanError, "attention, vo.*16.*17"),
     "unknown_name": ({"rank_pattern": {"vit.layers.7.attention": {"qk": 2}}}, RankPlanError, "layers.7"),
     "linear_for_attention": ({"rank_pattern": {"layers.1.attention": 3}}, RankPlanError, "layers.1.attention"),
     "pair_for_linear": ({"rank_pattern": {"layers.1.mlp.fc2": {"qk": 3}}}, RankPlanError, "fc2"),
+    "width_for_linear": ({"rank_pattern": {"vit.layers.1.mlp.fc2": {"width": 3}}}, RankPlanError, "fc2"),
+    "rank_for_mlp": ({"rank_pattern": {"layers.1.mlp": 3}}, RankPlanError, "layers.1.mlp is an MLP.*width"),
+    "too_wide": ({"rank_pattern": {"mlp": {"width": 81}}}, RankPlanError, "mlp: the width.*80.*81"),
     "nothing_targeted": ({**LOW_CONFIG, "target_modules": ["nothing"]}, InvalidValueError, "nothing.*layers.0"),
     "empty_target": ({**LOW_CONFIG, "target_modules": []}, InvalidValueError, "layers.0"),
     "all_excluded": ({**LOW_CONFIG, "exclude_modules": ".*"}, InvalidValueError, "excluded"),

@@ -16,7 +16,7 @@ from peft import (
 from safetensors.torch import load_file
 
 from comcat_hf import initialize_comcat_weights
-from comcat_hf.attention import LowRankAttention, LowRankLinear
+from comcat_hf.attention import LowRankAttention, LowRankLinear, NarrowLinear
 from tests.helpers import (
     assert_close,
     assert_unchanged,
@@ -103,9 +103,8 @@ class TestEveryCase:
         assert type(merged) is type(case.model()[0])
         assert not layers_of(merged) and not hasattr(merged, "peft_config")
         assert not any("comcat_" in name or "modules_to_save" in name for name in merged.state_dict())
-        assert any(isinstance(module, (LowRankAttention, LowRankLinear)) for module in merged.modules()) or (
-            case.family == "bert"
-        )
+        kinds = (LowRankAttention, LowRankLinear, NarrowLinear)
+        assert any(isinstance(module, kinds) for module in merged.modules()) or case.family == "bert"
         assert equal(outputs(merged, inputs), expected)
         merged.save_pretrained(tmp_path)
         loaded = type(merged).from_pretrained(tmp_path)
