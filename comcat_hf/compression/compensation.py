@@ -6,9 +6,10 @@ would have added plus the drift of the residual stream so far (docs/method.md). 
 gradients.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def compress_in_order(
 ) -> None:
     """Replace the modules named in a plan, in place and in forward order, with compensation.
 
-    Memory: the inputs of all blocks on all batches, `blocks * tokens * d` numbers, twice.
+    Memory: a few hidden states of one block on all batches, `tokens * d` numbers each, and the moments of one site;
+    where a block does not take what the block before it gives, the states that it takes.
 
     Args:
         model: a dense model, changed in place; on an error it may be half changed, so pass a copy.
@@ -71,9 +73,14 @@ def compress_in_order(
         calls = _record_calls(model, order, inputs)
         before: _Calls | None = None
         for path in tqdm(order, desc="Compressing", disable=not progress):
-            block = _Block(model, path, calls.pop(path), before, ridge)
+            record = calls.pop(path)
+            if record.chained:
+                record.dense_in, record.small_in = before.dense_out, before.small_out
+            else:
+                record.small_in = record.dense_in
+            block = _Block(model, path, record, ridge)
             block.compress({name: sites[name] for name in sites if name in blocks[path]}, chosen)
-            before = block.calls
+            before = record
         if rest:
             moments = _rest_moments(model, sites, rest, inputs)
             apply_ranks(model, {name: ranks[name] for name in rest}, statistics=moments)
@@ -83,14 +90,26 @@ def compress_in_order(
 
 @dataclass
 class _Calls:
-    """The calls of one block, one a batch: arguments, token masks, hidden states in and out of either model."""
+    """The calls of one block, one a batch: arguments, token masks, hidden states in and out of either model.
 
+    `chained`: it takes what the block before it gives, so that its inputs need not be kept.
+    """
+
+    chained: bool = False
     arguments: list[tuple[tuple, dict]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     dense_in: list[Tensor] = field(default_factory=list)
     dense_out: list[Tensor] = field(default_factory=list)
     small_in: list[Tensor] = field(default_factory=list)
     small_out: list[Tensor] = field(default_factory=list)
+
+
+class _Reached(Exception):
+    """The module that a run is for has been called."""
+
+
+def _stop(module: nn.Module, args: tuple, output: Any) -> None:
+    raise _Reached
 
 
 @dataclass(frozen=True)
@@ -103,11 +122,9 @@ class _Residual:
 
 
 class _Block:
-    def __init__(self, model: nn.Module, path: str, calls: _Calls, before: _Calls | None, ridge: float | None) -> None:
+    def __init__(self, model: nn.Module, path: str, calls: _Calls, ridge: float | None) -> None:
         self.model, self.calls, self.ridge = model, calls, ridge
         self.module = model.get_submodule(path)
-        chained = before is not None and torch.equal(before.dense_out[0], calls.dense_in[0])
-        calls.small_in = before.small_out if chained else calls.dense_in
         self.mask = TokenMask()
 
     def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> None:
@@ -115,7 +132,7 @@ class _Block:
         residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()})
         for name, site in sites.items():
             with collecting(site, self.mask) as collector:
-                for _ in self._run(self.calls.small_in):
+                for _ in self._run(self.calls.small_in, outputs[name][1]):
                     pass
             substitutes = site.substitutes(ranks[name])
             site.initialize(substitutes, collector.moments(name))
@@ -126,11 +143,20 @@ class _Block:
                 self._refit(self.model.get_submodule(outputs[name][0]), residuals[name], totals[name])
         self.calls.small_out = list(self._run(self.calls.small_in))
 
-    def _run(self, states: list[Tensor]) -> Iterator[Tensor]:
-        for index, (args, kwargs) in enumerate(self.calls.arguments):
-            self.mask.mask = self.calls.masks[index]
-            output = self.module(states[index], *args, **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+    def _run(self, states: list[Tensor], until: nn.Module | None = None) -> Iterator[Tensor | None]:
+        """Run the block on all batches; with `until` only until that module has been called."""
+        handle = until.register_forward_hook(_stop) if until is not None else None
+        try:
+            for index, (args, kwargs) in enumerate(self.calls.arguments):
+                self.mask.mask = self.calls.masks[index]
+                try:
+                    output = self.module(states[index], *args, **kwargs)
+                except _Reached:
+                    output = None
+                yield output[0] if isinstance(output, tuple) else output
+        finally:
+            if handle is not None:
+                handle.remove()
 
     def _dense_pass(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, _Residual], dict[str, list[Tensor]]]:
         """Run the dense block on dense inputs: where each layer meets the stream, and the stream behind it."""
@@ -157,7 +183,7 @@ class _Block:
         regression = Regression()
         try:
             with _captured(self.module, {}) as seen:
-                for index, _ in enumerate(self._run(self.calls.small_in)):
+                for index, _ in enumerate(self._run(self.calls.small_in, linear)):
                     events = {"block.in": self.calls.small_in[index], **seen}
                     wanted = totals[index] - events[residual.stream]
                     regression.add(held["z"], wanted, self.mask.weights(held["z"]))
@@ -175,26 +201,33 @@ def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any
     """Run the dense model and keep what its blocks are called with."""
     calls = {path: _Calls() for path in paths}
     running: dict[str, Any] = {}
+    gave: dict[str, Tensor] = {}
 
-    def recorder(record: _Calls) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kwargs = dict(kwargs)
-            states = args[0] if args else kwargs.pop("hidden_states")
-            record.dense_in.append(states)
-            record.arguments.append((args[1:], kwargs))
-            mask = running.get("attention_mask")
-            fits = isinstance(mask, Tensor) and mask.shape == states.shape[:-1]
-            record.masks.append(mask if fits else None)
+    def before(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        record, kwargs = calls[path], dict(kwargs)
+        states = args[0] if args else kwargs.pop("hidden_states")
+        record.dense_in.append(states)
+        record.arguments.append((args[1:], kwargs))
+        mask = running.get("attention_mask")
+        fits = isinstance(mask, Tensor) and mask.shape == states.shape[:-1]
+        record.masks.append(mask if fits else None)
 
-        return hook
+    def after(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        gave[path] = output[0] if isinstance(output, tuple) else output
 
     with ExitStack() as stack:
         for path in paths:
-            handle = model.get_submodule(path).register_forward_pre_hook(recorder(calls[path]), with_kwargs=True)
-            stack.callback(handle.remove)
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(after, path)).remove)
         for index, batch in enumerate(inputs):
             running = batch
             run_batch(model, batch, index)
+            for path, previous in zip(paths[1:], paths, strict=False):
+                record = calls[path]
+                record.chained = record.chained if index else torch.equal(gave[previous], record.dense_in[0])
+                if record.chained:
+                    record.dense_in.clear()
     return calls
 
 
