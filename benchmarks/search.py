@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeiTConfig, DeiTForImageClassification
 
+from comcat_hf import count_parameters
 from comcat_hf.attention import find_sites
-from comcat_hf.compression.allocation import _METRICS
 from comcat_hf.compression.budget import default_step, find_budget
 from comcat_hf.compression.nested import NestedModel
 from comcat_hf.compression.search import Candidates
@@ -102,7 +102,7 @@ def build(name: str, layers: int) -> tuple[nn.Module, Candidates]:
     config = DeiTConfig(**MODELS[name], num_hidden_layers=layers, num_labels=1000, attn_implementation="sdpa")
     model = DeiTForImageClassification(config).eval().requires_grad_(False)
     sites = find_sites(model)
-    total = _METRICS["params"](model, None, None)
+    total = count_parameters(model)
     budget = find_budget(model, sites, 0.5, "params", total, default_step(sites), None)
     return model, Candidates(budget)
 

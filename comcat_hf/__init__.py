@@ -5,12 +5,14 @@ Importing the package registers PEFT type `COMCAT` and native loading of compres
 
 from .attention import register_attention_family as register_attention_family
 from .attention import register_mlp_family as register_mlp_family
+from .compression import LatencyTable as LatencyTable
 from .compression import Statistics as Statistics
 from .compression import allocate_ranks as allocate_ranks
 from .compression import collect_statistics as collect_statistics
 from .compression import compress as compress
 from .compression import count_macs as count_macs
 from .compression import count_parameters as count_parameters
+from .compression import measure_latency as measure_latency
 from .compression import measure_sensitivities as measure_sensitivities
 from .compression import search_ranks as search_ranks
 from .configs import ComCATConfig as ComCATConfig

@@ -270,10 +270,11 @@ def _make_models(
     plan = allocate_ranks(dense, settings.reduction)
     report(f"Training the dense model for {settings.epochs} epochs on {len(data.train_labels)} images")
     train(dense, None, settings.epochs, 2e-3, "Dense")
-    report(f"Compressing it by {settings.reduction:.0%}, without and with statistics of the training images")
+    report(f"Compressing it by {settings.reduction:.0%}, from its weights alone and with training images")
     plain = compress(dense, plan=plan)
-    statistics = collect_statistics(dense, data.train_images.split(BATCH), progress=progress)
-    fitted = compress(dense, plan=plan, statistics=statistics)
+    batches = data.train_images.split(BATCH)
+    statistics = collect_statistics(dense, batches, progress=progress)
+    fitted = compress(dense, settings.reduction, batches=batches, statistics=statistics, progress=progress)
     report(f"Fine-tuning for {settings.finetune_epochs} epochs with the dense model as the teacher")
     tuned = copy.deepcopy(fitted)
     train(tuned, dense, settings.finetune_epochs, 1e-3, "Compressed")
@@ -284,7 +285,7 @@ def _make_models(
         "dense": dense,
         "dense, trained further": further,
         "weights only": plain,
-        "with statistics": fitted,
+        "with images": fitted,
         "fine-tuned": tuned,
     }
     return models, statistics

@@ -20,6 +20,7 @@ from .transport import write_bytes_atomic
 __all__ = ["head_spectra", "plot_compression", "rank_table"]
 
 _PAIRS = {"qk": "Q·K", "vo": "V·O"}
+_WIDTH = "MLP width"
 _LAYER = re.compile(r"^(?:(.*)\.)?(\d+)\.(.+)$")
 _TALL = 12  # layers
 _FLOOR = 1e-3  # of the largest singular value; what is below is drawn there
@@ -84,8 +85,9 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
 
     What lies in no layer, such as a classifier, is a row of its own name with an empty column name.
     """
-    sites = find_sites(dense)
-    places = {name: _place(name) for name in sites}
+    sites = _shown_sites(dense, plan)
+    # Not by its own name: an MLP may have that of its block.
+    places = {name: _place(site.moments_path) for name, site in sites.items()}
     stacks = list(dict.fromkeys(stack for stack, _, _ in places.values() if stack is not None))
     attentions = {site for name, (_, _, site) in places.items() if isinstance(sites[name], AttentionSite)}
     table: RankTable = {}
@@ -96,10 +98,20 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
         for choice, full in _full_ranks(site).items():
             if isinstance(site, AttentionSite):
                 column = _PAIRS[choice] if len(attentions) == 1 else f"{place} {_PAIRS[choice]}"
+            elif choice == "width":
+                column = _WIDTH
             else:
                 column = "" if stack is None else place.rpartition(".")[2]
             table[row, column] = (ranks.get(choice), full)
     return table
+
+
+def _shown_sites(dense: nn.Module, plan: RankPlan) -> dict[str, Site]:
+    """Every site, of an MLP that loses hidden units the whole in place of its layers."""
+    sites = find_sites(dense, width=True)
+    narrow = {name for name, site in sites.items() if site.kind == "mlp" and name in plan.ranks}
+    within = {path for name in narrow for path in sites[name].dense_modules()}
+    return {n: site for n, site in sites.items() if n in narrow or (site.kind != "mlp" and n not in within)}
 
 
 @torch.no_grad()
@@ -174,7 +186,7 @@ def _draw_ranks(axes: Any, table: RankTable) -> None:
     axes.spines[:].set_visible(False)
     axes.set_ylabel("layer")
     axes.set_xlabel(", ".join(alone))
-    axes.set_title("rank kept / full rank, and its share", fontsize=10)
+    axes.set_title("rank or width kept / full, and its share", fontsize=10)
     axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=30)
 
 

@@ -1,5 +1,6 @@
 """Choosing ranks under a budget."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from .budget import (
     METRICS,
     TOLERANCE,
     WAYS,
+    Metric,
     check_choice,
     default_step,
     entries,
@@ -20,12 +22,17 @@ from .budget import (
     module_paths,
     sites_by_way,
 )
+from .counting import trace
+from .latency import LatencyMetric, LatencyTable
 from .moments import Statistics
 from .sensitivity import Sensitivities
 from .strategies import INFORMED, MEASURING, STRATEGIES
+from .timing import measure_latency
 
 
 __all__ = ["STRATEGIES", "TOLERANCE", "allocate_ranks"]
+
+logger = logging.getLogger(__name__)
 
 
 def allocate_ranks(
@@ -34,11 +41,12 @@ def allocate_ranks(
     *,
     scope: str = "model",
     metric: str = "params",
-    strategy: str = "uniform",
+    strategy: str | None = None,
     mlp: str | None = None,
     statistics: Mapping[str, Any] | None = None,
     batches: Iterable[Any] | None = None,
     sensitivities: Sensitivities | None = None,
+    latency: LatencyTable | None = None,
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -50,10 +58,12 @@ def allocate_ranks(
         reduction: share to remove, 0 to 1, both excluded: of the whole model for scope `"model"`, else of the scope's
             own.
         scope: what may be compressed: `"model"` (attention, MLP and classifier), `"attention"` or `"mlp"`.
-        metric: `"params"`, or `"macs"` of one sample of native size.
+        metric: `"params"`, `"macs"` of one sample of native size, or `"latency"`: what the table `latency` says that
+            each choice saves, summed over choices.
         strategy: `"uniform"`: the same share of every site. `"spectrum"`: the least discarded energy, summed over
             sites, each relative to its own. `"sensitivity"`: the least movement of the model's output, measured one
-            site at a time; logs beforehand how many forward passes that takes.
+            site at a time; logs beforehand how many forward passes that takes. By default `"sensitivity"` where there
+            are batches, or sensitivities and statistics; else `"uniform"`.
         mlp: how MLPs shrink. `"width"`: hidden units are cut; MLPs that are not known, and the classifier, get ranks.
             `"rank"`: their layers get ranks, the paper's way. `"mixed"`: the one or the other, MLP by MLP, whichever
             costs less; not for `"uniform"`, which knows no cost. By default `"width"` where there are statistics or
@@ -64,26 +74,32 @@ def allocate_ranks(
             them.
         sensitivities: what [`measure_sensitivities`] returned for this model, in place of measuring again. With it and
             statistics `"sensitivity"` needs no batches.
+        latency: for `metric="latency"`, what [`measure_latency`] returned for this model, here or on the device that
+            counts. Measured on the model's own device with one sample if not given, which is logged.
         step: ranks per head come in multiples of this where the budget allows, by default 8 for heads of 64 or wider,
             else 4; ranks of wide linear layers in multiples of four times this.
-        inputs: one sample, for `metric="macs"` where the configuration does not say the native size.
+        inputs: one sample, for `metric="macs"` where the configuration does not say the native size; for `"latency"`
+            that of the table.
         progress: show a progress bar while measuring.
 
     Returns:
-        a plan that removes at least `reduction` and at most 0.005 more, counted on the built model.
+        a plan that removes at least `reduction` and at most 0.005 more, counted on the built model; of latency by the
+        table's prediction, which is also the plan's `reached`.
 
     Raises:
-        InvalidValueError: an argument out of range, statistics of another model, batches that are missing, empty or
-            do not fit the model.
+        InvalidValueError: an argument out of range, statistics or a table of another model, batches that are missing,
+            empty or do not fit the model.
         BudgetError: a reduction out of reach; the message says what is reachable.
     """
     mlp = mlp or ("rank" if statistics is None and batches is None else "width")
     measured = batches is not None or (sensitivities is not None and statistics is not None)
-    _check_arguments(reduction, metric, strategy, mlp, measured, step)
+    strategy = strategy or ("sensitivity" if measured else "uniform")
+    _check_arguments(reduction, metric, strategy, mlp, measured, step, latency)
     sites = sites_by_way(find_sites(model, scope, width=True), mlp)
-    count = partial(METRICS[metric], names=None if scope == "model" else module_paths(sites), inputs=inputs)
+    measure = _READY[metric](model, scope, sites, latency, inputs, progress)
+    count = partial(measure, names=None if scope == "model" else module_paths(sites), inputs=inputs)
     total = count(model)
-    budget = find_budget(model, sites, reduction, metric, total, step or default_step(sites), inputs)
+    budget = find_budget(model, sites, reduction, measure, total, step or default_step(sites), inputs)
     if isinstance(statistics, Statistics) and strategy in INFORMED:
         statistics.check_model(model, [site.name for site in budget.sites()])
     chosen = STRATEGIES[strategy](
@@ -97,6 +113,31 @@ def allocate_ranks(
     )
     ranks = entries(sites, chosen)
     return finish_plan(model, ranks, count, total, reduction, scope=scope, metric=metric, strategy=strategy)
+
+
+def _timed(
+    model: nn.Module,
+    scope: str,
+    sites: Mapping[str, Any],
+    table: LatencyTable | None,
+    inputs: Mapping[str, Any] | None,
+    progress: bool,
+) -> Metric:
+    """What a table says of these sites; the table is measured where none is given."""
+    if table is None:
+        logger.info("Latency: no table given; measuring %s as it is, with one sample.", type(model).__name__)
+        table = measure_latency(model, inputs, progress=progress)
+    tokens = trace(model, inputs, whole=False).tokens
+    # All sites, not those of one way alone: a whole model has as many of each shape as the table's.
+    table.check_model(find_sites(model, scope, width=True), tokens, whole=scope == "model")
+    return LatencyMetric(table, sites, tokens)
+
+
+# How each metric is made ready for one model and scope.
+_READY: Mapping[str, Callable[..., Metric]] = {
+    **{name: lambda *_, metric=metric: metric for name, metric in METRICS.items()},
+    "latency": _timed,
+}
 
 
 def finish_plan(
@@ -142,17 +183,32 @@ def finish_plan(
     )
 
 
-def check_ask(reduction: Any, metric: Any, step: Any) -> None:
-    """Raise InvalidValueError for a reduction, a metric or a step of ranks that cannot be asked for."""
+def check_ask(reduction: Any, metric: Any, step: Any, metrics: Iterable[str] = tuple(METRICS)) -> None:
+    """Raise InvalidValueError for a reduction, a metric or a step of ranks that cannot be asked for.
+
+    Which `metrics` can: by default those that are counted on any model.
+    """
     if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
         raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
-    check_choice("metric", metric, METRICS)
+    if metric in _READY and metric not in metrics:
+        raise InvalidValueError(
+            f"metric must be one of {', '.join(map(repr, metrics))} here, got {metric!r}, which allocate_ranks and "
+            "compress take: choose ranks with them."
+        )
+    check_choice("metric", metric, metrics)
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
         raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
 
 
-def _check_arguments(reduction: Any, metric: str, strategy: str, mlp: str, measured: bool, step: Any) -> None:
-    check_ask(reduction, metric, step)
+def _check_arguments(
+    reduction: Any, metric: str, strategy: str, mlp: str, measured: bool, step: Any, table: Any
+) -> None:
+    check_ask(reduction, metric, step, tuple(_READY))
+    if table is not None and (metric != "latency" or not isinstance(table, LatencyTable)):
+        raise InvalidValueError(
+            f"latency must be a LatencyTable beside metric='latency', got {type(table).__name__} beside "
+            f"metric={metric!r}. Pass what measure_latency returned, or leave it out."
+        )
     check_choice("mlp", mlp, WAYS)
     if mlp == "mixed" and strategy == "uniform":
         raise InvalidValueError(

@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -19,7 +19,9 @@ __all__ = [
     "WAYS",
     "Budget",
     "Choice",
+    "Metric",
     "Option",
+    "Saved",
     "check_choice",
     "default_step",
     "entries",
@@ -32,12 +34,6 @@ __all__ = [
 
 # The finished plan removes at least what was asked, and at most this share more.
 TOLERANCE = 0.005
-
-# What can be counted: the model, paths of the modules to count or `None` for all, one sample or `None`.
-METRICS: Mapping[str, Callable[..., int]] = {
-    "params": lambda model, names, inputs: count_parameters(model, names),
-    "macs": count_macs,
-}
 
 # How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
 WAYS = ("width", "rank", "mixed")
@@ -54,6 +50,79 @@ _REACH = 8
 
 Choice = dict["Option", int | None]
 
+# What a rank removes; 0 for `None`, the dense weights.
+Saved = Callable[[int | None], int]
+
+
+class Metric(Protocol):
+    """What a budget is asked in: a row of `METRICS`, or what a table of times says (`latency.py`).
+
+    Attributes:
+        name: as plans have it.
+    """
+
+    name: str
+
+    def __call__(
+        self, model: nn.Module, names: tuple[str, ...] | None = None, inputs: Mapping[str, Any] | None = None
+    ) -> int:
+        """What a model has, dense or with ranks: all of it, or the modules at these paths; for one sample."""
+        ...
+
+    def savings(
+        self, model: nn.Module, inputs: Mapping[str, Any] | None = None
+    ) -> Callable[[Site, str], tuple[Saved, int | None]]:
+        """Of a dense model, for each site and choice: what a rank removes, and the rank from which on it is nothing.
+
+        `None` for the latter is the limit of the choice.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What is counted on the model itself.
+
+    Attributes:
+        name: as plans have it.
+        count: the model, paths of the modules to count or `None` for all, one sample or `None`.
+        saved: of a site and its tokens, what a choice at a rank removes.
+        runs: whether tokens matter.
+    """
+
+    name: str
+    count: Callable[..., int]
+    saved: Callable[[Site, Tokens | None, str, int | None], int]
+    runs: bool
+
+    def __call__(
+        self, model: nn.Module, names: tuple[str, ...] | None = None, inputs: Mapping[str, Any] | None = None
+    ) -> int:
+        return self.count(model, names, inputs)
+
+    def savings(
+        self, model: nn.Module, inputs: Mapping[str, Any] | None = None
+    ) -> Callable[[Site, str], tuple[Saved, int | None]]:
+        tokens = trace(model, inputs, whole=False).tokens if self.runs else {}
+        return lambda site, choice: (partial(self.saved, site, tokens.get(site.moments_path), choice), None)
+
+
+def _saved_macs(site: Site, tokens: Tokens | None, choice: str, rank: int | None) -> int:
+    # What no sample runs through costs nothing.
+    return 0 if tokens is None else site.saved_macs(choice, rank, tokens)
+
+
+# What can be counted on any model.
+METRICS: Mapping[str, Metric] = {
+    "params": _Counted(
+        "params",
+        lambda model, names, inputs: count_parameters(model, names),
+        lambda site, tokens, choice, rank: site.saved_parameters(choice, rank),
+        runs=False,
+    ),
+    "macs": _Counted("macs", count_macs, _saved_macs, runs=True),
+}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -65,13 +134,15 @@ class Option:
         limit: the rank at which nothing would be saved any more; from there on the weights stay dense.
         saved: what a rank removes, in units of the budget; 0 for `None`, the dense weights.
         group: of all options of one group only those of one kind of site can be chosen; `None` is no group.
+        dense_from: where nothing is saved from a lower rank than the limit on, that rank.
     """
 
     site: Site
     choice: str
     limit: int
-    saved: Callable[[int | None], int]
+    saved: Saved
     group: str | None = None
+    dense_from: int | None = None
 
     def __hash__(self) -> int:
         return hash((self.site.name, self.choice))
@@ -83,8 +154,13 @@ class Option:
         return step * _TILE if wide and step > 1 else step
 
     def at(self, rank: int) -> int | None:
-        """The rank within 1 and the limit; `None`, dense, from the limit on."""
-        return None if rank >= self.limit else max(rank, 1)
+        """The rank within 1 and where nothing is saved any more; `None`, dense, from there on."""
+        return None if rank >= self.end else max(rank, 1)
+
+    @property
+    def end(self) -> int:
+        """The lowest rank at which nothing is saved any more."""
+        return self.limit if self.dense_from is None else self.dense_from
 
 
 @dataclass(frozen=True)
@@ -170,7 +246,7 @@ def _exchange(budget: Budget, chosen: Choice, saved: int) -> Choice | None:
         if option.group and used.get(option.group) != option.site.kind:
             continue
         near = range(-_REACH, _REACH + 1)
-        others = {option.at((option.limit if rank is None else rank) + change) for change in near} - {rank}
+        others = {option.at((option.end if rank is None else rank) + change) for change in near} - {rank}
         moves += [(option.saved(rank) - option.saved(other), option, other) for other in others]
     moves.sort(key=lambda move: move[0])
     sizes = [move[0] for move in moves]
@@ -190,10 +266,10 @@ def _exchange(budget: Budget, chosen: Choice, saved: int) -> Choice | None:
 
 
 def find_options(
-    model: nn.Module, sites: Mapping[str, Site], metric: str, inputs: Mapping[str, Any] | None
+    model: nn.Module, sites: Mapping[str, Site], metric: str | Metric, inputs: Mapping[str, Any] | None
 ) -> tuple[Option, ...]:
     """All that can be chosen at these sites and would save something worth it, in units of the metric."""
-    tokens = trace(model, inputs, whole=False).tokens if metric == "macs" else {}
+    savings = (METRICS[metric] if isinstance(metric, str) else metric).savings(model, inputs)
     groups = {path: site.name for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}
     mixed = any(site.name in groups for site in sites.values() if site.kind == "linear")
     options = []
@@ -201,17 +277,18 @@ def find_options(
         for choice, limit in site.choices.items():
             # A layer with hardly a rank to choose, such as a classifier of ten classes, would lose much for nothing.
             if site.kind == "attention" or limit >= _FEWEST:
-                saved = _savings(site, choice, metric, tokens.get(site.moments_path))
+                saved, dense_from = savings(site, choice)
                 group = groups.get(site.moments_path) if mixed else None
-                options.append(Option(site, choice, limit, saved, group))
-    return tuple(options)
+                options.append(Option(site, choice, limit, saved, group, dense_from))
+    # Where even rank 1 saves nothing there is nothing to choose.
+    return tuple(option for option in options if option.dense_from is None or option.dense_from > 1)
 
 
 def find_budget(
     model: nn.Module,
     sites: Mapping[str, Site],
     reduction: float,
-    metric: str,
+    metric: str | Metric,
     total: int,
     step: int,
     inputs: Mapping[str, Any] | None,
@@ -222,13 +299,14 @@ def find_budget(
         BudgetError: a reduction out of reach.
     """
     options = find_options(model, sites, metric, inputs)
+    name = metric if isinstance(metric, str) else metric.name
     asked = -int(-reduction * total // 1)
     budget = Budget(options, total, asked, int((reduction + TOLERANCE) * total), step)
     most = budget.saved(budget.smallest())
     if most < asked:
         reachable = f"at rank 1 everywhere {_floor(most / total)} would be removed. Ask for no more than that"
         raise BudgetError(
-            f"A reduction of {reduction} of {type(model).__name__}'s {metric} is out of reach: "
+            f"A reduction of {reduction} of {type(model).__name__}'s {name} is out of reach: "
             + (reachable if most > 0 else "nothing is left in this scope that is worth factorising. Ask for less")
             + ", or widen the scope."
         )
@@ -256,14 +334,6 @@ def module_paths(sites: Mapping[str, Site]) -> tuple[str, ...]:
 
 def _floor(share: float) -> float:
     return int(share * 1e4) / 1e4
-
-
-def _savings(site: Site, choice: str, metric: str, tokens: Tokens | None) -> Callable[[int | None], int]:
-    if metric == "params":
-        return partial(site.saved_parameters, choice)
-    if tokens is None:
-        return lambda rank: 0
-    return lambda rank: site.saved_macs(choice, rank, tokens)
 
 
 def entries(sites: Mapping[str, Site], chosen: Choice) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..errors import InvalidValueError
 from ..native import attach_plan
 from .allocation import allocate_ranks
 from .compensation import compress_in_order
-from .statistics import Statistics, collect_statistics
+from .statistics import Statistics, collect_statistics, read_batches
 from .strategies import INFORMED, MEASURING
 
 
@@ -30,32 +30,33 @@ def compress(
     statistics: Statistics | None = None,
     scope: str = "model",
     metric: str = "params",
-    strategy: str = "uniform",
+    strategy: str | None = None,
     mlp: str | None = None,
-    compensate: bool = False,
+    compensate: bool | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Make a smaller model of the same class.
 
-    Give either a `reduction` or a `plan`. With `batches` (or `statistics` gathered before) the factors are fitted to
-    the activations of real inputs; without them they are the truncated SVD of the dense products. Biases are exact
-    either way (docs/method.md).
+    Give either a `reduction` or a `plan`. With `batches` the sizes are chosen by what each does to the model's output
+    on real inputs and the factors are fitted to those, layer by layer; without them the factors are the truncated SVD
+    of the dense products. Biases are exact either way (docs/method.md; figures in docs/benchmarks.md).
 
     Args:
         model: a dense transformers model. It is left as it was.
         reduction: share to remove, between 0 and 1, of the whole model or of the scope's own; see [`allocate_ranks`].
         plan: ranks to use.
         batches: calibration inputs: mappings, or tensors of the main input. A few hundred samples do. Read once.
-        statistics: what [`collect_statistics`] returned for this model, in place of `batches`; a strategy that
-            measures takes both.
+        statistics: what [`collect_statistics`] returned for this model. In place of `batches` the factors are fitted
+            to them, in one step; beside `batches` they need not be gathered again.
         scope: `"model"`, `"attention"` or `"mlp"`.
-        metric: `"params"` or `"macs"`.
-        strategy: how ranks are chosen: `"uniform"`, `"spectrum"` or `"sensitivity"`; see [`allocate_ranks`].
+        metric: `"params"`, `"macs"` or `"latency"` (by a table of times, `latency=`); see [`allocate_ranks`].
+        strategy: how ranks and widths are chosen: `"uniform"`, `"spectrum"` or `"sensitivity"`; see
+            [`allocate_ranks`]. By default `"sensitivity"` where there are batches to measure on, else `"uniform"`.
         mlp: how MLPs shrink: `"width"` (by default where there are batches or statistics), `"rank"` (else) or
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
-            output again to the dense model's residual stream; needs `batches`.
+            output again to the dense model's residual stream. Needs `batches`; by default done where there are any.
         progress: show a progress bar.
         **kwargs: further arguments of [`allocate_ranks`].
 
@@ -72,13 +73,14 @@ def compress(
     """
     if (reduction is None) == (plan is None):
         raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
+    measured = batches is not None
+    strategy = strategy or ("sensitivity" if measured else "uniform")
+    compensate = measured if compensate is None else compensate
     measures = plan is None and strategy in MEASURING
-    if batches is not None and statistics is not None and not measures:
-        raise InvalidValueError("Give either batches or statistics: statistics are what batches are made into.")
-    if compensate and batches is None:
+    if compensate and not measured:
         raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
-    if batches is not None and (measures or compensate):
-        batches = list(batches)
+    if measured and (measures or compensate):
+        batches = read_batches(batches)
     if getattr(model, "peft_config", None):
         raise InvalidValueError(
             f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
@@ -87,7 +89,7 @@ def compress(
     if plan is not None and (kwargs or mlp):
         named = [*kwargs, *(["mlp"] if mlp else [])]
         raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(named)} cannot be used.")
-    mlp = mlp or ("rank" if batches is None and statistics is None else "width")
+    mlp = mlp or ("width" if measured or statistics is not None else "rank")
     how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "progress": progress}
     allocate = partial(allocate_ranks, model, reduction, **how, **kwargs)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.

@@ -32,10 +32,10 @@ class RankPlan:
         architecture: class name of the model the plan was made for.
         base_model_name_or_path, revision: where that model came from, if known.
         scope: what was allowed to be compressed: `"model"`, `"attention"` or `"mlp"`.
-        metric: what `reduction` counts: `"params"` or `"macs"`.
+        metric: what `reduction` counts: `"params"`, `"macs"` or `"latency"`.
         strategy: how the ranks were found.
         reduction: the share that was asked to be removed, 0 to 1.
-        reached: the share that the plan removes, counted on the built model.
+        reached: the share that the plan removes, counted on the built model; of latency as a table of times predicts.
     """
 
     ranks: Mapping[str, Entry]

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BeitConfig, BeitForImageClassification, SwinConfig, SwinForImageClassification
 
-from comcat_hf import RankPlan, collect_statistics, compress, count_parameters, plan_of
+from comcat_hf import RankPlan, allocate_ranks, collect_statistics, compress, count_parameters, plan_of
 from comcat_hf.attention import LowRankAttention, LowRankLinear
 from comcat_hf.errors import BudgetError, InvalidValueError, RankPlanError, UnsupportedModuleError
 from tests.helpers import (
@@ -91,8 +91,9 @@ def correlated_images(count, seed):
 def test_batches_lower_the_error_also_on_other_images(family, scope, mlp):
     model, _ = MODELS[family]()
     seen, unseen = correlated_images(32, 1), correlated_images(32, 2)
-    blind = compress(model, 0.4, scope=scope, mlp=mlp)
-    fitted = compress(model, 0.4, scope=scope, mlp=mlp, batches=seen.split(8))
+    options = {"scope": scope, "mlp": mlp, "strategy": "uniform", "compensate": False}
+    blind = compress(model, 0.4, **options)
+    fitted = compress(model, 0.4, batches=seen.split(8), **options)
 
     def error(small, pixels):
         return (outputs(small, {"pixel_values": pixels})[0] - outputs(model, {"pixel_values": pixels})[0]).norm()
@@ -102,8 +103,24 @@ def test_batches_lower_the_error_also_on_other_images(family, scope, mlp):
     assert error(fitted, unseen) < 0.98 * error(blind, unseen)
 
 
+def test_with_batches_sizes_are_measured_and_outputs_compensated():
+    model, _ = small_vit()
+    seen, unseen = correlated_images(32, 1).split(8), {"pixel_values": correlated_images(32, 2)}
+    small = compress(model, 0.4, batches=seen)
+    plan = allocate_ranks(model, 0.4, strategy="sensitivity", batches=seen)
+    assert plan_of(small).ranks == plan.ranks
+    assert any("width" in entry for entry in plan.ranks.values() if isinstance(entry, dict))
+    same = compress(model, plan=plan, batches=seen, compensate=True)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
+    exact = outputs(model, unseen)[0]
+    plain = compress(model, 0.4, batches=seen, strategy="uniform", compensate=False)
+    errors = [(outputs(one, unseen)[0] - exact).norm() for one in (small, plain)]
+    assert errors[0] < errors[1]
+
+
 def test_batches_are_read_once_and_equal_statistics():
     model, inputs = small_vit()
+    options = {"strategy": "uniform", "compensate": False}
     reads = []
 
     def once():
@@ -111,10 +128,11 @@ def test_batches_are_read_once_and_equal_statistics():
         yield inputs
 
     stream = once()
-    small = compress(model, 0.4, batches=stream)
+    small = compress(model, 0.4, batches=stream, **options)
     assert next(stream, None) is None
     assert len(reads) == 1
-    same = compress(model, 0.4, statistics=collect_statistics(model, [inputs]))
+    statistics = collect_statistics(model, [inputs])
+    same = compress(model, 0.4, statistics=statistics)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
 
 
@@ -145,8 +163,8 @@ def test_arguments_that_do_not_go_together_are_refused():
         compress(model)
     with pytest.raises(InvalidValueError, match="either reduction or plan"):
         compress(model, 0.5, plan=plan)
-    with pytest.raises(InvalidValueError, match="either batches or statistics"):
-        compress(model, 0.5, batches=[inputs], statistics=collect_statistics(model, [inputs]))
+    with pytest.raises(InvalidValueError, match="give batches"):
+        compress(model, 0.5, statistics=collect_statistics(model, [inputs]), compensate=True)
     with pytest.raises(TypeError, match="redaction"):
         compress(model, 0.5, redaction=0.5)
     with pytest.raises(InvalidValueError, match="step"):
