@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # Ranks that are measured per option; those between are interpolated.
 MEASURED = 4
 
+# Seconds of measuring above which the cost is said to everybody, not only to who listens.
+_LONG = 300
+
 # Below these an energy or a movement is rounding.
 _NO_ENERGY = 1e-12
 _NO_MOVEMENT = 1e-14
@@ -148,7 +151,8 @@ def measure(
 
 def _say_cost(options: Sequence[Option], count: int, batches: int, seconds: float) -> None:
     blocks = {block_of(option.site.moments_path) for option in options} - {None}
-    logger.info(
+    logger.log(
+        logging.WARNING if count * seconds > _LONG else logging.INFO,
         "Sensitivity: %d truncations of %d pairs and layers on %d batches: at most %d forward passes, most of them "
         "from a later block on; no more than about %s.",
         count,

@@ -233,6 +233,13 @@ def test_what_it_will_cost_is_said_and_kept(caplog):
     assert 40 < len(passes) <= 51
 
 
+def test_a_long_measurement_is_said_to_everybody(caplog, monkeypatch):
+    model, inputs = small_vit()
+    monkeypatch.setattr(module, "_LONG", 0.0)
+    measure_sensitivities(model, [inputs])
+    assert any(r.levelname == "WARNING" and "forward passes" in r.getMessage() for r in caplog.records)
+
+
 def test_chance_in_the_output_is_warned_of(caplog):
     model, inputs = MODELS["vit_mae"]()
     allocate_ranks(model, 0.3, strategy="sensitivity", batches=[{"pixel_values": inputs["pixel_values"]}])
