@@ -42,11 +42,13 @@ class Scope:
     Attributes:
         name: as it is printed.
         sites: the package's scope that holds what may shrink.
+        parts: scopes of the package that together hold it.
         whole: the share is of the whole model; else of what may shrink.
     """
 
     name: str
     sites: str
+    parts: tuple[str, ...]
     whole: bool = False
 
     def size(self, model: nn.Module, dense: nn.Module | None = None) -> int:
@@ -63,10 +65,10 @@ class Scope:
         return reduction * self.size(model) / comcat_hf.count_parameters(model)
 
 
-WHOLE = Scope("model", "model", whole=True)
-ATTENTION = Scope("attention", "attention")
-MLP = Scope("mlp", "mlp")
-BOTH = Scope("attention+mlp", "model")
+WHOLE = Scope("model", "model", ("model",), whole=True)
+ATTENTION = Scope("attention", "attention", ("attention",))
+MLP = Scope("mlp", "mlp", ("mlp",))
+BOTH = Scope("attention+mlp", "model", ("attention", "mlp"))
 
 
 @dataclass
@@ -83,17 +85,21 @@ class Subject:
     batches: list[Any]
     measure: Callable[[nn.Module], Samples]
     plans: dict[Any, comcat_hf.RankPlan] = field(default_factory=dict)
+    sensitivities: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def statistics(self) -> comcat_hf.Statistics:
         return comcat_hf.collect_statistics(self.model, self.batches)
 
-    @cached_property
-    def sensitivities(self) -> Mapping[tuple[str, str], Mapping[int, float]]:
-        """Of everything that could be chosen: it serves every scope."""
+    def measured(self, scope: Scope) -> Mapping[tuple[str, str], Mapping[int, float]]:
+        """Sensitivities of everything that could be chosen within a scope."""
         # Movements are means and need fewer samples than moments: an even choice of the batches.
         batches = self.batches[:: -(-len(self.batches) // MEASURED)]
-        return comcat_hf.measure_sensitivities(self.model, batches, mlp="mixed", statistics=self.statistics)
+        how = {"mlp": "mixed", "statistics": self.statistics}
+        for part in scope.parts:
+            if part not in self.sensitivities:
+                self.sensitivities[part] = comcat_hf.measure_sensitivities(self.model, batches, scope=part, **how)
+        return {key: moved for part in scope.parts for key, moved in self.sensitivities[part].items()}
 
     @cached_property
     def inputs(self) -> dict[str, InputSums]:
@@ -108,7 +114,7 @@ class Subject:
                 scope.asked(self.model, reduction),
                 scope=scope.sites,
                 statistics=self.statistics,
-                sensitivities=self.sensitivities if allocation["strategy"] == "sensitivity" else None,
+                sensitivities=self.measured(scope) if allocation["strategy"] == "sensitivity" else None,
                 **allocation,
             )
         return self.plans[key]

@@ -109,18 +109,17 @@ def measure(name: str, case: Case, scope: Scope, reduction: float, method: str) 
     return Result(*settings, time.perf_counter() - start, min(reached), samples)
 
 
-def results_of(name: str, case: Case, args: argparse.Namespace) -> Iterator[Result]:
-    for scope, reductions in case.settings.items():
-        if args.scopes and scope.name not in args.scopes:
-            continue
-        for reduction in args.reductions or reductions:
-            # Where no MLP shrinks, how it would is no difference.
-            for method in (m for m in args.methods if scope.sites != "attention" or "MLP" not in m):
-                result = measure(name, case, scope, reduction, method)
-                # Tables come at the end; until then this says how far it is.
-                says = result.cannot or f"{case.metric} {result.mean(case.metric):.4f}, removed {result.reached:.4f}"
-                print(f"{name}, {scope.name} {reduction}: {method}: {says}", file=sys.stderr)
-                yield result
+def results_of(
+    name: str, case: Case, scope: Scope, reductions: tuple[float, ...], methods: list[str]
+) -> Iterator[Result]:
+    for reduction in reductions:
+        # Where no MLP shrinks, how it would is no difference.
+        for method in (m for m in methods if scope.sites != "attention" or "MLP" not in m):
+            result = measure(name, case, scope, reduction, method)
+            # The table comes at the end; until then this says how far it is.
+            says = result.cannot or f"{case.metric} {result.mean(case.metric):.4f}, removed {result.reached:.4f}"
+            print(f"{name}, {scope.name} {reduction}: {method}: {says}", file=sys.stderr)
+            yield result
 
 
 def print_scope(case: Case, found: list[Result]) -> None:
@@ -227,19 +226,20 @@ def main() -> None:
             continue
         print(f"\n{name}, dense: {case.dense}.", flush=True)
         dense[name] = case.dense
-        found = list(results_of(name, case, args))
-        for scope in dict.fromkeys(result.scope for result in found):
-            within = [result for result in found if result.scope == scope]
-            print_scope(case, within)
-            if (said := verdict(case, within)) is not None:
+        for scope, reductions in case.settings.items():
+            if args.scopes and scope.name not in args.scopes:
+                continue
+            found = list(results_of(name, case, scope, args.reductions or reductions, args.methods))
+            print_scope(case, found)
+            if (said := verdict(case, found)) is not None:
                 print_verdict(case, said)
                 verdicts.append(said)
-        rows += [result.row() for result in found]
-        if args.output:
-            # After every case: the next one may take long. The folder of the data is nobody else's matter.
-            settings = {key: value for key, value in vars(args).items() if key not in ("output", "data")}
-            payload = {"environment": _report.environment(), "settings": settings, "dense": dense, "skipped": skipped}
-            _report.write_json(args.output, payload | {"verdicts": verdicts, "rows": rows})
+            rows += [result.row() for result in found]
+            if args.output:
+                # After every scope: the next one may take long. The folder of the data is nobody else's matter.
+                settings = {key: value for key, value in vars(args).items() if key not in ("output", "data")}
+                payload = {"environment": _report.environment(), "settings": settings, "dense": dense}
+                _report.write_json(args.output, payload | {"skipped": skipped, "verdicts": verdicts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -140,9 +140,8 @@ def test_a_case_whose_data_is_not_here_says_so(tmp_path, monkeypatch):
 
 def test_every_method_gives_a_row():
     subject, _ = subject_of("vit")
-    case = cases.Case({cases.ATTENTION: (0.4,)}, "accuracy", True, "", (subject, subject))
-    args = argparse.Namespace(scopes=None, reductions=None, methods=list(quality.METHODS))
-    found = list(quality.results_of("tiny", case, args))
+    case = cases.Case({}, "accuracy", True, "", (subject, subject))
+    found = list(quality.results_of("tiny", case, cases.ATTENTION, (0.4,), list(quality.METHODS)))
     rows = json.loads(json.dumps([result.row() for result in found]))
     assert [row["method"] for row in rows] == [method for method in quality.METHODS if "MLP" not in method]
     assert all(0.4 <= row["reached"] <= 0.42 and 0 <= row["metrics"]["accuracy"]["mean"] <= 1 for row in rows)
