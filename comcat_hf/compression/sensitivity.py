@@ -16,7 +16,7 @@ from ..errors import InvalidValueError
 from .budget import WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
 from .outputs import Movement, main_output
 from .solver import ranks_of, solve
-from .spectra import discarded_energy
+from .spectra import discarded_energy, prepare_sites
 from .statistics import collect_statistics, prepare_batch, read_batches, run_batch
 
 
@@ -57,7 +57,7 @@ def sensitivity(
         batches = read_batches(batches)
     if statistics is None:
         statistics = collect_statistics(model, batches, scope=scope, progress=progress)
-    prepared = {site.name: site.prepare(statistics.get(site.moments_path)) for site in budget.sites()}
+    prepared = prepare_sites(budget.options, statistics)
     if sensitivities is None:
         sensitivities = measure(model, budget.options, budget.step, batches, prepared, progress=progress)
     _check_measured(budget, sensitivities)
@@ -100,8 +100,7 @@ def measure_sensitivities(
     if statistics is None:
         statistics = collect_statistics(model, batches, scope=scope, progress=progress)
     options = find_options(model, sites, "params", None)
-    prepared = {option.site.name: option.site for option in options}
-    prepared = {name: site.prepare(statistics.get(site.moments_path)) for name, site in prepared.items()}
+    prepared = prepare_sites(options, statistics)
     return measure(model, options, step or default_step(sites), batches, prepared, progress=progress)
 
 

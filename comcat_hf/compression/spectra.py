@@ -1,6 +1,6 @@
 """How much of a site's energy a rank discards."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,13 @@ from ..factorization import linear_spectrum, qk_spectrum, vo_spectrum
 from .budget import Option
 
 
-__all__ = ["discarded_energy"]
+__all__ = ["discarded_energy", "prepare_sites"]
+
+
+def prepare_sites(options: Iterable[Option], statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """By site, what all its ranks have in common, made ready once from its moments or from the weights alone."""
+    sites = {option.site.name: option.site for option in options}
+    return {name: site.prepare((statistics or {}).get(site.moments_path)) for name, site in sites.items()}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 from .budget import Budget, Choice, land
 from .sensitivity import sensitivity
 from .solver import solve
-from .spectra import discarded_energy
+from .spectra import discarded_energy, prepare_sites
 
 
 __all__ = ["INFORMED", "MEASURING", "STRATEGIES"]
@@ -40,8 +40,7 @@ def _at_share(budget: Budget, share: float, step: int) -> Choice:
 
 def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_: Any) -> Choice:
     """The least sum of discarded energies, each relative to its own option's."""
-    known = statistics or {}
-    prepared = {site.name: site.prepare(known.get(site.moments_path)) for site in budget.sites()}
+    prepared = prepare_sites(budget.options, statistics)
     return solve(budget, {option: discarded_energy(option, prepared[option.site.name]) for option in budget.options})
 
 
