@@ -67,7 +67,7 @@ def compress_in_order(
         # Not by its name: an MLP may have that of its block.
         blocks.setdefault(block_of(sites[name].moments_path) or "", []).append(name)
     rest = blocks.pop("", [])
-    order = [name for name, _ in model.named_modules() if name in blocks]
+    order = _in_between(model, blocks)
     training = {name for name, module in model.named_modules() if module.training}
     with eval_mode(model):
         calls = _record_calls(model, order, inputs)
@@ -79,7 +79,7 @@ def compress_in_order(
             else:
                 record.small_in = record.dense_in
             block = _Block(model, path, record, ridge)
-            block.compress({name: sites[name] for name in sites if name in blocks[path]}, chosen)
+            block.compress({name: sites[name] for name in sites if name in blocks.get(path, ())}, chosen)
             before = record
         if rest:
             moments = _rest_moments(model, sites, rest, inputs)
@@ -195,6 +195,19 @@ class _Block:
         weight, bias = regression.solve(linear.weight.double().T, torch.where(used, scale, 1.0), self.ridge)
         linear.weight[used] = weight.T.to(linear.weight)[used]
         linear.bias[used] = bias.to(linear.bias)[used]
+
+
+def _in_between(model: nn.Module, blocks: Iterable[str]) -> list[str]:
+    """These blocks and, since what was compressed before drifts through them, those between them; in order."""
+    wanted = list(blocks)
+    stacks = {path.rpartition(".")[0] for path in wanted}
+    order: list[str] = []
+    for stack in stacks:
+        siblings = [name for name, _ in model.named_modules() if name.rpartition(".")[0] == stack]
+        found = [name for name in siblings if name.rpartition(".")[2].isdigit()]
+        places = [index for index, name in enumerate(found) if name in wanted]
+        order += found[places[0] : places[-1] + 1]
+    return [name for name, _ in model.named_modules() if name in order]
 
 
 def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]]) -> dict[str, _Calls]:

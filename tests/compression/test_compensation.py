@@ -152,3 +152,21 @@ def test_a_batch_that_does_not_fit_is_named(host):
     batch = {name: inputs[name][:, :1] if inputs[name].ndim > 2 else torch.full_like(inputs[name], 10**6)}
     with pytest.raises(InvalidValueError, match="batch 0 does not fit"):
         compress(model, 0.3, batches=[batch], compensate=True)
+
+
+def test_the_drift_passes_through_a_block_that_stays_dense(monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = MODELS["vit"](num_hidden_layers=3)
+    scaled(model)
+    drift = {}
+    init = compensation._Block.__init__
+
+    def watched(block, model, path, calls, ridge):
+        init(block, model, path, calls, ridge)
+        drift[path] = float((calls.small_in[0] - calls.dense_in[0]).abs().max())
+
+    monkeypatch.setattr(compensation._Block, "__init__", watched)
+    ranks = {f"vit.layers.{index}.attention": {"qk": 2, "vo": 2} for index in (0, 2)}
+    compress_in_order(copy.deepcopy(model), ranks, batches_for(model, inputs, 2))
+    assert drift["vit.layers.0"] == 0
+    assert drift["vit.layers.2"] > 1e-3
