@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from comcat_hf.compression.timing import device_name
+
 
 def environment() -> dict[str, object]:
     """Hardware and versions that a timing depends on."""
     info: dict[str, object] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": _cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -41,10 +43,3 @@ def print_table(rows: list[list[object]], headers: list[str]) -> None:
     ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     print("\n".join(lines))
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeiTConfig, DeiTForImageClassification
 
-from comcat_hf import count_parameters
 from comcat_hf.attention import find_sites
-from comcat_hf.compression.budget import default_step, find_budget
+from comcat_hf.compression.budget import METRICS, find_budget, sites_of
 from comcat_hf.compression.nested import NestedModel
 from comcat_hf.compression.search import Candidates
 from comcat_hf.factorization import factorize_linear, factorize_qk, factorize_vo
@@ -102,8 +101,7 @@ def build(name: str, layers: int) -> tuple[nn.Module, Candidates]:
     config = DeiTConfig(**MODELS[name], num_hidden_layers=layers, num_labels=1000, attn_implementation="sdpa")
     model = DeiTForImageClassification(config).eval().requires_grad_(False)
     sites = find_sites(model)
-    total = count_parameters(model)
-    budget = find_budget(model, sites, 0.5, "params", total, default_step(sites), None)
+    budget, _ = find_budget(model, sites, 0.5, METRICS["params"])
     return model, Candidates(budget)
 
 
@@ -122,7 +120,7 @@ def written_out_side(model: nn.Module, candidates: Candidates):
     options = candidates.budget.options
     rows = {(option.site.name, option.choice): index for index, option in enumerate(options)}
     modules = []
-    for site in {option.site.name: option.site for option in options}.values():
+    for site in sites_of(options).values():
         indices = [rows[site.name, choice] for choice in site.choices]
         ranks = [candidates.ranks[index] for index in indices]
         attention = site.kind == "attention"

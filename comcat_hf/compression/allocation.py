@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,17 +15,16 @@ from .budget import (
     WAYS,
     Metric,
     check_choice,
-    default_step,
     entries,
     find_budget,
-    module_paths,
     sites_by_way,
+    sites_of,
 )
 from .counting import trace
 from .latency import LatencyMetric, LatencyTable
 from .moments import Statistics
 from .sensitivity import Sensitivities
-from .strategies import INFORMED, MEASURING, STRATEGIES
+from .strategies import INFORMED, MEASURING, STRATEGIES, default_strategy
 from .timing import measure_latency
 
 
@@ -93,15 +91,13 @@ def allocate_ranks(
     """
     mlp = mlp or ("rank" if statistics is None and batches is None else "width")
     measured = batches is not None or (sensitivities is not None and statistics is not None)
-    strategy = strategy or ("sensitivity" if measured else "uniform")
+    strategy = strategy or default_strategy(measured)
     _check_arguments(reduction, metric, strategy, mlp, measured, step, latency)
     sites = sites_by_way(find_sites(model, scope, width=True), mlp)
     measure = _READY[metric](model, scope, sites, latency, inputs, progress)
-    count = partial(measure, names=None if scope == "model" else module_paths(sites), inputs=inputs)
-    total = count(model)
-    budget = find_budget(model, sites, reduction, measure, total, step or default_step(sites), inputs)
+    budget, count = find_budget(model, sites, reduction, measure, scope=scope, step=step, inputs=inputs)
     if isinstance(statistics, Statistics) and strategy in INFORMED:
-        statistics.check_model(model, [site.name for site in budget.sites()])
+        statistics.check_model(model, sites_of(budget.options))
     chosen = STRATEGIES[strategy](
         budget,
         model=model,
@@ -112,7 +108,7 @@ def allocate_ranks(
         progress=progress,
     )
     ranks = entries(sites, chosen)
-    return finish_plan(model, ranks, count, total, reduction, scope=scope, metric=metric, strategy=strategy)
+    return finish_plan(model, ranks, count, budget.total, reduction, scope=scope, metric=metric, strategy=strategy)
 
 
 def _timed(

@@ -30,6 +30,7 @@ __all__ = [
     "land",
     "module_paths",
     "sites_by_way",
+    "sites_of",
 ]
 
 # The finished plan removes at least what was asked, and at most this share more.
@@ -184,10 +185,6 @@ class Budget:
     def saved(self, chosen: Choice) -> int:
         return sum(option.saved(rank) for option, rank in chosen.items())
 
-    def sites(self) -> list[Site]:
-        """Where there is something to choose, in order."""
-        return list({option.site.name: option.site for option in self.options}.values())
-
     def alternatives(self) -> list[list[tuple[Option, ...]]]:
         """What is chosen independently, in order, each as its alternatives: options that are chosen together."""
         found: dict[Any, dict[str, list[Option]]] = {}
@@ -266,12 +263,12 @@ def _exchange(budget: Budget, chosen: Choice, saved: int) -> Choice | None:
 
 
 def find_options(
-    model: nn.Module, sites: Mapping[str, Site], metric: str | Metric, inputs: Mapping[str, Any] | None
+    model: nn.Module, sites: Mapping[str, Site], metric: Metric, inputs: Mapping[str, Any] | None = None
 ) -> tuple[Option, ...]:
     """All that can be chosen at these sites and would save something worth it, in units of the metric."""
-    savings = (METRICS[metric] if isinstance(metric, str) else metric).savings(model, inputs)
+    savings = metric.savings(model, inputs)
     groups = {path: site.name for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}
-    mixed = any(site.name in groups for site in sites.values() if site.kind == "linear")
+    mixed = any(path in sites for path in groups)
     options = []
     for site in sites.values():
         for choice, limit in site.choices.items():
@@ -288,29 +285,31 @@ def find_budget(
     model: nn.Module,
     sites: Mapping[str, Site],
     reduction: float,
-    metric: str | Metric,
-    total: int,
-    step: int,
-    inputs: Mapping[str, Any] | None,
-) -> Budget:
-    """The budget of a reduction.
+    metric: Metric,
+    *,
+    scope: str = "model",
+    step: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> tuple[Budget, Callable[[nn.Module], int]]:
+    """The budget of a reduction, and what counts a model, dense or with ranks, in its units.
 
     Raises:
         BudgetError: a reduction out of reach.
     """
+    count = partial(metric, names=None if scope == "model" else module_paths(sites), inputs=inputs)
+    total = count(model)
     options = find_options(model, sites, metric, inputs)
-    name = metric if isinstance(metric, str) else metric.name
     asked = -int(-reduction * total // 1)
-    budget = Budget(options, total, asked, int((reduction + TOLERANCE) * total), step)
+    budget = Budget(options, total, asked, int((reduction + TOLERANCE) * total), step or default_step(sites))
     most = budget.saved(budget.smallest())
     if most < asked:
         reachable = f"at rank 1 everywhere {_floor(most / total)} would be removed. Ask for no more than that"
         raise BudgetError(
-            f"A reduction of {reduction} of {type(model).__name__}'s {name} is out of reach: "
+            f"A reduction of {reduction} of {type(model).__name__}'s {metric.name} is out of reach: "
             + (reachable if most > 0 else "nothing is left in this scope that is worth factorising. Ask for less")
             + ", or widen the scope."
         )
-    return budget
+    return budget, count
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
@@ -330,6 +329,11 @@ def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:
 def module_paths(sites: Mapping[str, Site]) -> tuple[str, ...]:
     """Paths of all modules that can be replaced at these sites."""
     return tuple(dict.fromkeys(path for site in sites.values() for path in site.dense_modules()))
+
+
+def sites_of(options: Iterable[Option]) -> dict[str, Site]:
+    """By name where there is something to choose, in order."""
+    return {option.site.name: option.site for option in options}
 
 
 def _floor(share: float) -> float:

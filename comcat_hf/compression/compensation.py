@@ -6,10 +6,11 @@ would have added plus the drift of the residual stream so far (docs/method.md). 
 gradients.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -197,17 +198,15 @@ class _Block:
         linear.bias[used] = bias.to(linear.bias)[used]
 
 
-def _in_between(model: nn.Module, blocks: Iterable[str]) -> list[str]:
+def _in_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
     """These blocks and, since what was compressed before drifts through them, those between them; in order."""
-    wanted = list(blocks)
-    stacks = {path.rpartition(".")[0] for path in wanted}
+    names = [name for name, _ in model.named_modules()]
     order: list[str] = []
-    for stack in stacks:
-        siblings = [name for name, _ in model.named_modules() if name.rpartition(".")[0] == stack]
-        found = [name for name in siblings if name.rpartition(".")[2].isdigit()]
-        places = [index for index, name in enumerate(found) if name in wanted]
+    for stack in {path.rpartition(".")[0] for path in blocks}:
+        found = [n for n in names if n.rpartition(".")[0] == stack and n.rpartition(".")[2].isdigit()]
+        places = [index for index, name in enumerate(found) if name in blocks]
         order += found[places[0] : places[-1] + 1]
-    return [name for name, _ in model.named_modules() if name in order]
+    return [name for name in names if name in order]
 
 
 def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]]) -> dict[str, _Calls]:
@@ -236,7 +235,7 @@ def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any
         for index, batch in enumerate(inputs):
             running = batch
             run_batch(model, batch, index)
-            for path, previous in zip(paths[1:], paths, strict=False):
+            for previous, path in pairwise(paths):
                 record = calls[path]
                 record.chained = record.chained if index else torch.equal(gave[previous], record.dense_in[0])
                 if record.chained:

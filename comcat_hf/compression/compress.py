@@ -15,7 +15,7 @@ from ..native import attach_plan
 from .allocation import allocate_ranks
 from .compensation import compress_in_order
 from .statistics import Statistics, collect_statistics, read_batches
-from .strategies import INFORMED, MEASURING
+from .strategies import INFORMED, MEASURING, default_strategy
 
 
 __all__ = ["compress"]
@@ -74,7 +74,7 @@ def compress(
     if (reduction is None) == (plan is None):
         raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
     measured = batches is not None
-    strategy = strategy or ("sensitivity" if measured else "uniform")
+    strategy = strategy or default_strategy(measured)
     compensate = measured if compensate is None else compensate
     measures = plan is None and strategy in MEASURING
     if compensate and not measured:
@@ -89,18 +89,17 @@ def compress(
     if plan is not None and (kwargs or mlp):
         named = [*kwargs, *(["mlp"] if mlp else [])]
         raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(named)} cannot be used.")
-    mlp = mlp or ("width" if measured or statistics is not None else "rank")
     how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "progress": progress}
-    allocate = partial(allocate_ranks, model, reduction, **how, **kwargs)
+    allocate = partial(allocate_ranks, model, reduction, batches=batches, **how, **kwargs)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
     if plan is None and strategy not in INFORMED:
-        plan = allocate()
+        plan = allocate(statistics=statistics)
     informed = plan is None or not compensate
     if batches is not None and statistics is None and informed:
         within = scope if plan is None else plan.scope
         statistics = collect_statistics(model, batches, scope=within, progress=progress)
     if plan is None:
-        plan = allocate(statistics=statistics, batches=batches)
+        plan = allocate(statistics=statistics)
     if statistics is not None:
         statistics.check_model(model, plan.ranks)
     small = copy.deepcopy(model)

@@ -68,14 +68,14 @@ class ShapeTimes:
         times = _rising([timed[rank] for rank in ranks])
         if not times:
             return (0,) * (limit + 1)
-        knots = [(0, times[0]), *zip(ranks, times, strict=True), (limit, max(self.dense, times[-1]))]
+        knots = [(0, times[0]), *zip(ranks, times, strict=True), (limit, self.dense)]
         result = [self.dense]
         for (low, start), (high, end) in pairwise(knots):
             for rank in range(low + 1, high + 1):
                 between = round((self.dense - start - (end - start) * (rank - low) / (high - low)) / sharing)
                 # Each rank costs something, if a nanosecond: of equals the higher is the better choice.
                 result.append(max(min(between, result[-1] - 1), 0))
-        result[0], result[limit] = result[1], 0
+        result[0] = result[1]
         return tuple(result)
 
 
@@ -241,7 +241,7 @@ class LatencyMetric:
 
 
 def _look_up(saved: tuple[int, ...], rank: int | None) -> int:
-    return 0 if rank is None or rank >= len(saved) else saved[rank]
+    return 0 if rank is None else saved[rank]
 
 
 def shape_of(site: Site, tokens: Tokens) -> str:

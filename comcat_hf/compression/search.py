@@ -8,7 +8,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,7 +24,7 @@ from ..attention import find_sites
 from ..configs import RankPlan
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from .allocation import check_ask, finish_plan
-from .budget import METRICS, Budget, default_step, entries, find_budget, module_paths
+from .budget import METRICS, Budget, entries, find_budget
 from .distillation import DistillationLoss, ask_teacher
 from .nested import Candidates, Key, NestedModel
 
@@ -205,9 +204,7 @@ def search_ranks(
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
     sites = find_sites(model, scope)
-    count = partial(METRICS[metric], names=None if scope == "model" else module_paths(sites), inputs=inputs)
-    total = count(model)
-    budget = find_budget(model, sites, reduction, metric, total, step or default_step(sites), inputs)
+    budget, count = find_budget(model, sites, reduction, METRICS[metric], scope=scope, step=step, inputs=inputs)
     candidates = Candidates(budget)
 
     accelerator = accelerator or Accelerator()

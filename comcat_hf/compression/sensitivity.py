@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..attention import Site, eval_mode, find_sites, replace_module
 from ..attention.sites import block_of
 from ..errors import InvalidValueError
-from .budget import WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
+from .budget import METRICS, WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
 from .outputs import Movement, main_output
 from .solver import ranks_of, solve
 from .spectra import discarded_energy, prepare_sites
@@ -99,7 +99,7 @@ def measure_sensitivities(
     batches = read_batches(batches)
     if statistics is None:
         statistics = collect_statistics(model, batches, scope=scope, progress=progress)
-    options = find_options(model, sites, "params", None)
+    options = find_options(model, sites, METRICS["params"])
     prepared = prepare_sites(options, statistics)
     return measure(model, options, step or default_step(sites), batches, prepared, progress=progress)
 

@@ -62,7 +62,7 @@ def _ladder(alternatives: list[tuple[Option, ...]], errors: Errors, step: int, c
     ladder: _Ladder = []
     # From the largest removal on; of equal ones the least error.
     for rung in sorted(rungs, key=lambda rung: (-rung[0], rung[2])):
-        if rung[0] >= 0 and (not ladder or rung[2] < ladder[-1][2]):
+        if not ladder or rung[2] < ladder[-1][2]:
             ladder.append(rung)
     return ladder[::-1]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attention import AttentionSite, LinearSite, MLPSite
 from ..errors import InvalidValueError
 from ..factorization import linear_spectrum, qk_spectrum, vo_spectrum
-from .budget import Option
+from .budget import Option, sites_of
 
 
 __all__ = ["discarded_energy", "prepare_sites"]
@@ -17,8 +17,7 @@ __all__ = ["discarded_energy", "prepare_sites"]
 
 def prepare_sites(options: Iterable[Option], statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """By site, what all its ranks have in common, made ready once from its moments or from the weights alone."""
-    sites = {option.site.name: option.site for option in options}
-    return {name: site.prepare((statistics or {}).get(site.moments_path)) for name, site in sites.items()}
+    return {n: site.prepare((statistics or {}).get(site.moments_path)) for n, site in sites_of(options).items()}
 
 
 @torch.no_grad()

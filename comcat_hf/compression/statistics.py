@@ -76,8 +76,7 @@ def collect_statistics(
             error = caught
     if accelerator is not None:
         samples = _reduce(accelerator, collectors, samples, error, next(model.parameters()).device)
-    if samples == 0:
-        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+    _check_any(samples)
     return Statistics({n: c.finish(n) for n, c in collectors.items()}, class_path(type(model)), samples, scope)
 
 
@@ -102,9 +101,13 @@ def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
 def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
     """Keep batches that are gone through more than once; raises InvalidValueError where there are none."""
     kept = list(batches or ())
-    if not kept:
-        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+    _check_any(len(kept))
     return kept
+
+
+def _check_any(count: int) -> None:
+    if count == 0:
+        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
 
 
 def _reduce(

@@ -9,7 +9,7 @@ from .solver import solve
 from .spectra import discarded_energy, prepare_sites
 
 
-__all__ = ["INFORMED", "MEASURING", "STRATEGIES"]
+__all__ = ["INFORMED", "MEASURING", "STRATEGIES", "default_strategy"]
 
 
 def uniform(budget: Budget, **_: Any) -> Choice:
@@ -55,3 +55,8 @@ INFORMED = frozenset({"spectrum", "sensitivity"})
 
 # These need batches.
 MEASURING = frozenset({"sensitivity"})
+
+
+def default_strategy(measured: bool) -> str:
+    """The strategy where none is named, by whether there is something to measure on."""
+    return "sensitivity" if measured else "uniform"

@@ -24,7 +24,7 @@ from .counting import example_inputs, trace
 from .latency import LatencyTable, ShapeTimes, shape_of
 
 
-__all__ = ["measure_latency"]
+__all__ = ["device_name", "measure_latency"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def measure_latency(
         shapes=_shapes(rounds, Counter(shapes.values())),
         total=_nanoseconds(statistics.median(rounds[_WHOLE])),
         architecture=class_path(type(model)),
-        device=_device_name(weight.device),
+        device=device_name(weight.device),
         dtype=str(weight.dtype),
         threads=torch.get_num_threads(),
         batch_size=batch_size,
@@ -115,7 +115,7 @@ def _timed(
 ) -> list[tuple[str, Site, dict[str, list[int]]]]:
     """The first site of every shape, with the ranks to time of each of its choices."""
     options: dict[str, list[Option]] = {}
-    for option in find_options(model, sites, METRICS["params"], None):
+    for option in find_options(model, sites, METRICS["params"]):
         options.setdefault(option.site.name, []).append(option)
     first: dict[str, str] = {}
     for name, shape in shapes.items():
@@ -182,7 +182,7 @@ def _rounds(
         "Latency: %d times of %d shapes on %s, %d rounds: about %.0f seconds.",
         len(runs),
         shapes,
-        _device_name(device),
+        device_name(device),
         repeats,
         seconds,
     )
@@ -244,7 +244,8 @@ def _batch(
     return result
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Of a GPU or a CPU what its maker calls it, as far as the system says."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from comcat_hf import allocate_ranks, collect_statistics, compress, measure_sensitivities, plan_of
 from comcat_hf.attention import LowRankAttention, NarrowLinear, find_sites
 from comcat_hf.compression import sensitivity as module
-from comcat_hf.compression.budget import TOLERANCE, default_step, find_budget
+from comcat_hf.compression.budget import METRICS, TOLERANCE, find_budget
 from comcat_hf.compression.counting import count_parameters
 from comcat_hf.compression.outputs import Movement, main_output
 from comcat_hf.compression.sensitivity import interpolate, measure
@@ -24,8 +24,7 @@ LOW = "vit.layers.1.mlp.fc1"
 
 
 def budget_of(model, reduction=0.4):
-    sites = find_sites(model)
-    return find_budget(model, sites, reduction, "params", count_parameters(model), default_step(sites), None)
+    return find_budget(model, find_sites(model), reduction, METRICS["params"])[0]
 
 
 def movement(model, small, inputs):
@@ -108,11 +107,12 @@ def test_a_layer_of_low_rank_gets_a_low_rank(strategy):
 def test_statistics_change_what_counts_as_energy():
     model, _ = small_vit()
     seen = correlated_images(32, 1)
-    blind = allocate_ranks(model, 0.4, strategy="spectrum")
-    informed = allocate_ranks(model, 0.4, strategy="spectrum", statistics=collect_statistics(model, [seen]))
+    options = {"strategy": "spectrum", "mlp": "rank"}
+    blind = allocate_ranks(model, 0.4, **options)
+    informed = allocate_ranks(model, 0.4, statistics=collect_statistics(model, [seen]), **options)
     assert blind.ranks != informed.ranks
-    assert plan_of(compress(model, 0.4, strategy="spectrum", batches=[seen])).ranks == informed.ranks
-    assert plan_of(compress(model, 0.4, strategy="spectrum")).ranks == blind.ranks
+    assert plan_of(compress(model, 0.4, batches=[seen], **options)).ranks == informed.ranks
+    assert plan_of(compress(model, 0.4, **options)).ranks == blind.ranks
 
 
 @pytest.mark.parametrize("reduction", [0.2, 0.4])
