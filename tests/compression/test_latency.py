@@ -79,6 +79,8 @@ def test_between_the_ranks_timed_a_line():
     assert falls_to_zero(saved)
     expected = {1: 600_000, 10: 600_000, 15: 500_000, 20: 400_000, 30: 200_000, 40: 0}
     assert {rank: saved[rank] for rank in expected} == pytest.approx(expected, abs=40)
+    beyond = ShapeTimes(1, 1_000_000, {"rank": {10: 400_000, 20: 600_000, 40: 500_000, 50: 500_000}})
+    assert beyond.saved("rank", 40) == saved
 
 
 def test_pairs_timed_together_share_what_they_save():
@@ -96,6 +98,11 @@ def test_noise_saves_nothing_and_never_less(noisy):
     assert falls_to_zero(saved)
     assert min(saved) == 0
     assert max(saved) < 1_000_000
+
+
+def test_times_that_fall_are_averaged():
+    saved = ShapeTimes(1, 1_000_000, {"rank": {8: 900_000, 16: 600_000, 24: 300_000}}).saved("rank", 40)
+    assert [saved[rank] for rank in (8, 16, 24)] == pytest.approx([400e3] * 3, abs=40)
 
 
 def test_what_was_not_timed_saves_nothing():
@@ -233,9 +240,11 @@ def test_tables_are_kept(tmp_path):
         lambda content: content.update(colour="red"),
         lambda content: content.update(total=0),
         lambda content: content.update(total=1.5),
+        lambda content: content.update(batch_size=0),
         lambda content: content.pop("shapes"),
         lambda content: content.pop("total"),
         lambda content: content["shapes"].update(more=3),
+        lambda content: content["shapes"].update(more={"sites": 0, "dense": 10, "choices": {}}),
         lambda content: content["shapes"].update(more={"sites": 1, "dense": 10, "choices": {"rank": {"few": 3}}}),
         lambda content: content["shapes"].update(more={"sites": 1, "dense": 10, "choices": {"rank": {"8": -3}}}),
     ],
@@ -273,6 +282,25 @@ def test_another_models_table_is_refused(settings, message):
         allocate_ranks(small_vit(**settings)[0], 0.3, metric="latency", latency=table)
 
 
+@pytest.mark.parametrize("path", ["vit.layers.0.attention.q_proj", "classifier"])
+def test_biases_are_part_of_a_shape(path):
+    model, _ = small_vit()
+    table = table_of(model)
+    model.get_submodule(path).bias = None
+    with pytest.raises(InvalidValueError, match=f"no times for {path.removesuffix('.q_proj')}"):
+        allocate_ranks(model, 0.3, metric="latency", latency=table)
+
+
+@pytest.mark.parametrize("scope", ["model", "mlp"])
+def test_what_no_sample_runs_takes_no_time(scope):
+    model, _ = wide_vit()
+    options = {"scope": scope, "metric": "latency", "latency": table_of(model)}
+    plan = allocate_ranks(model, 0.3, **options)
+    model.vit.layers[0].mlp.spare = torch.nn.Linear(128, 128)
+    assert "vit.layers.0.mlp.spare" in find_sites(model, scope)
+    assert allocate_ranks(model, 0.3, **options) == plan
+
+
 def test_other_inputs_need_a_table_of_their_own():
     model, inputs = small_bert()
     table = table_of(model, {"input_ids": inputs["input_ids"][:, :7]})
@@ -284,6 +312,13 @@ def test_in_a_scope_of_its_own_the_depth_does_not_matter():
     table = table_of(small_vit()[0])
     plan = allocate_ranks(small_vit(num_hidden_layers=3)[0], 0.3, scope="attention", metric="latency", latency=table)
     assert 0.3 <= plan.reached <= 0.3 + TOLERANCE
+
+
+def test_what_was_compressed_before_is_in_the_total():
+    model = compress(wide_vit()[0], 0.3, scope="attention")
+    plan = allocate_ranks(model, 0.3, metric="latency", latency=table_of(model))
+    assert 0.3 <= plan.reached <= 0.3 + TOLERANCE
+    assert not any("attention" in name for name in plan.ranks)
 
 
 @pytest.mark.parametrize("options", [{"metric": "params"}, {"metric": "macs"}])

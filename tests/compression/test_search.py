@@ -14,9 +14,9 @@ from comcat_hf import collect_statistics, count_parameters
 from comcat_hf.attention import apply_ranks, find_sites
 from comcat_hf.compression.budget import TOLERANCE
 from comcat_hf.compression.distillation import DistillationLoss
-from comcat_hf.compression.nested import NestedModel
+from comcat_hf.compression.nested import Candidates, NestedModel
 from comcat_hf.compression.search import SearchState, search_ranks, split_for_search
-from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
+from comcat_hf.errors import BudgetError, CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.factorization import factorize_linear, factorize_qk, factorize_vo
 from tests.helpers import HEAD_DIM, MODELS, assert_unchanged, classes_of, images, outputs, small_vit, state_of
 
@@ -263,6 +263,76 @@ def test_a_resumed_search_is_the_uninterrupted_one(after, tmp_path):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class Shuffling:
+    """A loader that draws its order from torch's global generator, and keeps it."""
+
+    def __init__(self):
+        self.orders = []
+
+    def __iter__(self):
+        self.orders.append(torch.randperm(100).tolist())
+        return iter(batches(2))
+
+
+def test_every_epoch_has_an_order_of_its_own_by_the_seed():
+    model, _ = small_vit()
+    first, again, other = (Shuffling() for _ in range(3))
+    for loader, seed in ((first, 3), (again, 3), (other, 5)):
+        search_ranks(model, loader, 0.5, steps=4, seed=seed)
+    assert first.orders == again.orders
+    assert len({tuple(order) for order in first.orders + other.orders}) == 4
+
+
+def test_the_noise_is_of_the_seed():
+    model, _ = small_vit()
+    states = [SearchState(), SearchState(), SearchState()]
+    for state, seed in zip(states, (3, 3, 4), strict=True):
+        search_ranks(model, batches(), 0.5, steps=2, state=state, seed=seed)
+    assert torch.equal(states[0].logits, states[1].logits)
+    assert not torch.equal(states[0].logits, states[2].logits)
+
+
+def test_schedules_run_from_the_first_step_to_the_last(monkeypatch):
+    temperatures, progress = [], []
+    mix, forward = Candidates.mix, DistillationLoss.forward
+
+    def mixing(candidates, logits, noise, temperature):
+        temperatures.append(temperature)
+        return mix(candidates, logits, noise, temperature)
+
+    def learning(loss, student, teacher, labels, done):
+        progress.append(done)
+        return forward(loss, student, teacher, labels, done)
+
+    monkeypatch.setattr(Candidates, "mix", mixing)
+    monkeypatch.setattr(DistillationLoss, "forward", learning)
+    search_ranks(small_vit()[0], batches(3), 0.5, steps=3, temperature=(4.0, 1.0))
+    assert temperatures == pytest.approx([4, 2, 1])
+    assert progress == pytest.approx([0, 0.5, 1])
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.0}, {"weight_decay": 0.5}])
+def test_options_take_part(options):
+    model, _ = small_vit()
+    plain, other = SearchState(), SearchState()
+    search_ranks(model, batches(), 0.5, steps=2, state=plain)
+    search_ranks(model, batches(), 0.5, steps=2, state=other, **options)
+    assert not torch.equal(plain.logits, other.logits)
+
+
+def test_five_epochs_by_default():
+    state = SearchState()
+    search_ranks(small_vit()[0], batches(2), 0.5, state=state)
+    assert state.step == 10
+
+
+def test_gradients_that_are_not_finite_are_an_error():
+    (batch,) = batches(1)
+    batch["pixel_values"][:] = float("nan")
+    with pytest.raises(ComCATError, match="search step 0 are not finite"):
+        search_ranks(small_vit()[0], [batch], 0.5, steps=1)
+
+
 def test_files_that_hold_no_state_are_refused(tmp_path):
     torch.save({"step": 1}, tmp_path / "other.pt")
     (tmp_path / "empty.pt").touch()
@@ -292,11 +362,12 @@ def test_statistics_take_part():
 
 def test_a_teacher_takes_part():
     model, _ = small_vit()
-    alone, taught = SearchState(), SearchState()
+    alone = SearchState()
     search_ranks(model, batches(), 0.5, steps=2, state=alone)
-    loss = DistillationLoss(alpha=0.5, alignment=1.0)
-    search_ranks(model, batches(), 0.5, steps=2, state=taught, teacher=model, loss=loss)
-    assert not torch.equal(alone.logits, taught.logits)
+    for loss in (None, DistillationLoss(alpha=0.5, alignment=1.0)):
+        taught = SearchState()
+        search_ranks(model, batches(), 0.5, steps=2, state=taught, teacher=model, loss=loss)
+        assert not torch.equal(alone.logits, taught.logits)
 
 
 TWO_PROCESSES = """
@@ -357,9 +428,12 @@ def test_the_search_split_is_cut_from_the_training_set():
         ({"metric": "flops"}, "metric"),
         ({"steps": 0}, "steps"),
         ({"steps": 2, "epochs": 2}, "either"),
+        ({"steps": True}, "steps"),
         ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
         ({"temperature": (5.0, 0.0)}, "temperature"),
         ({"beta": -1}, "beta"),
+        ({"beta": float("inf")}, "beta"),
         ({"loss": DistillationLoss(alpha=0.5)}, "teacher"),
     ],
 )
@@ -375,7 +449,8 @@ def test_out_of_reach_and_foreign_states_are_refused():
         search_ranks(model, batches(1), 0.95)
     state = SearchState()
     search_ranks(model, batches(1), 0.5, steps=1, state=state)
-    with pytest.raises(InvalidValueError, match="another search"):
-        search_ranks(model, batches(1), 0.5, scope="attention", steps=1, state=state)
+    for other, options in ((model, {"scope": "attention"}), (model, {"step": 2}), (MODELS["deit"]()[0], {})):
+        with pytest.raises(InvalidValueError, match="another search"):
+            search_ranks(other, batches(1), 0.5, steps=1, state=state, **options)
     with pytest.raises(InvalidValueError, match="fields"):
         SearchState().load_state_dict({"step": 1})

@@ -60,6 +60,15 @@ def test_finer_steps_only_where_the_grid_misses_the_budget():
     assert narrow.asked <= narrow.saved(chosen) <= narrow.most
 
 
+def test_pairs_that_miss_the_budget_are_moved_from_the_best_beyond_it():
+    pair = [Option(Place(str(n), "linear"), "rank", 16, partial(removed, 16, n), "mlp") for n in (100, 101)]
+    cheap = 0.001 * torch.arange(16, -1, -1, dtype=torch.float64)
+    dear = torch.where(torch.arange(17) < 12, 1000 * cheap, cheap)
+    # Pairs are tried in multiples of the step alone, of which none removes this.
+    chosen = solve(Budget(tuple(pair), 3216, 1305, 1355, 4), dict(zip(pair, (dear, cheap), strict=True)))
+    assert list(chosen.values()) == [12, 7]
+
+
 def test_rank_one_everywhere_is_found():
     budget, errors = problem(1, 0.5)
     most = budget.saved(dict.fromkeys(budget.options, 1))
