@@ -19,6 +19,7 @@ from .configs import ComCATConfig as ComCATConfig
 from .configs import RankPlan as RankPlan
 from .errors import ComCATError as ComCATError
 from .native import plan_of as plan_of
+from .native.diffusers import register as _register_diffusers
 from .tuners import initialize_comcat_weights as initialize_comcat_weights
 from .tuners import register as _register
 
@@ -26,3 +27,4 @@ from .tuners import register as _register
 __version__ = "0.1.0"
 
 _register()
+_register_diffusers()

@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "comcat_hf"
 
 # A top-level module or folder of comcat_hf imports from itself and from lower floors only. Half floors stand above
-# their whole number: native.py builds on attention/, the rest of floor 0 on errors.py, the demo on cards and plots.
+# their whole number: native builds on attention/, the rest of floor 0 on errors.py, the demo on cards and plots.
 FLOORS = {
     "errors": 0,
+    "core": 0.5,
     "factorization": 0.5,
     "transport": 0.5,
     "width": 0.75,
@@ -28,6 +29,7 @@ FLOORS = {
     "cards": 5,
     "plots": 5,
     "demo": 5.5,
+    "demo_customize": 5.75,
     "cli": 6,
 }
 GROUND_FLOOR_LIBRARIES = {"torch", "huggingface_hub"}

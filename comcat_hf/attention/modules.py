@@ -6,6 +6,7 @@ therefore stops on a size mismatch when it loads such a checkpoint, where it wou
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .views import AttentionFamily, AttentionView
+from .widening import StandIn, common_width, pad_heads, split_heads
 
 
 __all__ = ["LowRankAttention", "LowRankLinear", "NarrowLinear"]
@@ -116,16 +118,24 @@ class LowRankAttention(nn.Module):
 
         heads = view.num_heads
         ranks = {view.family.query: qk_rank, view.family.key: qk_rank, view.family.value: vo_rank}
+        output, _, index = ("", "", "") if view.family.output_in_parent else view.family.output.partition(".")
         for name, child in view.module._modules.items():
             rank = ranks.get(name)
             if rank is not None:
                 bias = name == view.family.query and child.bias is not None
                 module.add_module(name, empty_linear(child, heads * rank, child.in_features, bias))
-            elif child is view.output and vo_rank is not None:
-                module.add_module(name, empty_linear(child, child.out_features, heads * vo_rank, True))
+            elif name == output and vo_rank is not None:
+                dense = view.output
+                linear = empty_linear(dense, dense.out_features, heads * vo_rank, True)
+                layers = [linear if part is dense else part for part in child] if index else ()
+                module.add_module(name, nn.ModuleList(layers) if index else linear)
             else:
                 _borrow(module, name, child)
+        module._finish(view)
         return module
+
+    def _finish(self, view: AttentionView) -> None:
+        """Set what a subclass needs besides its projections."""
 
     def own_borrowed(self) -> "LowRankAttention":
         """Take the projections shared with the dense module into this module's own parameters, and return self."""
@@ -233,6 +243,54 @@ def _borrow(module: nn.Module, name: str, child: nn.Module | None) -> None:
     module.__dict__["_borrowed"] = (*module.__dict__.get("_borrowed", ()), name)
 
 
+class HostedLowRankAttention(LowRankAttention):
+    """Low-rank attention that runs the host's own `forward`, for hosts whose kernel is behind a processor.
+
+    Attributes:
+        dense_scale: the factor on the scores of the dense head.
+        dense_width: its width.
+    """
+
+    dense_scale: float
+    dense_width: int
+
+    def _finish(self, view: AttentionView) -> None:
+        self.dense_scale, self.dense_width = view.family.scale_of(view.module), view.head_dim
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Attend, as the host's `forward` says."""
+        # Made anew each time: it costs no more than a few attributes, and nothing has to be kept in step.
+        stand_in = StandIn.of(self, self._family, self, self._host)
+        stand_in.resize(self._heads(), self._common_width())
+        return stand_in.forward(*args, **kwargs)
+
+    def query(self, states: Tensor) -> Tensor:
+        width = self._common_width()
+        # Refuses a processor that does not compute plain attention.
+        self._family.scale_of(self)
+        factor = self.dense_scale * width**0.5
+        states = pad_heads(_project(getattr(self, self._family.query), states), self._heads(), width)
+        return states if abs(factor - 1) < 1e-9 else states * factor
+
+    def key(self, states: Tensor) -> Tensor:
+        return pad_heads(_project(getattr(self, self._family.key), states), self._heads(), self._common_width())
+
+    def value(self, states: Tensor) -> Tensor:
+        return pad_heads(_project(getattr(self, self._family.value), states), self._heads(), self._common_width())
+
+    def output(self, states: Tensor) -> Tensor:
+        width = self.dense_width if self.vo_rank is None else self.vo_rank
+        attended = split_heads(states, self._heads())[..., :width].flatten(-2)
+        return _project(self._family.output_of(self), attended)
+
+    def _heads(self) -> int:
+        return getattr(self, self._family.num_heads)
+
+    def _common_width(self) -> int:
+        widths = [self.dense_width if rank is None else rank for rank in (self.qk_rank, self.vo_rank)]
+        return common_width(*widths, getattr(self, self._family.query).weight.device)
+
+
 @functools.cache
 def _low_rank_class(host: type[nn.Module], family: AttentionFamily) -> type[LowRankAttention]:
     # The host's own, to the last bit; a class from elsewhere may have none.
@@ -244,7 +302,8 @@ def _low_rank_class(host: type[nn.Module], family: AttentionFamily) -> type[LowR
         "_family": family,
         "_eager_attention": staticmethod(eager),
     }
-    return type(f"LowRank{host.__name__}", (LowRankAttention, host), members)
+    base = LowRankAttention if family.scale_of is None else HostedLowRankAttention
+    return type(f"LowRank{host.__name__}", (base, host), members)
 
 
 def _rebuild(host: type[nn.Module], family: AttentionFamily) -> LowRankAttention:

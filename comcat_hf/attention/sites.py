@@ -64,8 +64,11 @@ class Site(Protocol):
         """Write chosen ranks as a plan has them; `None` if everything stays dense."""
         ...
 
-    def ranks(self, entry: Any) -> dict[str, int | None]:
-        """Read an entry of a plan; raises RankPlanError if it does not fit this site."""
+    def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
+        """Read an entry of a plan; raises RankPlanError if it does not fit this site.
+
+        With `wider` heads may be wider than the dense ones, as those are that adapters were merged into.
+        """
         ...
 
     def saved_parameters(self, choice: str, rank: int | None) -> int:
@@ -116,7 +119,7 @@ class AttentionSite:
     def entry(self, ranks: Mapping[str, int | None]) -> dict[str, int] | None:
         return {choice: ranks[choice] for choice in self.choices if ranks.get(choice) is not None} or None
 
-    def ranks(self, entry: Any) -> dict[str, int | None]:
+    def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
         chosen = isinstance(entry, Mapping) and any(rank is not None for rank in entry.values())
         if not chosen or set(entry) - set(self.choices):
             raise RankPlanError(
@@ -125,7 +128,8 @@ class AttentionSite:
             )
         for choice, rank in entry.items():
             if rank is not None:
-                _check_rank(f"{self.name}, {choice}", rank, self.view.head_dim, "the head dimension")
+                limit = self.view.query.in_features if wider else self.view.head_dim
+                check_rank(f"{self.name}, {choice}", rank, limit, "the head dimension")
         return {choice: entry.get(choice) for choice in self.choices}
 
     def saved_parameters(self, choice: str, rank: int | None) -> int:
@@ -190,7 +194,7 @@ class AttentionSite:
                     moments=moments,
                 )
             _fill(getattr(attention, family.value), factors.value_weight, None)
-            output = substitutes[view.output_name] if family.output_in_parent else getattr(attention, family.output)
+            output = substitutes[view.output_name] if family.output_in_parent else family.output_of(attention)
             output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
             output.bias.copy_(factors.output_bias)
 
@@ -220,8 +224,8 @@ class LinearSite:
     def entry(self, ranks: Mapping[str, int | None]) -> int | None:
         return ranks.get("rank")
 
-    def ranks(self, entry: Any) -> dict[str, int | None]:
-        _check_rank(self.name, entry, min(self.linear.in_features, self.linear.out_features), "the smaller side")
+    def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
+        check_rank(self.name, entry, min(self.linear.in_features, self.linear.out_features), "the smaller side")
         return {"rank": entry}
 
     def saved_parameters(self, choice: str, rank: int | None) -> int:
@@ -288,10 +292,10 @@ class MLPSite:
         width = ranks.get("width")
         return None if width is None else {"width": width}
 
-    def ranks(self, entry: Any) -> dict[str, int | None]:
+    def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
         if not isinstance(entry, Mapping) or set(entry) != {"width"}:
             raise RankPlanError(f"{self.name} is an MLP: its entry must be {{'width': k}}, got {entry!r}.")
-        _check_rank(self.name, entry["width"], self.view.width, "its hidden units", "width")
+        check_rank(self.name, entry["width"], self.view.width, "its hidden units", "width")
         return {"width": entry["width"]}
 
     def saved_parameters(self, choice: str, rank: int | None) -> int:
@@ -368,7 +372,7 @@ def block_of(name: str) -> str | None:
     return match[1] if match else None
 
 
-def _check_rank(where: str, rank: Any, limit: int, what: str, choice: str = "rank") -> None:
+def check_rank(where: str, rank: Any, limit: int, what: str, choice: str = "rank") -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
         raise RankPlanError(f"{where}: the {choice} must be a whole number from 1 to {limit} ({what}), got {rank!r}.")
 

@@ -77,7 +77,7 @@ def apply_ranks(
     swaps: list[tuple[nn.Module, nn.Module]] = []
     for name, entry in ranks.items():
         site = sites[name]
-        substitutes = site.substitutes(site.ranks(entry))
+        substitutes = site.substitutes(site.ranks(entry, wider=not initialize))
         if initialize:
             site.initialize(substitutes, (statistics or {}).get(site.moments_path))
         dense = site.dense_modules()

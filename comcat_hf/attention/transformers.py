@@ -13,10 +13,17 @@ def _models(path: str) -> str:
     return f"transformers.models.{path}"
 
 
+_ROTARY = "it rotates queries and keys by their positions, so the query/key product is not one matrix"
+
+
 def _refuse_decoder(module: nn.Module) -> str | None:
     if getattr(module, "is_decoder", False) or getattr(module, "is_causal", False):
         return "it is a decoder's attention with a key/value cache (config.is_decoder=True)"
     return None
+
+
+def _refuse_rotary(module: nn.Module) -> str | None:
+    return _ROTARY
 
 
 # One module with q_proj, k_proj, v_proj and o_proj.
@@ -55,6 +62,16 @@ FAMILIES: tuple[AttentionFamily, ...] = (
     _bert(_models("bert.modeling_bert.BertSelfAttention"), dropout="dropout", refuse=_refuse_decoder),
 )
 
+# Of these only the value/output product is one matrix: it can be customized.
+PARTIAL: tuple[AttentionFamily, ...] = (
+    _vit(
+        _models("dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention"),
+        num_heads="num_heads",
+        dropout="dropout",
+        refuse_qk=_refuse_rotary,
+    ),
+)
+
 # One module with both layers.
 _fc: Callable[..., MLPFamily] = partial(MLPFamily, first=("fc1",), second="fc2")
 # Gate and value are layers of their own, also where a checkpoint holds them as one tensor.
@@ -81,7 +98,6 @@ MLPS: tuple[MLPFamily, ...] = (
 )
 
 _POSITION_BIAS = "it adds a relative position bias to the scores, which is no product of query and key"
-_ROTARY = "it rotates queries and keys by their positions, so the query/key product is not one matrix"
 _NORM = "it can normalise queries and keys after their projections, so the query/key product is not one matrix"
 _DECODER = "cross attention of a text decoder keeps a key/value cache"
 
@@ -90,7 +106,6 @@ REFUSED: tuple[tuple[str, str], ...] = (
     (_models("swin.modeling_swin.SwinAttention"), _POSITION_BIAS),
     (_models("swinv2.modeling_swinv2.Swinv2Attention"), _POSITION_BIAS + ", and scores by cosine"),
     (_models("data2vec.modeling_data2vec_vision.Data2VecVisionAttention"), _POSITION_BIAS),
-    (_models("dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention"), _ROTARY),
     (_models("pixtral.modeling_pixtral.PixtralAttention"), _ROTARY),
     (_models("internvl.modeling_internvl.InternVLVisionAttention"), _NORM),
     (_models("bert.modeling_bert.BertCrossAttention"), _DECODER),

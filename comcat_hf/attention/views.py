@@ -43,12 +43,16 @@ class AttentionFamily:
     Args:
         host: import path of the class, for example `"transformers.models.vit.modeling_vit.ViTAttention"`.
         query, key, value: attribute names of the three input projections (`nn.Linear`).
-        output: attribute name of the output projection or, with `output_in_parent`, its path seen from the module
-            that holds the attention.
+        output: attribute name of the output projection, or its path: seen from the class or, with `output_in_parent`,
+            from the module that holds the attention.
         output_in_parent: `True` where the class returns the heads' outputs and a sibling projects them.
-        num_heads, head_dim, scaling: attribute names of H, p and of the factor on the scores.
-        dropout: attribute name of the attention dropout: a number or an `nn.Dropout`.
+        num_heads, head_dim, scaling: attribute names of H, p and of the factor on the scores; without `head_dim` the
+            class reads p off its projections.
+        dropout: attribute name of the attention dropout: a number or an `nn.Dropout`; `None` where there is none.
         refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
+        refuse_qk: the same for the query/key product alone.
+        scale_of: optional; for classes whose kernel takes the factor on the scores from the width of the heads: gets
+            the module and returns the factor. Without it the kernel is given `scaling`.
     """
 
     host: str
@@ -58,17 +62,23 @@ class AttentionFamily:
     output: str
     output_in_parent: bool = False
     num_heads: str = "num_attention_heads"
-    head_dim: str = "head_dim"
+    head_dim: str | None = "head_dim"
     scaling: str = "scaling"
-    dropout: str = "attention_dropout"
+    dropout: str | None = "attention_dropout"
     refuse: Callable[[nn.Module], str | None] | None = None
+    refuse_qk: Callable[[nn.Module], str | None] | None = None
+    scale_of: Callable[[nn.Module], float] | None = None
 
-    def __post_init__(self) -> None:
-        if "." in self.output and not self.output_in_parent:
-            raise InvalidValueError(
-                f"AttentionFamily of {self.host}: output must name an attribute of the class, got the path "
-                f"{self.output!r}; paths are read with output_in_parent=True only."
-            )
+    def head_dim_of(self, module: nn.Module) -> int:
+        if self.head_dim is not None:
+            return getattr(module, self.head_dim)
+        return base_module(getattr(module, self.query)).out_features // getattr(module, self.num_heads)
+
+    def output_of(self, owner: nn.Module) -> nn.Module:
+        """The output projection, seen from the class or, with `output_in_parent`, from its parent."""
+        for part in self.output.split("."):
+            owner = getattr(owner, part)
+        return owner
 
 
 @dataclass(frozen=True)
@@ -80,14 +90,19 @@ class AttentionView:
         module: that module.
         family: where it keeps what.
         output_name: path of the output projection.
-        output: the output projection.
+        sibling: the output projection where it lies outside of the module, else `None`.
     """
 
     name: str
     module: nn.Module
     family: AttentionFamily
     output_name: str
-    output: nn.Linear
+    sibling: nn.Linear | None = None
+
+    @property
+    def output(self) -> nn.Linear:
+        # Looked up each time, as the others are: another method's adapter may have been put around it.
+        return self.family.output_of(self.module) if self.sibling is None else self.sibling
 
     @property
     def num_heads(self) -> int:
@@ -95,7 +110,7 @@ class AttentionView:
 
     @property
     def head_dim(self) -> int:
-        return getattr(self.module, self.family.head_dim)
+        return self.family.head_dim_of(self.module)
 
     @property
     def query(self) -> nn.Linear:
@@ -108,6 +123,18 @@ class AttentionView:
     @property
     def value(self) -> nn.Linear:
         return getattr(self.module, self.family.value)
+
+    @property
+    def keeps_width(self) -> bool:
+        """Whether queries and keys must keep the width of the dense head."""
+        return self.family.refuse_qk is not None and self.family.refuse_qk(self.module) is not None
+
+    def query_factor(self, width: int) -> float:
+        """What queries of another width are multiplied with, so that the kernel gives the scores of the dense head."""
+        if self.family.scale_of is None:
+            return 1.0
+        factor = self.family.scale_of(self.module) * width**0.5
+        return 1.0 if abs(factor - 1) < 1e-9 else factor
 
     def projections(self) -> dict[str, nn.Linear]:
         """The four projections by their paths in the model."""
@@ -148,15 +175,15 @@ class Registry(Generic[Family]):
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    from . import transformers
+    from . import diffusers, transformers
 
-    return transformers.FAMILIES
+    return (*transformers.FAMILIES, *transformers.PARTIAL, *diffusers.FAMILIES)
 
 
 def _refusals() -> dict[str, str]:
-    from . import transformers
+    from . import diffusers, transformers
 
-    return dict(transformers.REFUSED)
+    return dict((*transformers.REFUSED, *diffusers.REFUSED))
 
 
 _registry = Registry("attention", _rows)
@@ -178,7 +205,10 @@ def register_attention_family(family: AttentionFamily) -> None:
 
 def known_attention_classes() -> list[str]:
     """Names of the attention classes that can be factorised."""
-    return sorted(host.rpartition(".")[2] for host in _registry.families)
+    from .transformers import PARTIAL
+
+    hosts = _registry.families.keys() - {family.host for family in PARTIAL}
+    return sorted(host.rpartition(".")[2] for host in hosts)
 
 
 def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -203,10 +233,15 @@ def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
     yield from walk(prefix, model, None)
 
 
-def attention_views(model: nn.Module) -> dict[str, AttentionView]:
+def attention_views(model: nn.Module, *, whole: bool = True) -> dict[str, AttentionView]:
     """Find every attention module of a model, by path.
 
     `nn.MultiheadAttention` (the poolers of SigLIP) is passed over: it stays dense. So is what is low-rank already.
+
+    Args:
+        model: with or without adapters.
+        whole: refuse a module of which one product cannot be factorised, or whose weights are not plain. With `False`
+            these are left to who asks for them.
 
     Returns:
         views in the order of the model's modules.
@@ -219,8 +254,9 @@ def attention_views(model: nn.Module) -> dict[str, AttentionView]:
     for name, module, parent, family in _attention_modules(model):
         if family is None:
             raise _unsupported(name, module)
-        views[name] = _view(name, module, parent, family)
-    _check_unshared(views)
+        views[name] = _view(name, module, parent, family, whole)
+    if whole:
+        _check_unshared(views)
     return views
 
 
@@ -265,12 +301,12 @@ def _attention_modules(
 
 def base_module(module: nn.Module) -> nn.Module:
     """The module below whatever adapters wrap it."""
-    while _is_tuner_layer(module):
+    while is_tuner_layer(module):
         module = module.base_layer
     return module
 
 
-def _is_tuner_layer(module: nn.Module) -> bool:
+def is_tuner_layer(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
@@ -282,20 +318,24 @@ def _has_linear(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Linear) for child in module.modules())
 
 
-def _view(name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily) -> AttentionView:
-    reason = family.refuse(module) if family.refuse is not None else None
+def _view(
+    name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily, whole: bool
+) -> AttentionView:
+    refusals = [family.refuse, family.refuse_qk] if whole else [family.refuse]
+    reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
     if reason is not None:
         raise _unsupported(name, module, reason)
     owner, owner_name = (parent, name.rpartition(".")[0]) if family.output_in_parent else (module, name)
     output_name = f"{owner_name}.{family.output}" if owner_name else family.output
-    output = owner
-    for part in family.output.split("."):
-        output = getattr(output, part)
-    while _is_tuner_layer(output) and _is_ours(output):
-        output = output.base_layer
-    view = AttentionView(name, module, family, output_name, output)
-    for path, linear in view.projections().items():
-        _check_plain(path, linear)
+    sibling = None
+    if family.output_in_parent:
+        sibling = family.output_of(owner)
+        while is_tuner_layer(sibling) and _is_ours(sibling):
+            sibling = sibling.base_layer
+    view = AttentionView(name, module, family, output_name, sibling)
+    if whole:
+        for path, linear in view.projections().items():
+            _check_plain(path, linear)
     return view
 
 
@@ -311,7 +351,7 @@ def _check_plain(path: str, linear: nn.Module) -> None:
 
 
 def check_no_adapter(path: str, module: nn.Module) -> None:
-    if _is_tuner_layer(module) and not _is_ours(module):
+    if is_tuner_layer(module) and not _is_ours(module):
         raise UnsupportedModuleError(
             f"{path} carries an adapter of {type(module).__module__}; the weights below it cannot be factorised. "
             "Merge or unload that adapter first (`model.merge_and_unload()`)."

@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..attention import apply_ranks
 from ..configs import RankPlan
 from ..errors import InvalidValueError
-from ..native import attach_plan
+from ..native import attach_plan, is_native
 from .allocation import allocate_ranks
 from .compensation import compress_in_order
 from .statistics import Statistics, collect_statistics, read_batches
@@ -107,4 +106,4 @@ def compress(
         compress_in_order(small, plan.ranks, batches, progress=progress)
     else:
         apply_ranks(small, plan.ranks, statistics=statistics)
-    return attach_plan(small, plan) if isinstance(small, PreTrainedModel) else small
+    return attach_plan(small, plan) if is_native(small) else small

@@ -32,6 +32,8 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         InvalidValueError: the configuration does not say the size.
     """
+    if hasattr(model.config, "cross_attention_dim") and not hasattr(model, "main_input_name"):
+        return _denoiser_inputs(model.config)
     config, main = model.config, getattr(model, "main_input_name", "pixel_values")
     if main == "input_ids":
         length = getattr(config.get_text_config(), "max_position_embeddings", 512)
@@ -39,6 +41,24 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         # A model of two towers runs both.
         return text | (_image_inputs(model, "pixel_values") if hasattr(config, "vision_config") else {})
     return _image_inputs(model, main)
+
+
+def _denoiser_inputs(config: Any) -> dict[str, Any]:
+    """What a UNet of a text-to-image pipeline is called with, and a prompt of 77 tokens."""
+    size, width = config.sample_size, config.cross_attention_dim
+    height, width_of_image = size if isinstance(size, (list, tuple)) else (size, size)
+    inputs: dict[str, Any] = {
+        "sample": torch.empty(1, config.in_channels, height, width_of_image, device="meta"),
+        "timestep": torch.zeros(1, dtype=torch.long, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 77, width if isinstance(width, int) else width[0], device="meta"),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, device="meta"),
+            "time_ids": torch.empty(1, 6, device="meta"),
+        }
+    return inputs
 
 
 def _image_inputs(model: nn.Module, main: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from .moments import Statistics, Sums, sum_names
 
 
 __all__ = ["Statistics", "collect_statistics", "prepare_batch", "read_batches", "run_batch"]
+
+# Added to a score, anything lower takes the key away; the hosts use -10000 or the least number of the dtype.
+_REFUSED = -5000.0
 
 Batch = Mapping[str, Any] | Tensor
 
@@ -214,6 +218,7 @@ class _AttentionCollector(_Collector):
         super().__init__(mask)
         self.view = site.view
         self.keys_admitted: Tensor | None = None
+        self.other_input = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         heads, size = self.view.num_heads, self.view.head_dim
@@ -227,15 +232,18 @@ class _AttentionCollector(_Collector):
         yield view.output.register_forward_pre_hook(lambda module, args: self._on_attended(args[0]))
 
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        # diffusers names the other input, and gives its mask three dimensions.
+        self.other_input = kwargs.get("encoder_hidden_states") is not None
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 and not self.other_input else None)
         self.keys_admitted = None
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            admitted = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            self.keys_admitted = admitted.any(dim=1).any(dim=1)
+        if isinstance(mask, Tensor) and mask.ndim in (3, 4):
+            admitted = mask if mask.dtype == torch.bool else mask > _REFUSED
+            self.keys_admitted = admitted.flatten(1, -2).any(dim=1)
 
-    def _weights(self, states: Tensor) -> Tensor:
+    def _weights(self, states: Tensor, *, keys: bool = False) -> Tensor:
         weights = self.mask.weights(states)
-        if self.keys_admitted is not None and self.keys_admitted.shape[-1] == states.shape[1]:
+        masked = self.keys_admitted is not None and (keys or not self.other_input)
+        if masked and self.keys_admitted.shape[-1] == states.shape[1]:
             weights = weights * self.keys_admitted
         return weights
 
@@ -248,7 +256,7 @@ class _AttentionCollector(_Collector):
         self._add(count=weights.sum(), query=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
 
     def _on_key(self, states: Tensor) -> None:
-        weights, heads = self._weights(states), self._heads(states)
+        weights, heads = self._weights(states, keys=True), self._heads(states)
         total = weights.sum(1).clamp(min=1e-12)
         mean = torch.einsum("bn,bnhi->bhi", weights, heads) / total[:, None, None]
         heads = heads - mean[:, None]
@@ -338,7 +346,9 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask]:
 
 
 def _main_input(model: nn.Module) -> str:
-    return getattr(model, "main_input_name", "pixel_values")
+    # diffusers says it by its place alone.
+    default = "pixel_values" if isinstance(model, PreTrainedModel) else next(iter(signature(model.forward).parameters))
+    return getattr(model, "main_input_name", default)
 
 
 def _describe(inputs: Mapping[str, Any]) -> str:

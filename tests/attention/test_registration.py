@@ -106,11 +106,6 @@ def _only_three_heads(module):
     return None if module.heads == 3 else f"it has {module.heads} heads"
 
 
-def test_output_must_be_an_attribute():
-    with pytest.raises(InvalidValueError, match="output must name an attribute"):
-        own_family(output="to_out.0")
-
-
 def test_query_and_key_in_one_module_are_refused(registry):
     register_attention_family(own_family(key="wq"))
     with pytest.raises(UnsupportedModuleError, match="two of its projections are one module"):

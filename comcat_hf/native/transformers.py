@@ -8,7 +8,6 @@ model holds ordinary floating point parameters, and casting and training it are 
 import functools
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names, read_ranks
-from .configs.ranks import RankPlan
-from .errors import CheckpointError, InvalidValueError
+from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
+from ..configs.ranks import RankPlan
+from ..errors import CheckpointError, InvalidValueError
+from .current import current_plan
 
 
-__all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach_plan", "plan_of"]
+__all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
 
 QUANT_METHOD = "comcat"
 
@@ -80,7 +80,8 @@ class ComCATQuantizer(HfQuantizer):
         del model.mark_tied_weights_as_initialized
         # What the base class marks as quantized would forbid `.half()`, `.float()` and training.
         del model.hf_quantizer, model.is_quantized, model.quantization_method
-        return attach_plan(model, self.quantization_config.plan)
+        attach(model, current_plan(model, self.quantization_config.plan))
+        return model
 
     def is_serializable(self) -> bool:
         return True
@@ -90,43 +91,22 @@ class ComCATQuantizer(HfQuantizer):
         return True
 
 
-def plan_of(model: nn.Module) -> RankPlan:
-    """The rank plan that a compressed model was built from.
-
-    Raises:
-        InvalidValueError: the model is not compressed.
-    """
+def recorded(model: nn.Module) -> RankPlan | None:
+    """The plan in a model's configuration."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    ranks = read_ranks(model)
-    if not ranks:
-        raise InvalidValueError(f"{type(model).__name__} has no low-rank modules or narrow MLPs; compress it first.")
-    if isinstance(config, ComCATQuantizationConfig):
-        return replace(config.plan, ranks=ranks)
-    return RankPlan(ranks, architecture=type(model).__name__)
+    return config.plan if isinstance(config, ComCATQuantizationConfig) else None
 
 
-def attach_plan(model: PreTrainedModel, plan: RankPlan | None = None) -> PreTrainedModel:
-    """Make a model with low-rank modules or narrow MLPs save itself as a native checkpoint with its rank file.
-
-    Args:
-        model: a model whose modules were replaced, without adapters.
-        plan: what it was built from; its ranks are read off the model.
-
-    Returns:
-        the same model.
-    """
-    ranks = read_ranks(model)
-    if not ranks:
+def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
+    """Put a plan into the model's configuration and the rank file beside what it saves; `None` takes both away."""
+    if plan is None:
         # A backbone of which only the head was compressed, or every low-rank module was replaced since.
         model.__dict__.pop("save_pretrained", None)
         model.config.__dict__.pop("quantization_config", None)
-        return model
-    plan = RankPlan(ranks) if plan is None else replace(plan, ranks=ranks)
-    plan = replace(plan, architecture=type(model).__name__)
+        return
     model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
     # An instance attribute, since the class must stay the host's; a partial, since that can be copied and pickled.
     model.save_pretrained = functools.partial(_save_pretrained, model)
-    return model
 
 
 def _save_pretrained(
@@ -138,10 +118,11 @@ def _save_pretrained(
     **kwargs: Any,
 ) -> None:
     save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process, state_dict)
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    plan, adapted = current_plan(model, recorded(model)), getattr(model, "_hf_peft_config_loaded", False)
+    if not adapted:
         # Modules may have been replaced since; what is written must say what is there.
-        attach_plan(model, getattr(model.config.quantization_config, "plan", None))
-    if getattr(model, "_hf_peft_config_loaded", False) or not read_ranks(model):
+        attach(model, plan)
+    if adapted or plan is None:
         save(push_to_hub, **kwargs)
         return
     hub = {key: kwargs.pop(key) for key in ("commit_message", "create_pr", "token", "private") if key in kwargs}
@@ -150,7 +131,7 @@ def _save_pretrained(
     kwargs.setdefault("save_original_format", not _joins_tensors(model))
     save(**kwargs)
     if is_main_process:
-        plan_of(model).save_pretrained(save_directory)
+        plan.save_pretrained(save_directory)
         if push_to_hub:
             # Not within save(): that uploads only what it wrote itself, so never the rank file.
             model.push_to_hub(repo_id, **hub)

@@ -1,0 +1,7 @@
+"""Compressed models as ordinary checkpoints of their libraries: saved, and loaded by class name."""
+
+from .plans import attach_plan as attach_plan
+from .plans import is_native as is_native
+from .plans import plan_of as plan_of
+from .transformers import ComCATQuantizationConfig as ComCATQuantizationConfig
+from .transformers import ComCATQuantizer as ComCATQuantizer

@@ -1,0 +1,51 @@
+"""The rank plan that a compressed model carries, whichever library it belongs to."""
+
+from types import ModuleType
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configs.ranks import RankPlan
+from ..errors import InvalidValueError
+from . import diffusers, transformers
+from .current import current_plan
+
+
+__all__ = ["attach_plan", "is_native", "plan_of"]
+
+
+def is_native(model: nn.Module) -> bool:
+    """Whether a model's library can save and load it compressed."""
+    return isinstance(model, PreTrainedModel) or diffusers.is_model(model)
+
+
+def plan_of(model: nn.Module) -> RankPlan:
+    """The rank plan that a compressed model was built from.
+
+    Raises:
+        InvalidValueError: the model is not compressed.
+    """
+    plan = current_plan(
+        model, diffusers.recorded(model) if diffusers.is_model(model) else transformers.recorded(model)
+    )
+    if plan is None:
+        raise InvalidValueError(f"{type(model).__name__} has no low-rank modules or narrow MLPs; compress it first.")
+    return plan
+
+
+def attach_plan(model: nn.Module, plan: RankPlan | None = None) -> nn.Module:
+    """Make a model with low-rank modules or narrow MLPs save itself as a native checkpoint with its rank file.
+
+    Args:
+        model: a model of transformers or diffusers whose modules were replaced, without adapters.
+        plan: what it was built from; its ranks are read off the model.
+
+    Returns:
+        the same model.
+    """
+    _host(model).attach(model, current_plan(model, plan))
+    return model
+
+
+def _host(model: nn.Module) -> ModuleType:
+    return diffusers if diffusers.is_model(model) else transformers
