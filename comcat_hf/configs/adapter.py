@@ -1,5 +1,6 @@
 """What a user writes down to get a ComCAT adapter through PEFT."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from .ranks import RankPlan, check_entry
 
 __all__ = ["ComCATConfig"]
 
-MODES = ("compress",)
+MODES = ("compress", "customize")
 
 
 @dataclass
@@ -25,8 +26,14 @@ class ComCATConfig(PeftConfig):
 
     Args:
         mode: `"compress"`: head-wise low-rank factors in place of the dense attention products, and of linear layers.
+            `"customize"`: low-rank residuals beside the dense products, zero at the start; any number of adapters can
+            be active at once.
         qk_rank: rank per head of the query/key product, 1 to the head dimension.
         vo_rank: rank per head of the value/output product, 1 to the head dimension.
+        core: of mode `"customize"`: train an r x r matrix per head between frozen bases that are recomputed from the
+            dense weights, in place of full factors. Nothing widens, and fusing is exact.
+        scale: of mode `"customize"`: multiplies the residual product once per pair. `set_scale` and `set_adapters` are
+            relative to it. The original release's alpha is its root.
         linear_rank: rank of the linear layers of MLPs and of the classifier. A layer that would have no fewer
             parameters than the dense one stays dense. With `mlp_width`, `linear_rank` is for the other layers.
         mlp_width: how many hidden units the MLPs that are known keep (docs/constraints.md). An MLP that has no more
@@ -34,8 +41,9 @@ class ComCATConfig(PeftConfig):
         rank_pattern: ranks of single modules, over those above: module path, or a regular expression that matches its
             end, to `{"qk": r, "vo": r}` for attention, `{"width": k}` for an MLP or a rank for a linear layer. A rank
             for a layer of an MLP goes over `mlp_width`.
-        init_weights: `True`: truncated SVD of the dense products, biases exact (paper, section 3; `[W_Q; a] W_K^T` and
-            `W_V W_O`); of an MLP the hidden units with the largest weights. `False`: random, for tests.
+        init_weights: `True`: in mode `"customize"` a residual of zero, else the truncated SVD of the dense products,
+            biases exact (paper, section 3; `[W_Q; a] W_K^T` and `W_V W_O`), and of an MLP the hidden units with the
+            largest weights. `False`: random, for tests.
         target_modules: restrict to modules whose path ends so (list), or matches this regular expression (string). By
             default all attention modules, MLPs, their layers and the classifier that have a rank or width, found by
             their role. An MLP is meant by its own path or by those of all its layers.
@@ -44,11 +52,13 @@ class ComCATConfig(PeftConfig):
         modules_to_save: further modules to train and save, for example `["layernorm"]`.
     """
 
-    mode: str = field(default="compress", metadata={"help": "What the adapter is for: 'compress'."})
+    mode: str = field(default="compress", metadata={"help": "'compress' or 'customize'."})
     qk_rank: int | None = field(default=None, metadata={"help": "Rank per head of the query/key product."})
     vo_rank: int | None = field(default=None, metadata={"help": "Rank per head of the value/output product."})
     linear_rank: int | None = field(default=None, metadata={"help": "Rank of MLP and classifier layers."})
     mlp_width: int | None = field(default=None, metadata={"help": "Hidden units kept per MLP."})
+    core: bool = field(default=False, metadata={"help": "Train matrices per head between frozen bases (customize)."})
+    scale: float = field(default=1.0, metadata={"help": "Multiplies the residual products (customize)."})
     rank_pattern: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Ranks and widths of single modules, by path or regular expression."}
     )
@@ -67,6 +77,7 @@ class ComCATConfig(PeftConfig):
             rank = getattr(self, name)
             if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
                 raise InvalidValueError(f"ComCATConfig.{name} must be a whole number from 1 or None, got {rank!r}.")
+        self._check_mode()
         if not isinstance(self.rank_pattern, Mapping):
             raise InvalidValueError(f"ComCATConfig.rank_pattern must map names to ranks, got {self.rank_pattern!r}.")
         for name, entry in self.rank_pattern.items():
@@ -80,6 +91,21 @@ class ComCATConfig(PeftConfig):
                 "ComCATConfig has no rank: give qk_rank, vo_rank, linear_rank or mlp_width, a rank_pattern, or use "
                 "ComCATConfig.from_plan(plan)."
             )
+
+    def _check_mode(self) -> None:
+        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        if not number or not math.isfinite(self.scale):
+            raise InvalidValueError(f"ComCATConfig.scale must be a finite number, got {self.scale!r}.")
+        others = {
+            "compress": {"core": self.core, "scale": self.scale != 1},
+            "customize": {"linear_rank": self.linear_rank, "mlp_width": self.mlp_width},
+        }[self.mode]
+        for name, given in others.items():
+            if given:
+                raise InvalidValueError(
+                    f"ComCATConfig.{name} has no meaning in mode {self.mode!r}, got {getattr(self, name)!r}. Leave it "
+                    "out or choose the other mode."
+                )
 
     @classmethod
     def from_plan(cls, plan: RankPlan, **kwargs: Any) -> "ComCATConfig":

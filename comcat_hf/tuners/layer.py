@@ -1,6 +1,6 @@
-"""The tuner layer: a dense module together with the modules that take its place, one per adapter."""
+"""The tuner layers: a dense module together with what adapters put in its place, or beside it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,16 +10,18 @@ from ..attention import LowRankAttention
 from ..errors import InvalidValueError
 
 
-__all__ = ["ComCATLayer"]
+__all__ = ["ComCATLayer", "CompressLayer"]
 
 
 class ComCATLayer(nn.Module, BaseTunerLayer):
-    """Runs the active adapter's factors in place of the dense module.
+    """What the layers of both modes have in common.
 
     Attributes:
         base_layer: the dense module, frozen and untouched.
-        comcat_factors: by adapter name, what replaces it.
+        comcat_factors: by adapter name, what replaces it or is added to it.
     """
+
+    mode: ClassVar[str]
 
     adapter_layer_names = ("comcat_factors",)
 
@@ -36,6 +38,29 @@ class ComCATLayer(nn.Module, BaseTunerLayer):
         """Add the factors of one adapter."""
         self.comcat_factors[adapter_name] = factors
         self.set_adapter(self.active_adapters)
+
+    def present(self, names: list[str], purpose: str) -> list[str]:
+        """Those of the adapters named that have factors here."""
+        return [name for name in names if name in self.comcat_factors]
+
+    def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
+        """Which adapters [`merge`] would merge here; raises what it would raise."""
+        names = self.present(adapter_names or self.active_adapters, "merged")
+        for name in names:
+            if safe_merge and not all(p.isfinite().all() for p in self.comcat_factors[name].parameters()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return names
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # An attention module has no weight of its own. No dtype: factors keep theirs, or loading with
+        # low_cpu_mem_usage would round trained float32 factors to a half precision base.
+        return next(base_layer.parameters()).device, None
+
+
+class CompressLayer(ComCATLayer):
+    """Runs the active adapter's factors in place of the dense module."""
+
+    mode = "compress"
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -68,15 +93,12 @@ class ComCATLayer(nn.Module, BaseTunerLayer):
 
     def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
         """Which adapters [`merge`] would merge here; raises what it would raise."""
-        names = self.present(adapter_names or self.active_adapters, "merged")
+        names = super().check_mergeable(safe_merge, adapter_names)
         if self.merged and names and names != self.merged_adapters:
             raise InvalidValueError(
                 f"The adapter {self.merged_adapters[0]} is merged already, so {names[0]} cannot be. Call "
                 "unmerge_adapter() first."
             )
-        for name in names:
-            if safe_merge and not all(p.isfinite().all() for p in self.comcat_factors[name].parameters()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return names
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -111,11 +133,6 @@ class ComCATLayer(nn.Module, BaseTunerLayer):
             if name in self.comcat_factors:
                 return self.comcat_factors[name]
         return None
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
-        # An attention module has no weight of its own. No dtype: factors keep theirs, or loading with
-        # low_cpu_mem_usage would round trained float32 factors to a half precision base.
-        return next(base_layer.parameters()).device, None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

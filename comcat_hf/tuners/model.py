@@ -10,14 +10,15 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..attention import Site, find_sites, named_base_modules, read_ranks, replace_module
+from ..attention.residuals import find_residual_sites
 from ..attention.sites import check_disjoint
 from ..configs import ComCATConfig
 from ..errors import InvalidValueError, RankPlanError
-from ..native import attach_plan, plan_of
-from .layer import ComCATLayer
+from ..native import attach_plan, is_native, plan_of
+from .customize import CustomizeLayer
+from .layer import ComCATLayer, CompressLayer
 
 
 __all__ = ["ComCATModel", "initialize_comcat_weights"]
@@ -31,7 +32,7 @@ _OWN_NAMES = frozenset(
 
 
 class ComCATModel(BaseTuner):
-    """A model whose attention and linear layers are replaced by low-rank factors or narrow ones, adapter by adapter.
+    """A model whose attention and linear layers are replaced by smaller ones or get residuals, adapter by adapter.
 
     Made by `get_peft_model(model, ComCATConfig(...))`.
     """
@@ -42,11 +43,11 @@ class ComCATModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; an error leaves the model as it was."""
-        restore = _remember(model)
+        restore = remember(model)
         try:
             _check_adapter_name(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
+        except BaseException:
             restore()
             if not any(adapter_name in layer.comcat_factors for layer in self._layers()):
                 self.peft_config.pop(adapter_name, None)
@@ -70,6 +71,12 @@ class ComCATModel(BaseTuner):
             substitutes = site.substitutes(ranks)
             self._pending |= dict.fromkeys(substitutes, (site, substitutes))
         self._targets = frozenset(self._pending)
+        other = next((layer.mode for layer in self._layers() if layer.mode != peft_config.mode), None)
+        if other is not None:
+            raise InvalidValueError(
+                f"The model has adapters of mode {other!r}, which cannot be mixed with one of mode "
+                f"{peft_config.mode!r}. Merge or delete them first."
+            )
         _check_modules_to_save(peft_config, model, self._targets)
 
     def _check_target_module_exists(self, peft_config: ComCATConfig, key: str) -> Any:
@@ -105,11 +112,15 @@ class ComCATModel(BaseTuner):
                 _randomize(module)
         for path, factors in substitutes.items():
             layer = self.model.get_submodule(path)
+            customize = peft_config.mode == "customize"
             if not isinstance(layer, ComCATLayer):
-                dense, layer = layer, ComCATLayer(layer)
+                dense, layer = layer, CustomizeLayer(site.view) if customize else CompressLayer(layer)
                 # The layer holds the dense module itself, so it must not be replaced there.
                 _wrap(self.model, dense, layer)
-            layer.update_layer(adapter_name, factors)
+            if customize:
+                layer.update_layer(adapter_name, factors, peft_config.scale)
+            else:
+                layer.update_layer(adapter_name, factors)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, ComCATLayer):
@@ -139,7 +150,7 @@ class ComCATModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if merge and isinstance(model, PreTrainedModel) and read_ranks(model):
+        if merge and is_native(model) and read_ranks(model):
             attach_plan(model, plan_of(model))
         return model
 
@@ -148,7 +159,7 @@ class ComCATModel(BaseTuner):
         # PEFT drops adapter_names, one per sample, before the call: without this they would be ignored silently.
         if kwargs.get("adapter_names") is not None:
             raise InvalidValueError(
-                "A batch that mixes compress adapters (adapter_names=...) is not supported: call set_adapter and run "
+                "A batch that mixes adapters (adapter_names=...) is not supported: call set_adapter and run "
                 "one batch per adapter."
             )
         yield
@@ -175,7 +186,10 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
             its layers.
         InvalidValueError: nothing is targeted.
     """
-    sites = find_sites(model, _scope(config), width=True)
+    if config.mode == "customize":
+        sites: Mapping[str, Site] = find_residual_sites(model, config.core)
+    else:
+        sites = find_sites(model, _scope(config), width=True)
     entries = _pattern_entries(config, sites, model)
     targets = {}
     for name, site in sites.items():
@@ -195,7 +209,7 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
 def initialize_comcat_weights(
     model: nn.Module, statistics: Mapping[str, Any] | None = None, adapter_name: str = "default"
 ) -> None:
-    """Set the factors of an injected adapter to their closed form.
+    """Set the factors of an injected compress adapter to their closed form.
 
     Args:
         model: what `get_peft_model` or `model.add_adapter` returned.
@@ -204,12 +218,16 @@ def initialize_comcat_weights(
         adapter_name: which adapter.
 
     Raises:
-        InvalidValueError: no adapter of that name, or statistics of another model.
+        InvalidValueError: no adapter of that name, one of mode `"customize"`, or statistics of another model.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {id(m.base_layer): m for m in base.modules() if isinstance(m, ComCATLayer)}
     if not any(adapter_name in layer.comcat_factors for layer in layers.values()):
         raise InvalidValueError(f"{type(base).__name__} has no ComCAT adapter named {adapter_name!r}.")
+    if base.peft_config[adapter_name].mode != "compress":
+        raise InvalidValueError(
+            f"The adapter {adapter_name!r} is of mode 'customize', which starts at zero and has no closed form."
+        )
     if statistics is not None and hasattr(statistics, "check_model"):
         statistics.check_model(base)
     for site in find_sites(base, _scope(base.peft_config[adapter_name]), width=True).values():
@@ -326,7 +344,7 @@ def _check_modules_to_save(config: ComCATConfig, model: nn.Module, paths: Iterab
                 )
 
 
-def _remember(model: nn.Module) -> Callable[[], None]:
+def remember(model: nn.Module) -> Callable[[], None]:
     """Note which modules a model has, which are active and which parameters are trained; returns what restores it."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     active = [(module, module._active_adapter) for module in model.modules() if hasattr(module, "_active_adapter")]

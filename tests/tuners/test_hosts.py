@@ -13,7 +13,7 @@ from torch import nn
 from comcat_hf import ComCATConfig, collect_statistics, initialize_comcat_weights
 from comcat_hf.attention import apply_ranks, read_ranks
 from comcat_hf.errors import InvalidValueError
-from comcat_hf.tuners import ComCATLayer
+from comcat_hf.tuners.layer import CompressLayer
 from tests.helpers import (
     HEAD_DIM,
     MODELS,
@@ -186,7 +186,7 @@ class TestDevices:
 
 
 def test_a_layer_without_the_active_adapter_is_dense():
-    layer = ComCATLayer(nn.Linear(2, 3))
+    layer = CompressLayer(nn.Linear(2, 3))
     states = torch.randn(4, 2)
     assert torch.equal(layer(states), layer.base_layer(states))
 

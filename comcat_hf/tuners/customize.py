@@ -1,0 +1,339 @@
+"""The tuner layer of mode "customize": any number of adapters beside one attention module, in one attention call."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.merging import check_mergeable, merge_residuals, widened_attention
+from ..attention.residuals import Residual, bases_of
+from ..attention.views import AttentionView
+from ..attention.widening import StandIn, common_width, fold_heads, split_heads
+from ..errors import InvalidValueError
+from .layer import ComCATLayer
+
+
+__all__ = ["CustomizeLayer"]
+
+Bases = tuple[Tensor, Tensor]
+
+
+class CustomizeLayer(ComCATLayer):
+    """Adds the residuals of the active adapters to a dense attention module.
+
+    Full factors stand beside the heads' own queries, keys and values as further columns, so that scores are
+    `q k^T + sum t q' k'^T` with the scale of the dense head and the output `(attn v) D + sum t (attn v') D'`, from one
+    call of the host's kernel. Cores change queries and attended values within the head. Where queries and keys must
+    keep their width, the values of full factors go through heads of their own with the same queries and keys.
+
+    Attributes:
+        scaling: adapter scale by adapter name; multiplies the residual product once per pair.
+        r: the ranks per head by adapter name, `(qk, vo)`.
+    """
+
+    mode = "customize"
+
+    def __init__(self, view: AttentionView) -> None:
+        super().__init__(view.module)
+        self.view = view
+        self.scaling: dict[str, float] = {}
+        self.r: dict[str, tuple[int | None, int | None]] = {}
+        self.merged_layer: nn.Module | None = None
+        self._merged_scales: dict[str, float] = {}
+        # Tensors, so that a compiled forward does not depend on their values.
+        self._scales: dict[str, Tensor] = {}
+        self._initial: dict[str, float] = {}
+        self._undo: list[tuple[float, dict[str, float]]] = []
+        self._bases: dict[tuple[str, int], Bases] = {}
+        # Past nn.Module, which would register it.
+        self.__dict__["_stand_in"] = StandIn.of(view.module, view.family, self)
+
+    # Adapters
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._settle()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CustomizeLayer":
+        super()._apply(fn, recurse)
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """Follow the device and the active adapters now: a forward that does is compiled a second time."""
+        device = next(self.base_layer.parameters()).device
+        self._stand_in.resize(*self._size(device))
+        if device.type == "meta":
+            return
+        with torch.inference_mode(False):
+            self._scales = {name: scale.to(device) for name, scale in self._scales.items()}
+            self._bases = {key: tuple(basis.to(device) for basis in found) for key, found in self._bases.items()}
+
+    def update_layer(self, adapter_name: str, factors: Residual, scale: float = 1.0) -> None:
+        """Add the factors of one adapter.
+
+        Args:
+            adapter_name: its name.
+            factors: on the device of the dense module, or empty on the meta device.
+            scale: what [`set_scale`] takes as 1.
+        """
+        super().update_layer(adapter_name, factors)
+        self.r[adapter_name] = factors.ranks
+        self._initial[adapter_name] = scale
+        self._set_scaling(adapter_name, scale)
+        # Now, while the weights are those that the adapter belongs to; on the meta device there are none yet.
+        for pair, core in {"qk": factors.qk_core, "vo": factors.vo_core}.items():
+            if core is not None and not next(self.base_layer.parameters()).is_meta:
+                self.bases(pair, core.rank)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise InvalidValueError(f"The adapter {adapter_name} is fused into the model. Unfuse it first.")
+        super().delete_adapter(adapter_name)
+        for kept in (self.r, self.scaling, self._initial, self._scales):
+            kept.pop(adapter_name, None)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale, relative to that of its configuration."""
+        if adapter not in self.scaling:
+            return
+        if self._undo and self._undo[-1][0] == 0 and scale == 1.0:
+            # How diffusers undoes a scale of zero.
+            self._set_scaling(adapter, self._undo[-1][1].pop(adapter, self._initial[adapter]))
+            if not self._undo[-1][1]:
+                self._undo.pop()
+            return
+        self._undo.clear()
+        self._set_scaling(adapter, scale * self._initial[adapter])
+
+    def set_initial_scale(self, adapter: str, scale: float) -> None:
+        """Change what [`set_scale`] takes as 1; the scale in use changes with it."""
+        if adapter in self.scaling:
+            relative = self.scaling[adapter] / self._initial[adapter] if self._initial[adapter] else 1.0
+            self._undo.clear()
+            self._initial[adapter] = scale
+            self._set_scaling(adapter, relative * scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        if scale == 1:
+            return
+        before = {name: self.scaling[name] for name in self.active_adapters if name in self.scaling}
+        self._undo.append((scale, before))
+        for name, value in before.items():
+            self._set_scaling(name, value * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo [`scale_layer`] exactly; without a scale, go back to those of the configurations."""
+        if scale is None:
+            self._undo.clear()
+            before = {name: self._initial[name] for name in self.active_adapters if name in self.scaling}
+        elif self._undo and self._undo[-1][0] == scale:
+            before = self._undo.pop()[1]
+        else:
+            before = {name: self.scaling[name] / scale for name in self.active_adapters if name in self.scaling}
+        for name, value in before.items():
+            self._set_scaling(name, value)
+
+    def _set_scaling(self, name: str, value: float) -> None:
+        self.scaling[name] = value
+        device = self._scales[name].device if name in self._scales else "cpu"
+        # A new one: the old may be needed for a backward that is still to come.
+        with torch.inference_mode(False):
+            self._scales[name] = torch.tensor(value, dtype=torch.float32, device=device)
+
+    # Running
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(hidden_states, *args, **kwargs)
+        if self.merged_layer is not None:
+            return self.merged_layer(hidden_states, *args, **kwargs)
+        if not any(name in self.comcat_factors for name in self.active_adapters):
+            return self.base_layer(hidden_states, *args, **kwargs)
+        heads, width = self._size(hidden_states.device)
+        self._stand_in.resize(heads, width)
+        output = self._stand_in(hidden_states, *args, **kwargs)
+        if not self.view.family.output_in_parent or width == self.view.head_dim:
+            return output
+        # A sibling projects the heads' outputs, which has no use for the columns that fill them up.
+        attended = split_heads(output[0], self.view.num_heads)[..., : self.view.head_dim].flatten(-2)
+        return (attended, *output[1:])
+
+    def query(self, states: Tensor) -> Tensor:
+        view, own = self.view, self._project("query", states)
+        parts = [own]
+        for factors, scale in self._active():
+            if factors.qk_core is not None:
+                left, right = self.bases("qk", factors.qk_core.rank, own)
+                parts[0] = parts[0] + scale * factors.qk_core(own, left, right)
+            elif factors.query is not None:
+                parts.append(_residual(factors.query, states, own))
+        width = self._size(states.device)[1]
+        factor = view.query_factor(width)
+        folded = self._repeat(fold_heads(parts, width))
+        return folded if factor == 1 else folded * factor
+
+    def key(self, states: Tensor) -> Tensor:
+        own = self._project("key", states)
+        parts = [own]
+        for factors, scale in self._active():
+            if factors.key is not None:
+                parts.append(scale * _residual(factors.key, states, own))
+        return self._repeat(fold_heads(parts, self._size(states.device)[1]))
+
+    def value(self, states: Tensor) -> Tensor:
+        own = self._project("value", states)
+        parts = [scale * _residual(f.value, states, own) for f, scale in self._active() if f.value is not None]
+        width = self._size(states.device)[1]
+        if self._copies() == 1:
+            return fold_heads([own, *parts], width)
+        further = torch.cat(parts, dim=-1).split(width, dim=-1)
+        return torch.cat([fold_heads([part], width) for part in (own, *further)], dim=-1)
+
+    def output(self, states: Tensor) -> Tensor:
+        view, copies = self.view, self._copies()
+        width = self._size(states.device)[1]
+        # Heads of their own stand behind the dense ones; side by side they are further columns, in the same order.
+        heads = states.unflatten(-1, (copies, view.num_heads, width)).movedim(-3, -2).flatten(-2)
+        own = heads[..., : view.head_dim]
+        attended, start, parts = own, view.head_dim, []
+        for factors, scale in self._active():
+            if factors.vo_core is not None:
+                left, right = self.bases("vo", factors.vo_core.rank, own)
+                attended = attended + scale * factors.vo_core(own, left, right)
+            elif factors.output is not None:
+                rank = factors.output.in_features // view.num_heads
+                parts.append((factors.output, heads[..., start : start + rank].flatten(-2)))
+                start += rank
+        result = view.family.output_of(self.base_layer)(attended.flatten(-2))
+        for linear, part in parts:
+            result = result + _project(linear, part).to(result.dtype)
+        return result
+
+    def bases(self, pair: str, rank: int, like: Tensor | None = None) -> Bases:
+        """The frozen bases of cores of one rank, on the device and in the dtype of `like`."""
+        # Those found while only inferring serve training later on.
+        if (pair, rank) not in self._bases:
+            with torch.inference_mode(False):
+                self._bases[pair, rank] = tuple(basis.float() for basis in bases_of(self.view, pair, rank))
+        found = self._bases[pair, rank]
+        if like is None:
+            return found
+        if found[0].device != like.device:
+            with torch.inference_mode(False):
+                found = self._bases[pair, rank] = tuple(basis.to(like.device) for basis in found)
+        return tuple(basis.to(like.dtype) for basis in found)
+
+    def _active(self) -> Iterator[tuple[Residual, Tensor]]:
+        for name in self.active_adapters:
+            if name in self.comcat_factors:
+                yield self.comcat_factors[name], self._scales[name]
+
+    def _widths(self) -> tuple[int, int]:
+        """How many columns the active full factors add to queries and keys, and to values."""
+        added = [0, 0]
+        for name in self.active_adapters:
+            if name in self.comcat_factors:
+                for index, first in enumerate((self.comcat_factors[name].query, self.comcat_factors[name].value)):
+                    added[index] += 0 if first is None else first.out_features // self.view.num_heads
+        return added[0], added[1]
+
+    def _copies(self) -> int:
+        """How many times the heads are run: more than once where queries and keys must keep their width."""
+        if not self.view.keeps_width:
+            return 1
+        return 1 + -(-self._widths()[1] // self.view.head_dim)
+
+    def _size(self, device: torch.device) -> tuple[int, int]:
+        """Number and width of the heads that the kernel gets."""
+        view = self.view
+        if view.keeps_width:
+            return view.num_heads * self._copies(), view.head_dim
+        qk, vo = self._widths()
+        if qk == vo == 0:
+            return view.num_heads, view.head_dim
+        return view.num_heads, common_width(view.head_dim + qk, view.head_dim + vo, device)
+
+    def _repeat(self, states: Tensor) -> Tensor:
+        copies = self._copies()
+        return states if copies == 1 else torch.cat([states] * copies, dim=-1)
+
+    def _project(self, role: str, states: Tensor) -> Tensor:
+        linear = getattr(self.base_layer, getattr(self.view.family, role))
+        return split_heads(linear(states), self.view.num_heads)
+
+    # Merging
+
+    def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
+        """Which adapters [`merge`] would merge here; raises what it would raise."""
+        names = super().check_mergeable(safe_merge, adapter_names)
+        if names:
+            check_mergeable(self.view, [self.comcat_factors[name] for name in names])
+        return names
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Compute the projections with adapters merged in, and run these until [`unmerge`].
+
+        Full factors give projections with wider heads, cores ones of the dense shapes; both are exact. The dense
+        module is kept.
+        """
+        names = [*self.merged_adapters]
+        names += [n for n in self.check_mergeable(safe_merge, adapter_names) if n not in names]
+        if names == self.merged_adapters:
+            return
+        scales = {name: self.scaling[name] for name in names} | self._merged_scales
+        merged = merge_residuals(self.view, self.residuals(names, scales), self.bases)
+        if safe_merge and not all(p.isfinite().all() for p in merged.parameters()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        self.merged_layer, self.merged_adapters, self._merged_scales = merged, names, scales
+
+    def residuals(self, names: list[str], scales: dict[str, float] | None = None) -> list[tuple[Residual, float]]:
+        """Factors and scale of each adapter named."""
+        return [(self.comcat_factors[name], (scales or self.scaling)[name]) for name in names]
+
+    def unmerge(self) -> None:
+        """Undo [`merge`], to the bit."""
+        self.merged_layer, self._merged_scales = None, {}
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module that remains: with `merge` one that owns the merged projections, else the dense one."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not merge or self.merged_layer is None:
+            return self.base_layer
+        residuals = self.residuals(self.merged_adapters, self._merged_scales)
+        return widened_attention(self.view, residuals, self.bases) or self.merged_layer
+
+    # The stand-in's class is made at run time and cannot be pickled; it holds nothing of its own.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_stand_in"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_stand_in"] = StandIn.of(self.base_layer, self.view.family, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CustomizeLayer":
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
+def _residual(linear: nn.Linear, states: Tensor, like: Tensor) -> Tensor:
+    return split_heads(_project(linear, states), like.shape[-2]).to(like.dtype)
+
+
+def _project(linear: nn.Linear, states: Tensor) -> Tensor:
+    # Factors may be in float32 beside a half precision base.
+    if torch.is_autocast_enabled(states.device.type):
+        return linear(states)
+    return linear(states.to(linear.weight.dtype))
