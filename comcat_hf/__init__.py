@@ -17,6 +17,10 @@ from .compression import measure_sensitivities as measure_sensitivities
 from .compression import search_ranks as search_ranks
 from .configs import ComCATConfig as ComCATConfig
 from .configs import RankPlan as RankPlan
+from .customization import export_pipeline as export_pipeline
+from .customization import load_comcat_weights as load_comcat_weights
+from .customization import save_comcat_weights as save_comcat_weights
+from .customization import unload_comcat_weights as unload_comcat_weights
 from .errors import ComCATError as ComCATError
 from .native import plan_of as plan_of
 from .native.diffusers import register as _register_diffusers

@@ -1,0 +1,6 @@
+"""Teaching a text-to-image pipeline with adapters: saving, loading, exporting; `training` trains them."""
+
+from .export import export_pipeline as export_pipeline
+from .pipelines import load_comcat_weights as load_comcat_weights
+from .pipelines import save_comcat_weights as save_comcat_weights
+from .pipelines import unload_comcat_weights as unload_comcat_weights

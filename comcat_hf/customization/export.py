@@ -1,0 +1,192 @@
+"""A pipeline with adapters in its weights, as a folder."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import replace_module
+from ..attention.merging import is_wider, joined_rows, merge_residuals, widened_attention, with_rows
+from ..attention.views import AttentionView, base_module, is_tuner_layer
+from ..errors import InvalidValueError, UnsupportedModuleError
+from ..factorization import factorize_qk, factorize_vo
+from ..native import attach_plan
+from ..tuners.customize import CustomizeLayer
+
+
+__all__ = ["export_pipeline"]
+
+Export = Callable[[CustomizeLayer, list[str]], tuple[nn.Module, dict[str, float]]]
+
+
+def export_pipeline(
+    pipeline: Any,
+    save_directory: str | os.PathLike,
+    adapter_names: list[str] | None = None,
+    *,
+    truncate: bool = False,
+    **kwargs: Any,
+) -> dict[str, dict[str, float]]:
+    """Save a whole pipeline with adapters merged into its weights; the pipeline itself is left as it is.
+
+    Core adapters give a plain folder that any tool opens, exactly. Full factors widen the heads, which plain classes
+    cannot hold: the folder is exact and is opened with `import comcat_hf`. With `truncate=True` widened heads are cut
+    back to the width that they had, by the truncated SVD of their products: a plain folder that any tool opens, and
+    lossy, by what is returned.
+
+    Args:
+        pipeline: a diffusers pipeline with ComCAT adapters.
+        save_directory: where to.
+        adapter_names: which adapters; by default the active ones. Their scales are those they have now.
+        truncate: cut widened heads back.
+        **kwargs: further arguments of the pipeline's `save_pretrained`.
+
+    Returns:
+        by `part.module`, for `"qk"` and `"vo"`, the share of what the adapters change that is lost, measured on the
+        products of the weights: 0 is exact, 1 or more means that nothing of the adapter is left.
+
+    Raises:
+        InvalidValueError: there is no such adapter.
+        UnsupportedModuleError: adapters of other methods, which a folder of weights cannot hold, or a module whose
+            heads cannot be widened.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    layers = {
+        name: {path: layer for path, layer in part.named_modules() if isinstance(layer, CustomizeLayer)}
+        for name, part in parts.items()
+    }
+    layers = {name: found for name, found in layers.items() if found}
+    _check(parts, layers, adapter_names)
+    build = _truncated if truncate else _exact
+    lost: dict[str, dict[str, float]] = {}
+    with ExitStack() as stack:
+        for name, found in layers.items():
+            swaps = []
+            for path, layer in found.items():
+                names = layer.present(adapter_names or layer.active_adapters, "exported")
+                module, lost[f"{name}.{path}"] = build(layer, names) if names else (layer.base_layer, _nothing())
+                swaps.append((layer, module))
+            stack.enter_context(_standing_in(parts[name], swaps))
+        pipeline.save_pretrained(save_directory, **kwargs)
+    return lost
+
+
+@contextmanager
+def _standing_in(model: nn.Module, swaps: list[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
+    """Within it modules stand in the place of others, and the model saves itself as one without adapters."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    try:
+        for layer, module in swaps:
+            replace_module(model, layer, module)
+        model._hf_peft_config_loaded = False
+        attach_plan(model)
+        yield
+    finally:
+        for layer, module in swaps:
+            replace_module(model, module, layer)
+        model._hf_peft_config_loaded = adapted
+        attach_plan(model)
+
+
+def _exact(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict[str, float]]:
+    residuals = layer.residuals(names)
+    module = widened_attention(layer.view, residuals, layer.bases)
+    if module is None:
+        module = merge_residuals(layer.view, residuals, layer.bases)
+        if getattr(module, layer.view.family.num_heads) != layer.view.num_heads:
+            raise UnsupportedModuleError(
+                f"{layer.view.name}: queries and keys of {type(layer.base_layer).__name__} keep their width, so full "
+                "factors have no form that can be saved. Use an adapter with core=True."
+            )
+    return module, _nothing()
+
+
+@torch.no_grad()
+def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict[str, float]]:
+    view = layer.view
+    rows = joined_rows(view, layer.residuals(names), layer.bases)
+    if not is_wider(view, rows):
+        return _exact(layer, names)
+    p, dense = view.head_dim, joined_rows(view, [], layer.bases)
+    query, key, value, output = (rows[role] for role in ("query", "key", "value", "output"))
+    bias, lost = None, _nothing()
+    if query.shape[1] > p:
+        factors = factorize_qk(*_split(query, view.query), _split(key, view.key)[0], p)
+        rows["query"] = _join(factors.query_weight, factors.query_bias, view.query)
+        rows["key"] = _join(factors.key_weight, None, view.key)
+        lost["qk"] = _share_lost((query, _weights(key, view.key)), rows, dense, ("query", "key"), view)
+    if value.shape[1] > p:
+        output_bias = base_module(view.output).bias
+        if output_bias is None and base_module(view.value).bias is not None:
+            raise UnsupportedModuleError(
+                f"{view.name} has a value bias and no output bias to take it up, so its heads cannot be cut back."
+            )
+        factors = factorize_vo(*_split(value, view.value), output.mT, output_bias, p)
+        rows["value"], rows["output"] = _join(factors.value_weight, None, view.value), factors.output_weight.mT
+        bias = factors.output_bias if output_bias is not None else None
+        lost["vo"] = _share_lost((_weights(value, view.value), output), rows, dense, ("value", "output"), view)
+    rows["query"] = rows["query"] * view.query_factor(p)
+    return with_rows(view, view.num_heads, p, rows, bias), lost
+
+
+def _share_lost(
+    full: tuple[Tensor, Tensor],
+    rows: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    roles: tuple[str, str],
+    view: AttentionView,
+) -> float:
+    def product(found: Mapping[str, Tensor]) -> Tensor:
+        # The query bias is a part of the product; those of keys and values are accounted for elsewhere.
+        first, second = (found[role] for role in roles)
+        first = first if roles[0] == "query" else _weights(first, view.value)
+        return _product(first, second if roles[1] == "output" else _weights(second, view.key))
+
+    whole = _product(*full)
+    change = (whole - product(dense)).norm()
+    return ((whole - product(rows)).norm() / change).item() if change > 0 else 0.0
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    return first.double().mT @ second.double()
+
+
+def _split(rows: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return (rows[..., :-1], rows[..., -1]) if base_module(linear).bias is not None else (rows, None)
+
+
+def _weights(rows: Tensor, linear: nn.Module) -> Tensor:
+    return _split(rows, linear)[0]
+
+
+def _join(weight: Tensor, bias: Tensor | None, linear: nn.Module) -> Tensor:
+    if base_module(linear).bias is None:
+        return weight
+    bias = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
+    return torch.cat([weight, bias[..., None]], dim=-1)
+
+
+def _nothing() -> dict[str, float]:
+    return {"qk": 0.0, "vo": 0.0}
+
+
+def _check(
+    parts: Mapping[str, nn.Module], layers: Mapping[str, Mapping[str, CustomizeLayer]], names: list[str] | None
+) -> None:
+    known = {name for found in layers.values() for layer in found.values() for name in layer.comcat_factors}
+    unknown = sorted(set(names or ()) - known)
+    if not known or unknown:
+        raise InvalidValueError(
+            f"The pipeline has no ComCAT adapter {', '.join(unknown) or 'at all'} to export; it has "
+            f"{', '.join(sorted(known)) or 'none'}."
+        )
+    for name, part in parts.items():
+        other = next((m for m in part.modules() if is_tuner_layer(m) and not isinstance(m, CustomizeLayer)), None)
+        if other is not None:
+            raise UnsupportedModuleError(
+                f"{name} carries an adapter of {type(other).__module__}, which would be lost. Merge it into the base "
+                "before the ComCAT adapter is added, or unload it."
+            )

@@ -1,0 +1,409 @@
+"""Adapters of whole pipelines: the UNet's and the text encoders', saved, loaded and taken away together."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..attention import attention_views, replace_module
+from ..attention.residuals import rows_in
+from ..configs import ComCATConfig
+from ..errors import CheckpointError, InvalidValueError
+from ..transport import read_json, resolve_file, write_bytes_atomic, write_json_atomic
+from ..tuners.customize import CustomizeLayer
+from ..tuners.layer import ComCATLayer
+from ..tuners.model import remember
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["load_comcat_weights", "save_comcat_weights", "unload_comcat_weights"]
+
+INDEX = "comcat_adapter.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_FORMAT, _VERSION = "comcat_adapter", 1
+
+# What the configuration and the header of the weights must agree in.
+_IN_BOTH = ("qk_rank", "vo_rank", "core", "scale", "rank_pattern", "target_modules", "exclude_modules")
+
+# Largest relative difference of the sizes of query weights between a base and one that it was fine-tuned from.
+_SAME_BASE = 0.05
+
+Pipeline = Union["DiffusionPipeline", Mapping[str, nn.Module]]
+
+
+def save_comcat_weights(
+    pipeline: Pipeline,
+    save_directory: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Write one adapter of a pipeline: a folder per adapted part, and an index beside them.
+
+    A part's folder holds PEFT's `adapter_config.json` and `adapter_model.safetensors`, whose header repeats the
+    configuration. The index is written last: a folder that has one is whole.
+
+    Args:
+        pipeline: a pipeline, or its adapted parts by name (`"unet"`, `"text_encoder"`, …).
+        save_directory: where to; made if it does not exist.
+        adapter_name: which adapter.
+        dtype: of the weights in the file; by default that which they have.
+        base_model_name_or_path, revision: what the adapter belongs to; by default where the pipeline came from.
+
+    Returns:
+        the folder.
+
+    Raises:
+        InvalidValueError: no part has an adapter of that name.
+    """
+    adapted = {name: model for name, model in _parts(pipeline).items() if adapter_name in _configs(model)}
+    if not adapted:
+        known = sorted({found for model in _parts(pipeline).values() for found in _configs(model)})
+        raise InvalidValueError(
+            f"{_describe(pipeline)} has no ComCAT adapter {adapter_name!r} to save; "
+            + (f"it has {', '.join(known)}." if known else "add one with unet.add_adapter(ComCATConfig(...)).")
+        )
+    folder = Path(save_directory)
+    base = base_model_name_or_path or _source(pipeline)
+    origin = {"base_model_name_or_path": base, "revision": revision}
+    index: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, **origin, "parts": {}}
+    # That of an adapter which is written over would vouch for parts of two.
+    (folder / INDEX).unlink(missing_ok=True)
+    for name, model in adapted.items():
+        fields = _configs(model)[adapter_name].to_dict() | origin | {"inference_mode": True}
+        fields = {key: _plain(value) for key, value in fields.items()}
+        weights = {
+            key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in _state(model, adapter_name).items()
+        }
+        header = {"format": "pt", "comcat_config": json.dumps(fields)}
+        write_bytes_atomic(folder / name / WEIGHTS, save(weights, metadata=header))
+        write_json_atomic(folder / name / CONFIG, fields)
+        index["parts"][name] = {"class": type(model).__name__, "base_sizes": _sizes(model)}
+    write_json_atomic(folder / INDEX, index)
+    return folder
+
+
+def load_comcat_weights(
+    pipeline: Pipeline,
+    pretrained_model_name_or_path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool | None = None,
+    hotswap: bool = False,
+    check_base: bool = True,
+) -> None:
+    """Put a saved adapter into a pipeline and make it the active one.
+
+    Everything is read and checked before the pipeline is touched; an error leaves it as it was. Weights are read onto
+    the device of the part that they belong to, in its dtype, once.
+
+    Args:
+        pipeline: a pipeline, or its parts by name.
+        pretrained_model_name_or_path: the folder, or a Hub id.
+        adapter_name: the name that the adapter gets in the pipeline.
+        revision, subfolder, token, cache_dir, local_files_only: where in the Hub repository, and how it is reached.
+        hotswap: write over the values of an adapter of that name, which has the same ranks: a compiled model need not
+            be compiled again.
+        check_base: refuse an adapter whose base had attention weights of other sizes than this pipeline's. A model
+            fine-tuned from the same base passes.
+
+    Raises:
+        CheckpointError: a file that is missing, cut short or does not fit its configuration or the pipeline.
+        InvalidValueError: the name is taken (without `hotswap`) or missing (with it), or the adapter is for another
+            base.
+    """
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    prefix = f"{subfolder}/" if subfolder else ""
+
+    def fetch(filename: str, part: str | None = None) -> Path:
+        inside = f"{prefix}{part}" if part else subfolder
+        return resolve_file(pretrained_model_name_or_path, filename, subfolder=inside, **where)
+
+    source = str(pretrained_model_name_or_path)
+    index = _read_index(fetch(INDEX))
+    parts = _parts(pipeline)
+    saved = []
+    for name, about in index["parts"].items():
+        if name not in parts:
+            raise CheckpointError(
+                f"{source}: it adapts the part {name!r}, which {_describe(pipeline)} does not have; it has "
+                f"{', '.join(parts) or 'none'}. Load it into a pipeline of the kind that it was trained on."
+            )
+        saved.append(_read_part(name, parts[name], fetch(CONFIG, name), fetch(WEIGHTS, name)))
+        if check_base:
+            _check_base(source, name, parts[name], about, index)
+    for part in saved:
+        _check_name(part, adapter_name, hotswap)
+    if hotswap:
+        _check_parts(saved, parts, adapter_name)
+    with _offloading_paused(pipeline):
+        if hotswap:
+            _swap(saved, adapter_name)
+        else:
+            _add(saved, adapter_name)
+
+
+def unload_comcat_weights(pipeline: Pipeline) -> None:
+    """Take every ComCAT adapter away and leave the dense attention modules; adapters of other methods stay.
+
+    Raises:
+        InvalidValueError: an adapter is fused.
+    """
+    parts = _parts(pipeline).items()
+    layers = {name: [m for m in model.modules() if isinstance(m, ComCATLayer)] for name, model in parts}
+    fused = {name: merged for name, found in layers.items() for layer in found if (merged := layer.merged_adapters)}
+    if fused:
+        name, merged = next(iter(fused.items()))
+        raise InvalidValueError(
+            f"The adapters {', '.join(merged)} are fused into {name}, so they cannot be unloaded. Call unfuse_lora() "
+            "first."
+        )
+    with _offloading_paused(pipeline):
+        for name, model in parts:
+            for layer in layers[name]:
+                replace_module(model, layer, layer.base_layer)
+            for adapter in _configs(model):
+                del model.peft_config[adapter]
+            if hasattr(model, "peft_config") and not model.peft_config:
+                del model.peft_config
+                model._hf_peft_config_loaded = False
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One part of a saved adapter, read and checked against nothing but itself."""
+
+    name: str
+    model: nn.Module
+    config: ComCATConfig
+    weights: dict[str, Tensor]
+    file: Path
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    index = read_json(file)
+    parts = index.get("parts")
+    whole = isinstance(parts, dict) and all(isinstance(about, dict) for about in parts.values())
+    if index.get("format") != _FORMAT or not whole:
+        raise CheckpointError(f"{file}: expected the index of a ComCAT adapter, found format {index.get('format')!r}.")
+    if index.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{file}: expected format version {_VERSION}, found {index.get('version')!r}. Update comcat_hf."
+        )
+    return index
+
+
+def _read_part(name: str, model: nn.Module, config_file: Path, weights_file: Path) -> _Saved:
+    fields = read_json(config_file)
+    if fields.get("peft_type") != "COMCAT" or fields.get("mode") != "customize":
+        raise CheckpointError(
+            f"{config_file}: expected a ComCAT adapter of mode 'customize', found peft_type "
+            f"{fields.get('peft_type')!r}, mode {fields.get('mode')!r}. Load it with the library that wrote it."
+        )
+    reference = next(model.parameters())
+    device = "cpu" if reference.is_meta else str(reference.device)
+    try:
+        with safe_open(weights_file, framework="pt", device=device) as file:
+            header = json.loads((file.metadata() or {}).get("comcat_config", "null"))
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{weights_file}: expected a whole safetensors file, found {error}. It was cut short or is damaged; "
+            "download or save the adapter again."
+        ) from error
+    header = header or fields
+    differing = [key for key in _IN_BOTH if header.get(key) != fields.get(key)]
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"{weights_file}: it was saved with {key}={header.get(key)!r}, but {config_file.name} beside it says "
+            f"{fields.get(key)!r}. The files do not belong together; download or save the adapter again."
+        )
+    return _Saved(name, model, ComCATConfig.from_peft_type(**fields), weights, weights_file)
+
+
+def _check_base(source: str, name: str, model: nn.Module, about: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    recorded, found = about.get("base_sizes") or {}, _sizes(model)
+    if not found or not recorded:
+        return
+    said = f"{source}: the adapter was made for {index.get('base_model_name_or_path') or 'another model'}"
+    if recorded.keys() != found.keys():
+        other = next(iter(recorded.keys() ^ found.keys()))
+        raise InvalidValueError(
+            f"{said}, whose {name} has other attention modules than this pipeline's ({other} is in one of the two "
+            "only). Load it into a pipeline of that base."
+        )
+    far = {path: size for path, size in found.items() if abs(size - recorded[path]) > _SAME_BASE * recorded[path]}
+    if far:
+        path, size = next(iter(far.items()))
+        raise InvalidValueError(
+            f"{said}, whose {name} has other weights than this pipeline's ({path}: queries of size "
+            f"{recorded[path]}, found {size}). Load it into a pipeline of that base, or pass check_base=False."
+        )
+
+
+def _check_name(part: _Saved, adapter_name: str, hotswap: bool) -> None:
+    known = getattr(part.model, "peft_config", {})
+    if hotswap and adapter_name not in _configs(part.model):
+        raise InvalidValueError(
+            f"{part.name} has no ComCAT adapter {adapter_name!r} whose values could be swapped. Load it without "
+            "hotswap."
+        )
+    if not hotswap and adapter_name in known:
+        raise InvalidValueError(
+            f"{part.name} has an adapter {adapter_name!r} already. Choose another adapter_name, delete that one "
+            "(pipe.delete_adapters), or swap its values (hotswap=True)."
+        )
+
+
+def _check_parts(saved: list[_Saved], parts: Mapping[str, nn.Module], adapter_name: str) -> None:
+    adapted = [name for name, model in parts.items() if adapter_name in _configs(model)]
+    left = [name for name in adapted if name not in {part.name for part in saved}]
+    if left:
+        raise InvalidValueError(
+            f"The adapter {adapter_name!r} also adapts {', '.join(left)}, for which the saved one has no values. "
+            "Delete it and load the saved one without hotswap."
+        )
+
+
+def _add(saved: list[_Saved], adapter_name: str) -> None:
+    restores = [remember(part.model) for part in saved]
+    try:
+        for part in saved:
+            model = part.model
+            inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=True)
+            _check_fits(part, adapter_name)
+            weights = {key: tensor.to(_dtype(model)) for key, tensor in part.weights.items()}
+            set_peft_model_state_dict(model, weights, adapter_name, low_cpu_mem_usage=True)
+            model._hf_peft_config_loaded = True
+        for part in saved:
+            part.model.set_adapter(adapter_name)
+    except BaseException:
+        for part, restore in zip(saved, restores, strict=True):
+            for layer in part.model.modules():
+                if isinstance(layer, ComCATLayer):
+                    layer.delete_adapter(adapter_name)
+            getattr(part.model, "peft_config", {}).pop(adapter_name, None)
+            restore()
+            if hasattr(part.model, "peft_config") and not part.model.peft_config:
+                del part.model.peft_config
+                part.model._hf_peft_config_loaded = False
+        raise
+
+
+def _swap(saved: list[_Saved], adapter_name: str) -> None:
+    for part in saved:
+        if any(adapter_name in m.merged_adapters for m in part.model.modules() if isinstance(m, ComCATLayer)):
+            raise InvalidValueError(f"The adapter {adapter_name} is fused into {part.name}. Call unfuse_lora() first.")
+        _check_fits(part, adapter_name)
+    for part in saved:
+        own = _state(part.model, adapter_name)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(part.weights[key])
+        _configs(part.model)[adapter_name].scale = part.config.scale
+        for layer in part.model.modules():
+            if isinstance(layer, CustomizeLayer):
+                layer.set_initial_scale(adapter_name, part.config.scale)
+
+
+def _check_fits(part: _Saved, adapter_name: str) -> None:
+    expected = {key: tuple(tensor.shape) for key, tensor in _state(part.model, adapter_name).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in part.weights.items()}
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key):
+            raise CheckpointError(
+                f"{part.file}: by the adapter's configuration {part.name} needs {key} of shape {expected.get(key)}, "
+                f"found {found.get(key)}. The file is for another base or other ranks."
+            )
+
+
+def _parts(pipeline: Pipeline) -> dict[str, nn.Module]:
+    parts = pipeline if isinstance(pipeline, Mapping) else getattr(pipeline, "components", None)
+    if parts is None:
+        raise InvalidValueError(
+            f"Expected a diffusers pipeline or its parts by name, got {type(pipeline).__name__}. For a single model "
+            'pass {"unet": unet}.'
+        )
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def _configs(model: nn.Module) -> dict[str, ComCATConfig]:
+    configs = getattr(model, "peft_config", None) or {}
+    return {name: config for name, config in configs.items() if isinstance(config, ComCATConfig)}
+
+
+def _sizes(model: nn.Module) -> dict[str, float]:
+    """Root mean square of the query weights by attention module, to four digits; `{}` on the meta device."""
+    if next(model.parameters()).is_meta and not hasattr(model, "_hf_hook"):
+        return {}
+    views = attention_views(model, whole=False)
+    return {
+        name: float(f"{rows_in(view.query, view.num_heads).double().square().mean().sqrt().item():.4g}")
+        for name, view in views.items()
+    }
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _source(pipeline: Pipeline) -> str | None:
+    found = getattr(pipeline, "name_or_path", None)
+    if found is None and not isinstance(pipeline, Mapping):
+        found = pipeline.config.get("_name_or_path")
+    return str(found) if found else None
+
+
+def _describe(pipeline: Pipeline) -> str:
+    return "The mapping of models" if isinstance(pipeline, Mapping) else type(pipeline).__name__
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+@contextmanager
+def _offloading_paused(pipeline: Pipeline) -> Iterator[None]:
+    """Take accelerate's offloading hooks away for a while: they must also get hold of what changes in between."""
+    pause = getattr(pipeline, "_optionally_disable_offloading", None)
+    if pause is None:
+        yield
+        return
+    model_offload, sequential_offload, group_offload = pause(pipeline)
+    if group_offload:
+        raise InvalidValueError(
+            "The pipeline offloads groups of modules, which adapters cannot be put into afterwards. Change its "
+            "adapters before enable_group_offload()."
+        )
+    try:
+        yield
+    finally:
+        if model_offload:
+            pipeline.enable_model_cpu_offload()
+        elif sequential_offload:
+            pipeline.enable_sequential_cpu_offload()
