@@ -1,0 +1,289 @@
+"""DreamBooth training of an adapter: from settings to a folder with the adapter."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...errors import ComCATError
+from .checkpoints import Progress, find_checkpoint, remove_checkpoints, restore, save_checkpoint
+from .data import class_examples, instance_examples
+from .families import Denoiser, load_pipeline
+from .interruption import Interruption
+from .losses import DiffusionLoss
+from .optimizers import check_extras, make_optimizer, make_scheduler
+from .outputs import push_outputs, write_outputs
+from .planning import CustomizePlan
+from .preparing import (
+    DTYPES,
+    PreparedRun,
+    add_adapters,
+    choose_seed,
+    gathered,
+    make_accelerator,
+    make_sources,
+    modules,
+    stopped_by,
+    with_class_images,
+)
+from .sampling import validate
+from .settings import CustomizeSettings
+from .sources import Latents, Texts
+from .stream import ExampleStream, seeded, stream_loader
+
+
+__all__ = ["CustomizeResult", "customize"]
+
+
+@dataclass(frozen=True)
+class CustomizeResult:
+    """What became of a training.
+
+    Attributes:
+        output_dir: holds the adapter, if the training ended.
+        plan: what was to be done.
+        step: optimizer steps that are done.
+        loss: of the last step.
+        interrupted: the signal that ended it early, or `None`.
+        checkpoint: what an interrupted training goes on from.
+        commit: address of the upload.
+    """
+
+    output_dir: Path
+    plan: CustomizePlan
+    step: int
+    loss: float | None = None
+    interrupted: str | None = None
+    checkpoint: Path | None = None
+    commit: str | None = None
+
+
+def customize(
+    settings: CustomizeSettings,
+    *,
+    report: Callable[[str], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> CustomizeResult:
+    """Train an adapter on images of a subject.
+
+    SIGTERM, or the first Ctrl-C, ends it with a checkpoint. A training that was interrupted and resumed with the same
+    settings ends with the same adapter as one that was not: on a CPU to the bit.
+
+    Args:
+        settings: what and how.
+        report: called on the main process with lines that a user wants to read.
+        accelerator: by default one that the settings describe.
+
+    Returns:
+        what became of it; after a dry run only the plan is filled in.
+
+    Raises:
+        InvalidValueError: settings, images or prompts that cannot be used; nothing was written.
+        CheckpointError: the pipeline or the checkpoint cannot be read.
+        ComCATError: the loss is not finite.
+    """
+    settings.check()
+    check_extras(settings)
+    images = tuple(instance_examples(settings))
+    classes = tuple(class_examples(settings)) if settings.with_prior_preservation else ()
+    checkpoint = find_checkpoint(settings)
+    done = None if checkpoint is None else Progress.read(checkpoint)
+    accelerator = make_accelerator(settings) if accelerator is None else accelerator
+    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
+    seed = choose_seed(settings, done)
+    # Every process has looked into the folders before one of them writes there.
+    accelerator.wait_for_everyone()
+    pipeline, family = load_pipeline(settings, DTYPES[accelerator.mixed_precision])
+    say = report if report is not None and accelerator.is_main_process else lambda text: None
+    if settings.resume_from_checkpoint == "latest" and checkpoint is None:
+        say(f"No checkpoint in {settings.output_dir} yet: starting from the beginning.")
+    parts = add_adapters(settings, pipeline, family, seed)
+    prepared = PreparedRun(settings, accelerator, pipeline, family, parts, images, classes, seed, checkpoint, done)
+    loss, plan = _make_loss(prepared), prepared.plan()
+    if done is not None:
+        done.compare(prepared.facts(plan.steps), checkpoint)
+        say(f"Going on from {checkpoint}.")
+    say(plan.describe())
+    if settings.dry_run:
+        return CustomizeResult(Path(settings.output_dir), plan, plan.first_step)
+    with Interruption() as interruption:
+        return _carry_out(prepared, plan, loss, interruption)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training that is ready to go."""
+
+    prepared: PreparedRun
+    plan: CustomizePlan
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    loss: DiffusionLoss
+    stream: ExampleStream
+    latents: Latents
+    texts: Texts
+
+    def loss_of(self, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            items: of the subject, then of the class.
+            batch: its number in this process; with the seed it says which noise is added.
+        """
+        accelerator = self.prepared.accelerator
+        place = batch * accelerator.num_processes + accelerator.process_index
+        generator = seeded(self.prepared.seed, "noise", place)
+        latents, time_ids = self.latents(items, generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        count = self.loss.schedule.config.num_train_timesteps
+        steps = torch.randint(count, (len(items),), generator=generator).to(latents.device)
+        noisy = self.loss.schedule.add_noise(latents, noise, steps)
+        dtype = self.prepared.pipeline.unet.dtype
+        told = {"time_ids": time_ids.to(dtype)} if self.prepared.family.time_ids else {}
+        predicted = self.model(noisy.to(dtype), steps, **self.texts([item["prompt"] for item in items]), **told)
+        return self.loss(predicted, latents, noise, steps)
+
+    def states(self) -> dict[str, Any]:
+        found = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.prepared.accelerator.scaler}
+        return {name: state for name, state in found.items() if state is not None}
+
+    def save(self, step: int) -> Path:
+        progress = Progress(step, self.prepared.seed, self.prepared.facts(self.plan.steps))
+        prepared = self.prepared
+        return save_checkpoint(prepared.accelerator, prepared.settings, progress, prepared.pipeline, self.states())
+
+    def validate(self, step: int) -> None:
+        prepared = self.prepared
+        if prepared.settings.validation_prompt is None:
+            return
+        if prepared.accelerator.is_main_process:
+            denoiser = prepared.accelerator.unwrap_model(self.model)
+            with gathered(prepared.pipeline, prepared.accelerator.device):
+                trackers = prepared.accelerator.trackers
+                validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
+        prepared.accelerator.wait_for_everyone()
+
+
+def _carry_out(
+    prepared: PreparedRun, plan: CustomizePlan, loss: DiffusionLoss, interruption: Interruption
+) -> CustomizeResult:
+    settings, accelerator = prepared.settings, prepared.accelerator
+    output_dir = Path(settings.output_dir).expanduser()
+    for model in modules(prepared.pipeline):
+        model.to(accelerator.device)
+    if settings.with_prior_preservation:
+        prepared = with_class_images(prepared, interruption)
+    if (signal := stopped_by(accelerator, interruption)) is not None:
+        return CustomizeResult(output_dir, plan, plan.first_step, None, signal, prepared.checkpoint)
+    run = _make_run(prepared, plan, loss)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_checkpoints(output_dir, unfinished_only=settings.resume_from_checkpoint is not None)
+    if accelerator.log_with:
+        shown = {name: value for name, value in vars(settings).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("comcat-dreambooth", config={k: v for k, v in shown.items() if k != "hub_token"})
+    result = _train(run, output_dir, interruption)
+    if result.interrupted is None:
+        if accelerator.is_main_process:
+            write_outputs(settings, prepared.pipeline, plan)
+            if settings.push_to_hub:
+                result = replace(result, commit=push_outputs(settings, prepared.parts))
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return result
+
+
+def _train(run: _Run, output_dir: Path, interruption: Interruption) -> CustomizeResult:
+    settings, accelerator, plan = run.prepared.settings, run.prepared.accelerator, run.plan
+    step, batches = plan.first_step, settings.gradient_accumulation_steps
+    loader = stream_loader(
+        run.stream,
+        settings.train_batch_size,
+        step * batches,
+        max(plan.steps - step, 0) * batches,
+        accelerator.process_index,
+        accelerator.num_processes,
+        settings.dataloader_num_workers,
+    )
+    run.model.train()
+    loss, seen = None, []
+    quiet = not accelerator.is_main_process
+    with tqdm(total=plan.steps, initial=step, desc="Training", unit="step", mininterval=0.5, disable=quiet) as bar:
+        for batch, items in enumerate(loader, start=step * batches):
+            seen.append(_learn(run, items, batch))
+            if not accelerator.sync_gradients:
+                continue
+            step, loss, seen = step + 1, _mean_loss(accelerator, seen, step + 1), []
+            rate = run.scheduler.get_last_lr()[0]
+            accelerator.log({"loss": loss, "lr": rate}, step=step)
+            bar.set_postfix({"loss": f"{loss:.4f}", "lr": f"{rate:.2e}"}, refresh=False)
+            bar.update()
+            signal = stopped_by(accelerator, interruption)
+            early = signal is not None and step < plan.steps
+            checkpoint = run.save(step) if early or step % settings.checkpointing_steps == 0 else None
+            if early:
+                return CustomizeResult(output_dir, plan, step, loss, signal, checkpoint)
+            if step % settings.validation_steps == 0 or step == plan.steps:
+                run.validate(step)
+    return CustomizeResult(output_dir, plan, step, loss)
+
+
+def _learn(run: _Run, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:
+    accelerator = run.prepared.accelerator
+    with accelerator.accumulate(run.model):
+        loss = run.loss_of(items, batch)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+            accelerator.clip_grad_norm_(trained, run.prepared.settings.max_grad_norm)
+        run.optimizer.step()
+        if accelerator.sync_gradients and not run.optimizer.step_was_skipped:
+            run.scheduler.step()
+        run.optimizer.zero_grad()
+    return loss.detach()
+
+
+def _mean_loss(accelerator: Accelerator, seen: list[Tensor], step: int) -> float:
+    loss = accelerator.reduce(torch.stack(seen).mean(), reduction="mean").item()
+    if not math.isfinite(loss):
+        raise ComCATError(
+            f"The loss of step {step} is not finite. Take a lower --learning_rate, or --mixed_precision no or bf16 if "
+            "it was fp16; the last checkpoint is as it was."
+        )
+    return loss
+
+
+def _make_loss(prepared: PreparedRun) -> DiffusionLoss:
+    from diffusers import DDPMScheduler
+
+    settings = prepared.settings
+    schedule = DDPMScheduler.from_config(prepared.pipeline.scheduler.config)
+    prior_weight = settings.prior_loss_weight if settings.with_prior_preservation else None
+    return DiffusionLoss(schedule, settings.snr_gamma, prior_weight)
+
+
+def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: DiffusionLoss) -> _Run:
+    settings, accelerator = prepared.settings, prepared.accelerator
+    pipeline, family, parts = prepared.pipeline, prepared.family, prepared.parts
+    if settings.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        for name in family.encoders if settings.train_text_encoder else ():
+            parts[name].activation_checkpointing_enable({"use_reentrant": False})
+    stream, latents, texts = make_sources(prepared)
+    trained = [p for model in parts.values() for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(settings, trained, plan.learning_rate)
+    scheduler = make_scheduler(settings, optimizer, plan.steps)
+    denoiser = Denoiser(pipeline, family, settings.train_text_encoder)
+    # The schedule stays out: prepared, it would take a step for every process.
+    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    run = _Run(prepared, plan, model, optimizer, scheduler, loss, stream, latents, texts)
+    if prepared.checkpoint is not None:
+        restore(accelerator, prepared.checkpoint, parts, settings.adapter_name, run.states())
+    return run
