@@ -6,10 +6,12 @@ BENCH ?= $(filter-out _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test quality bench clean
+.PHONY: help demo demo-customize test quality bench clean
 
 help:
 	@echo "make demo     run the demo (ARGS='--help' shows its options)"
+	@echo "make demo-customize"
+	@echo "              teach a small Stable Diffusion a digit it has not seen (ARGS as above)"
 	@echo "make test     run the tests (ARGS='tests/test_transport.py -k json' picks some)"
 	@echo "make quality  check the code's style"
 	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
@@ -24,6 +26,9 @@ $(STAMP): setup.cfg setup.py constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/comcat demo $(ARGS)
+
+demo-customize: $(STAMP)
+	$(BIN)/comcat demo-customize $(ARGS)
 
 # Two processes with one torch thread each: the tests are many and small.
 test: $(STAMP)

@@ -1,9 +1,9 @@
-"""Pictures of a compression: which ranks were kept, and the spectra they were cut from."""
+"""Pictures: of a compression, which ranks were kept and the spectra they were cut from; of images side by side."""
 
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from .attention import AttentionSite, Site, find_sites
 from .configs import RankPlan
-from .errors import ComCATError
+from .errors import ComCATError, InvalidValueError
 from .factorization import AttentionMoments, qk_spectrum, vo_spectrum
 from .transport import write_bytes_atomic
 
 
-__all__ = ["head_spectra", "plot_compression", "rank_table"]
+__all__ = ["head_spectra", "plot_compression", "plot_image_grid", "rank_table"]
 
 _PAIRS = {"qk": "Q·K", "vo": "V·O"}
 _WIDTH = "MLP width"
 _LAYER = re.compile(r"^(?:(.*)\.)?(\d+)\.(.+)$")
 _TALL = 12  # layers
+# Okabe and Ito's blue and vermilion, which every kind of colour vision tells apart; wrong ones are dashed besides.
+_RIGHT, _WRONG = ("#0072b2", "solid"), ("#d55e00", "dashed")
 _FLOOR = 1e-3  # of the largest singular value; what is below is drawn there
 _MISSING = "Plots need matplotlib, which is not installed. Install it with: pip install 'comcat_hf[demo]'"
 
@@ -78,6 +80,77 @@ def plot_compression(
     payload = io.BytesIO()
     figure.savefig(payload, format="png")
     return write_bytes_atomic(path, payload.getvalue())
+
+
+def plot_image_grid(
+    images: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    columns: Sequence[str],
+    notes: Mapping[str, Sequence[str]] | None = None,
+    right: Mapping[str, Sequence[bool]] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write a PNG of grey images in rows.
+
+    Args:
+        images: by the name of the row, `(columns, h, w)` from 0 to 1.
+        path: file to write; a file that is there is replaced in one step.
+        columns: a name for each column.
+        notes: by row, a short text for the corner of each image.
+        right: by row, whether an image is what it should be: such have a solid blue frame, others a dashed
+            vermilion one.
+        title: a line above the images.
+
+    Returns:
+        the path.
+
+    Raises:
+        InvalidValueError: a row that has not one image, note and verdict for each column.
+        ComCATError: matplotlib is not installed.
+    """
+    _check_grid(len(columns), images=images, notes=notes or {}, right=right or {})
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+    except ImportError as error:
+        raise ComCATError(_MISSING) from error
+    size = (1.8 + 0.75 * len(columns), 0.7 + 0.75 * len(images))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    # One for all: axes for each image would take seconds to lay out.
+    axes = figure.subplots()
+    for i, (name, row) in enumerate(images.items()):
+        for j, image in enumerate(row):
+            axes.imshow(
+                image.clamp(0, 1).tolist(), cmap="gray", vmin=0, vmax=1, extent=(j, j + 0.9, i + 0.9, i), zorder=1
+            )
+            color, style = "#bbbbbb", "solid"
+            if right is not None and name in right:
+                color, style = _RIGHT if right[name][j] else _WRONG
+            frame = Rectangle((j, i), 0.9, 0.9, fill=False, edgecolor=color, linestyle=style, linewidth=2, zorder=2)
+            axes.add_patch(frame)
+            if notes is not None and name in notes:
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
+                axes.text(j + 0.84, i + 0.83, notes[name][j], ha="right", fontsize=7, bbox=box, zorder=3)
+    axes.set_xlim(-0.05, len(columns) - 0.05)
+    axes.set_ylim(len(images) - 0.05, -0.05)
+    axes.set_xticks([j + 0.45 for j in range(len(columns))], columns, fontsize=9)
+    axes.set_yticks([i + 0.45 for i in range(len(images))], images, fontsize=10)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    payload = io.BytesIO()
+    figure.savefig(payload, format="png")
+    return write_bytes_atomic(path, payload.getvalue())
+
+
+def _check_grid(columns: int, **given: Mapping[str, Any]) -> None:
+    for what, rows in given.items():
+        for name, row in rows.items():
+            if len(row) != columns:
+                raise InvalidValueError(f"{what} of the row {name!r}: expected {columns}, found {len(row)}.")
 
 
 def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:

@@ -36,6 +36,15 @@ def test_the_demos_help_names_its_options():
     assert "comcat_demo" in plain(result.stdout)
 
 
+def test_the_help_of_the_demo_of_customizing_names_its_options():
+    assert "demo-customize" in run("--help").stdout
+    result = run("demo-customize", "--help")
+    assert result.exit_code == 0
+    for option in ("--output", "--steps", "--base-steps", "--samples", "--seed", "--threads", "--no-progress"):
+        assert option in result.stdout
+    assert "comcat_demo/customize" in plain(result.stdout)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -67,6 +76,30 @@ def test_typer_refuses_what_the_options_do_not_allow(arguments):
     result = run("demo", *arguments)
     assert result.exit_code == 2
     assert arguments[0] in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--base-steps", "1"), ("--samples", "5"), ("--seed", "-1")])
+def test_typer_refuses_what_the_demo_of_customizing_does_not_allow(arguments):
+    result = run("demo-customize", *arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.stderr
+
+
+def test_the_demo_of_customizing_is_run_with_its_options(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(output, settings, *, report, progress):
+        asked.append((output, settings, progress))
+        raise InvalidValueError("enough")
+
+    monkeypatch.setattr(cli, "run_customize_demo", refuse)
+    options = ("--steps", "7", "--base-steps", "8", "--samples", "9", "--seed", "3", "--threads", "1", "--no-progress")
+    result = run("demo-customize", "--output", str(tmp_path), *options)
+    assert (result.exit_code, result.stderr) == (1, "comcat demo-customize: enough\n")
+    wanted = cli.CustomizeDemoSettings(steps=7, base_steps=8, samples=9, seed=3, threads=1)
+    assert asked == [(tmp_path, wanted, False)]
+    run("demo-customize")
+    assert asked[1][1:] == (cli.CustomizeDemoSettings(), True)
 
 
 def test_a_new_command_is_added_by_decorator_and_guarded(monkeypatch):

@@ -9,8 +9,8 @@ from PIL import Image
 
 import comcat_hf
 from comcat_hf import RankPlan
-from comcat_hf.errors import ComCATError
-from comcat_hf.plots import head_spectra, plot_compression, rank_table
+from comcat_hf.errors import ComCATError, InvalidValueError
+from comcat_hf.plots import head_spectra, plot_compression, plot_image_grid, rank_table
 from tests.helpers import small_clip, small_vit
 
 
@@ -106,3 +106,53 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     with pytest.raises(ComCATError, match=r"pip install 'comcat_hf\[demo\]'"):
         plot_compression(model, comcat_hf.allocate_ranks(model, 0.4), tmp_path / "ranks.png")
     assert not list(tmp_path.iterdir())
+
+
+def grid_of(rows):
+    return {name: torch.linspace(0, 1, 3 * 16).view(3, 4, 4) for name in rows}
+
+
+def test_a_grid_of_images_is_written_with_frames_and_notes(tmp_path):
+    rows, columns = ("base", "ComCAT"), ("V*", "one", "two")
+    plain = plot_image_grid(grid_of(rows), tmp_path / "plain.png", columns=columns)
+    path = plot_image_grid(
+        grid_of(rows),
+        tmp_path / "new" / "grid.png",
+        columns=columns,
+        notes=dict.fromkeys(rows, ("4", "1", "7")),
+        right=dict.fromkeys(rows, (True, True, False)),
+        title="A title",
+    )
+
+    def colors(file):
+        with Image.open(file) as image:
+            assert image.format == "PNG"
+            return {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+
+    blue, vermilion = (0, 114, 178), (213, 94, 0)
+    assert {blue, vermilion} <= colors(path)
+    assert not {blue, vermilion} & colors(plain)
+    assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize(
+    ("what", "given"), [("images", {}), ("notes", {"notes": {"a": "4"}}), ("right", {"right": {"a": [True]}})]
+)
+def test_a_grid_needs_one_of_everything_for_each_column(tmp_path, what, given):
+    columns = ("x", "y") if what == "images" else ("x", "y", "z")
+    with pytest.raises(InvalidValueError, match=rf"{what} of the row 'a': expected {len(columns)}, found"):
+        plot_image_grid(grid_of("a"), tmp_path / "grid.png", columns=columns, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ComCATError, match=r"pip install 'comcat_hf\[demo\]'"):
+        plot_image_grid(grid_of("a"), tmp_path / "grid.png", columns=("x", "y", "z"))
