@@ -725,7 +725,7 @@ class TestLayer:
 
 def test_there_is_no_closed_form_to_start_from():
     model = host(FULL)
-    with pytest.raises(InvalidValueError, match="mode 'customize'.*no closed form"):
+    with pytest.raises(InvalidValueError, match=r"mode 'customize'.*no closed form"):
         initialize_comcat_weights(model, adapter_name=next(iter(model.attn.comcat_factors)))
 
 
