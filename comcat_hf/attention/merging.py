@@ -49,7 +49,7 @@ def merge_residuals(view: AttentionView, residuals: Sequence[tuple[Residual, flo
             for role, part in rows.items()
         }
     elif is_wider(view, rows):
-        width = common_width(rows["query"].shape[1], rows["value"].shape[1], rows["query"].device)
+        width = common_width(rows["query"].shape[1], rows["value"].shape[1])
         rows = {role: F.pad(part, (0, 0, 0, width - part.shape[1])) for role, part in rows.items()}
     rows["query"] = rows["query"] * view.query_factor(width)
     return with_rows(view, view.num_heads * copies, width, rows)

@@ -288,7 +288,7 @@ class HostedLowRankAttention(LowRankAttention):
 
     def _common_width(self) -> int:
         widths = [self.dense_width if rank is None else rank for rank in (self.qk_rank, self.vo_rank)]
-        return common_width(*widths, getattr(self, self._family.query).weight.device)
+        return common_width(*widths)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.joining import can_join, joined_input, joined_output
 from ..attention.merging import check_mergeable, merge_residuals, widened_attention
 from ..attention.residuals import Residual, bases_of
 from ..attention.views import AttentionView
@@ -64,7 +65,7 @@ class CustomizeLayer(ComCATLayer):
     def _settle(self) -> None:
         """Follow the device and the active adapters now: a forward that does is compiled a second time."""
         device = next(self.base_layer.parameters()).device
-        self._stand_in.resize(*self._size(device))
+        self._stand_in.resize(*self._size())
         if device.type == "meta":
             return
         with torch.inference_mode(False):
@@ -155,7 +156,7 @@ class CustomizeLayer(ComCATLayer):
             return self.merged_layer(hidden_states, *args, **kwargs)
         if not any(name in self.comcat_factors for name in self.active_adapters):
             return self.base_layer(hidden_states, *args, **kwargs)
-        heads, width = self._size(hidden_states.device)
+        heads, width = self._size()
         self._stand_in.resize(heads, width)
         output = self._stand_in(hidden_states, *args, **kwargs)
         if not self.view.family.output_in_parent or width == self.view.head_dim:
@@ -165,7 +166,13 @@ class CustomizeLayer(ComCATLayer):
         return (attended, *output[1:])
 
     def query(self, states: Tensor) -> Tensor:
-        view, own = self.view, self._project("query", states)
+        view = self.view
+        width = self._size()[1]
+        factor = view.query_factor(width)
+        linears = [factors.query for factors, _ in self._active() if factors.query is not None]
+        if self._joins("query", linears, states):
+            return joined_input(view.query, self._side_by_side(linears), view.num_heads, width, factor, states)
+        own = self._project("query", states)
         parts = [own]
         for factors, scale in self._active():
             if factors.qk_core is not None:
@@ -173,32 +180,40 @@ class CustomizeLayer(ComCATLayer):
                 parts[0] = parts[0] + scale * factors.qk_core(own, left, right)
             elif factors.query is not None:
                 parts.append(_residual(factors.query, states, own))
-        width = self._size(states.device)[1]
-        factor = view.query_factor(width)
         folded = self._repeat(fold_heads(parts, width))
         return folded if factor == 1 else folded * factor
 
     def key(self, states: Tensor) -> Tensor:
-        own = self._project("key", states)
-        parts = [own]
-        for factors, scale in self._active():
-            if factors.key is not None:
-                parts.append(scale * _residual(factors.key, states, own))
-        return self._repeat(fold_heads(parts, self._size(states.device)[1]))
+        found = [(factors.key, scale) for factors, scale in self._active() if factors.key is not None]
+        return self._repeat(self._scaled("key", found, states))
 
     def value(self, states: Tensor) -> Tensor:
-        own = self._project("value", states)
-        parts = [scale * _residual(f.value, states, own) for f, scale in self._active() if f.value is not None]
-        width = self._size(states.device)[1]
+        found = [(factors.value, scale) for factors, scale in self._active() if factors.value is not None]
         if self._copies() == 1:
-            return fold_heads([own, *parts], width)
+            return self._scaled("value", found, states)
+        own, width = self._project("value", states), self._size()[1]
+        parts = [scale * _residual(linear, states, own) for linear, scale in found]
         further = torch.cat(parts, dim=-1).split(width, dim=-1)
         return torch.cat([fold_heads([part], width) for part in (own, *further)], dim=-1)
 
+    def _scaled(self, role: str, found: list[tuple[nn.Linear, Tensor]], states: Tensor) -> Tensor:
+        """A projection with the further columns of adapters, times their scales."""
+        view, width = self.view, self._size()[1]
+        linears = [linear for linear, _ in found]
+        if self._joins(role, linears, states):
+            added = self._side_by_side(linears, [scale for _, scale in found])
+            return joined_input(getattr(view, role), added, view.num_heads, width, 1.0, states)
+        own = self._project(role, states)
+        return fold_heads([own, *(scale * _residual(linear, states, own) for linear, scale in found)], width)
+
     def output(self, states: Tensor) -> Tensor:
         view, copies = self.view, self._copies()
-        width = self._size(states.device)[1]
+        linears = [factors.output for factors, _ in self._active() if factors.output is not None]
+        dense = view.family.output_of(self.base_layer)
+        if self._joins("output", linears, states):
+            return joined_output(dense, self._side_by_side(linears, out=True), view.num_heads, states)
         # Heads of their own stand behind the dense ones; side by side they are further columns, in the same order.
+        width = self._size()[1]
         heads = states.unflatten(-1, (copies, view.num_heads, width)).movedim(-3, -2).flatten(-2)
         own = heads[..., : view.head_dim]
         attended, start, parts = own, view.head_dim, []
@@ -210,10 +225,30 @@ class CustomizeLayer(ComCATLayer):
                 rank = factors.output.in_features // view.num_heads
                 parts.append((factors.output, heads[..., start : start + rank].flatten(-2)))
                 start += rank
-        result = view.family.output_of(self.base_layer)(attended.flatten(-2))
+        result = dense(attended.flatten(-2))
         for linear, part in parts:
             result = result + _project(linear, part).to(result.dtype)
         return result
+
+    def _joins(self, role: str, linears: list[nn.Linear], states: Tensor) -> bool:
+        """Whether a projection and its adapters are one product: not beside cores, which change the dense rows."""
+        pair = "qk_core" if role in ("query", "key") else "vo_core"
+        if not linears or self._copies() > 1:
+            return False
+        if role in ("query", "output") and any(getattr(f, pair) is not None for f, _ in self._active()):
+            return False
+        dense = self.view.family.output_of(self.base_layer) if role == "output" else getattr(self.view, role)
+        return can_join(dense, linears, states)
+
+    def _side_by_side(
+        self, linears: list[nn.Linear], scales: list[Tensor] | None = None, *, out: bool = False
+    ) -> Tensor:
+        """The weights of several adapters by head, `(H, sum of ranks, d)`."""
+        weights = [linear.weight.T if out else linear.weight for linear in linears]
+        if scales is not None:
+            weights = [scale * weight for scale, weight in zip(scales, weights, strict=True)]
+        parts = [weight.unflatten(0, (self.view.num_heads, -1)) for weight in weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def bases(self, pair: str, rank: int, like: Tensor | None = None) -> Bases:
         """The frozen bases of cores of one rank, on the device and in the dtype of `like`."""
@@ -249,7 +284,7 @@ class CustomizeLayer(ComCATLayer):
             return 1
         return 1 + -(-self._widths()[1] // self.view.head_dim)
 
-    def _size(self, device: torch.device) -> tuple[int, int]:
+    def _size(self) -> tuple[int, int]:
         """Number and width of the heads that the kernel gets."""
         view = self.view
         if view.keeps_width:
@@ -257,7 +292,7 @@ class CustomizeLayer(ComCATLayer):
         qk, vo = self._widths()
         if qk == vo == 0:
             return view.num_heads, view.head_dim
-        return view.num_heads, common_width(view.head_dim + qk, view.head_dim + vo, device)
+        return view.num_heads, common_width(view.head_dim + qk, view.head_dim + vo)
 
     def _repeat(self, states: Tensor) -> Tensor:
         copies = self._copies()

@@ -638,11 +638,13 @@ class TestUNet:
             layer._bases.clear()
         cpu_offload(unet, torch.device("cpu"))
         assert all(p.is_meta for p in unet.parameters())
-        assert equal(outputs(unet, inputs), expected)
-        assert equal(outputs(unet, inputs), expected)
+        # Below hooks no projection is joined with what adapters add to it, so sums have another order.
+        found = outputs(unet, inputs)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        assert equal(outputs(unet, inputs), found)
         for layer in layers_of(unet).values():
             layer.set_scale("a", 0.5)
-        assert not equal(outputs(unet, inputs), expected)
+        assert not equal(outputs(unet, inputs), found)
 
     def test_an_adapter_put_into_an_offloaded_model(self):
         unet, inputs = _unet(CORE)
