@@ -11,7 +11,7 @@ import os
 import sys
 
 from comcat_hf.customization.training.loop import customize
-from comcat_hf.customization.training.recipes import parse_settings
+from comcat_hf.customization.training.settings import parse_customize_settings
 from comcat_hf.errors import ComCATError
 
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
             print(text, file=sys.stderr, flush=True)
 
     try:
-        result = customize(parse_settings(arguments), report=say)
+        result = customize(parse_customize_settings(arguments), report=say)
     except ComCATError as error:
         say(f"error: {error}")
         return 2

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from comcat_hf.customization.pipelines import load_comcat_weights
 from comcat_hf.customization.training.loop import customize
 from comcat_hf.customization.training.losses import DiffusionLoss
-from comcat_hf.customization.training.recipes import parse_settings, recipe_names
-from comcat_hf.customization.training.settings import CustomizeSettings
+from comcat_hf.customization.training.settings import CustomizeSettings, parse_customize_settings
 from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModuleError
+from comcat_hf.training.recipes import recipe_names
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
 
 
@@ -391,25 +391,27 @@ def test_flags_go_over_recipes(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("qk_rank: null\nlearning_rate: 1e-2\ncore: true\ncenter_crop: false\nmax_train_steps: 7\n")
     for arguments in ([str(recipe), "--max_train_steps", "9"], ["--max_train_steps=9", "--config", str(recipe)]):
-        found = parse_settings(arguments)
+        found = parse_customize_settings(arguments)
         assert (found.qk_rank, found.vo_rank, found.learning_rate, found.core) == (None, 2, 0.01, True)
         assert (found.max_train_steps, found.center_crop) == (9, False)
-    assert parse_settings([str(recipe), "--core", "false", "--qk_rank", "3"]).qk_rank == 3
+    assert parse_customize_settings([str(recipe), "--core", "false", "--qk_rank", "3"]).qk_rank == 3
     recipe.write_text("learnin_rate: 1\n")
     with pytest.raises(InvalidValueError, match=r"found 'learnin_rate' \(did you mean learning_rate"):
-        parse_settings([str(recipe)])
+        parse_customize_settings([str(recipe)])
     recipe.write_text("max_train_steps: many\n")
     with pytest.raises(InvalidValueError, match=r"max_train_steps.*many"):
-        parse_settings([str(recipe)])
+        parse_customize_settings([str(recipe)])
     with pytest.raises(InvalidValueError, match=r"nowhere.yaml: expected a recipe.*sd15_dreambooth"):
-        parse_settings(["nowhere.yaml"])
+        parse_customize_settings(["nowhere.yaml"])
     with pytest.raises(InvalidValueError, match=r"unrecognized arguments: --resolutoin 512 \(did you mean resolution"):
-        parse_settings(["--resolutoin", "512"])
+        parse_customize_settings(["--resolutoin", "512"])
 
 
 def test_the_recipe_of_the_paper():
-    assert "sd15_dreambooth" in recipe_names()
-    found = parse_settings(["sd15_dreambooth", "--instance_data_dir", "x", "--instance_prompt", "a photo of sks dog"])
+    assert "sd15_dreambooth" in recipe_names("customize")
+    found = parse_customize_settings(
+        ["sd15_dreambooth", "--instance_data_dir", "x", "--instance_prompt", "a photo of sks dog"]
+    )
     found.check()
     assert (found.max_train_steps, found.train_batch_size, found.learning_rate) == (500, 1, 2.5e-3)
     assert (found.lr_scheduler, found.qk_rank, found.vo_rank, found.core) == ("linear", 2, 2, False)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...errors import ComCATError
-from .checkpoints import Progress, find_checkpoint, remove_checkpoints, restore, save_checkpoint
+from ...training.checkpoints import Progress, find_checkpoint, remove_checkpoints
+from ...training.interruption import Interruption, stopped_by
+from ...training.randomness import choose_seed, seeded
+from .checkpoints import MUST, restore, save_checkpoint
 from .data import class_examples, instance_examples
 from .families import Denoiser, load_pipeline
-from .interruption import Interruption
 from .losses import DiffusionLoss
 from .optimizers import check_extras, make_optimizer, make_scheduler
 from .outputs import push_outputs, write_outputs
@@ -24,18 +26,16 @@ from .preparing import (
     DTYPES,
     PreparedRun,
     add_adapters,
-    choose_seed,
     gathered,
     make_accelerator,
     make_sources,
     modules,
-    stopped_by,
     with_class_images,
 )
 from .sampling import validate
 from .settings import CustomizeSettings
 from .sources import Latents, Texts
-from .stream import ExampleStream, seeded, stream_loader
+from .stream import ExampleStream, stream_loader
 
 
 __all__ = ["CustomizeResult", "customize"]
@@ -92,11 +92,12 @@ def customize(
     check_extras(settings)
     images = tuple(instance_examples(settings))
     classes = tuple(class_examples(settings)) if settings.with_prior_preservation else ()
-    checkpoint = find_checkpoint(settings)
+    output_dir = Path(settings.output_dir).expanduser()
+    checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir)
     done = None if checkpoint is None else Progress.read(checkpoint)
     accelerator = make_accelerator(settings) if accelerator is None else accelerator
     accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
-    seed = choose_seed(settings, done)
+    seed = choose_seed(settings.seed, None if done is None else done.seed)
     # Every process has looked into the folders before one of them writes there.
     accelerator.wait_for_everyone()
     pipeline, family = load_pipeline(settings, DTYPES[accelerator.mixed_precision])
@@ -107,7 +108,7 @@ def customize(
     prepared = PreparedRun(settings, accelerator, pipeline, family, parts, images, classes, seed, checkpoint, done)
     loss, plan = _make_loss(prepared), prepared.plan()
     if done is not None:
-        done.compare(prepared.facts(plan.steps), checkpoint)
+        done.compare(prepared.facts(plan.steps), checkpoint, MUST)
         say(f"Going on from {checkpoint}.")
     say(plan.describe())
     if settings.dry_run:

@@ -1,6 +1,5 @@
 """What a training needs before its first step: processes, pipeline, adapter, class images, sources of batches."""
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,16 +12,15 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     ProjectConfiguration,
-    broadcast_object_list,
     set_seed,
 )
 from torch import nn
 
 from ...errors import InvalidValueError
-from .checkpoints import Progress
+from ...training.checkpoints import Progress
+from ...training.interruption import Interruption
 from .data import Example, class_examples, digest
 from .families import PipelineFamily, load_pipeline
-from .interruption import Interruption
 from .planning import CustomizePlan, plan_training
 from .sampling import generate_class_images
 from .settings import CustomizeSettings
@@ -34,12 +32,10 @@ __all__ = [
     "DTYPES",
     "PreparedRun",
     "add_adapters",
-    "choose_seed",
     "gathered",
     "make_accelerator",
     "make_sources",
     "modules",
-    "stopped_by",
     "with_class_images",
 ]
 
@@ -227,25 +223,6 @@ def make_accelerator(settings: CustomizeSettings) -> Accelerator:
             f"{accelerator.mixed_precision}. Give --mixed_precision."
         )
     return accelerator
-
-
-def choose_seed(settings: CustomizeSettings, done: Progress | None) -> int:
-    """The seed that was given, else that of the checkpoint, else a new one; the same on all processes."""
-    if settings.seed is not None:
-        return settings.seed
-    if done is not None:
-        return done.seed
-    drawn = [random.SystemRandom().randrange(2**31)]
-    return broadcast_object_list(drawn)[0]
-
-
-def stopped_by(accelerator: Accelerator, interruption: Interruption) -> str | None:
-    """The signal that ends the training: it may have come to one process, and all must stop after the same step."""
-    if accelerator.num_processes == 1:
-        return interruption.requested
-    came = torch.tensor(float(interruption.requested is not None), device=accelerator.device)
-    stopping = accelerator.reduce(came, reduction="sum").item() > 0
-    return (interruption.requested or "a signal to another process") if stopping else None
 
 
 def modules(pipeline: Any) -> list[nn.Module]:

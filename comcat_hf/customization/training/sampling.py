@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...training.randomness import seeded
 from ...transport import write_bytes_atomic
 from .settings import CustomizeSettings
 from .sources import from_latents
-from .stream import seeded
 
 
 __all__ = ["generate", "generate_class_images", "validate"]

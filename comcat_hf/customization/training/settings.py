@@ -2,15 +2,17 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ...configs import ComCATConfig
 from ...errors import InvalidValueError
+from ...training.recipes import parse_settings
 
 
-__all__ = ["CustomizeSettings"]
+__all__ = ["CustomizeSettings", "parse_customize_settings"]
 
 Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -209,6 +211,17 @@ class CustomizeSettings:
             return False
         word = rf"(?<!\w){re.escape(self.instance_token)}(?!\w)"
         return re.search(word, prompt, flags=re.IGNORECASE) is not None
+
+
+def parse_customize_settings(arguments: Sequence[str]) -> CustomizeSettings:
+    """Read the command line: flags, with a recipe as the first argument or behind `--config`.
+
+    Raises:
+        InvalidValueError: an unknown flag or key, a value of the wrong kind, a recipe that cannot be read.
+    """
+    description = "Train a ComCAT adapter on images of a subject, DreamBooth style."
+    ranks = ("qk_rank", "vo_rank")
+    return parse_settings(CustomizeSettings, arguments, kind="customize", description=description, nullable=ranks)
 
 
 def _rank(name: str, value: Any) -> int | None:

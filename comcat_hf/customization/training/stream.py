@@ -11,32 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ...training.randomness import MAX_SEED, seeded
 from .data import Example, Prepared, prepare_image
 
 
-__all__ = ["ExampleStream", "seeded", "stream_loader"]
-
-# What a generator is for; of each kind there is one per seed and position.
-_KINDS = ("instance order", "class order", "instance image", "class image", "noise", "prior", "validation")
-_MANY = 2**62
-
-
-def seeded(seed: int, kind: str, *position: int) -> torch.Generator:
-    """A generator that belongs to one purpose at one position.
-
-    Args:
-        seed: of the run.
-        kind: one of `_KINDS`.
-        position: whole numbers below 2^62.
-    """
-    state = seed
-    for number in (_KINDS.index(kind), *position):
-        # A step of splitmix64: neighbouring positions get unrelated generators.
-        state = (state * 0x9E3779B97F4A7C15 + number + 0x632BE59BD9B4E019) % 2**64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state % _MANY)
+__all__ = ["ExampleStream", "stream_loader"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,7 @@ def stream_loader(
     """
     sampler = _Positions(batch_size, start, steps, process, processes)
     # A generator of its own: a loader draws from the global one, and a resumed run makes its loader at another time.
-    own = torch.Generator().manual_seed(stream.seed % _MANY)
+    own = torch.Generator().manual_seed(stream.seed % MAX_SEED)
     return DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, generator=own)
 
 

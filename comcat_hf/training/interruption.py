@@ -5,8 +5,11 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 
-__all__ = ["Interruption"]
+
+__all__ = ["Interruption", "stopped_by"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -38,3 +41,12 @@ class Interruption:
         if number == signal.SIGINT and self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+
+
+def stopped_by(accelerator: Accelerator, interruption: Interruption) -> str | None:
+    """The signal that ends the training: it may have come to one process, and all must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return interruption.requested
+    came = torch.tensor(float(interruption.requested is not None), device=accelerator.device)
+    stopping = accelerator.reduce(came, reduction="sum").item() > 0
+    return (interruption.requested or "a signal to another process") if stopping else None

@@ -5,25 +5,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
-from ...errors import InvalidValueError
-from .settings import CustomizeSettings
+from ..errors import InvalidValueError
 
 
 __all__ = ["parse_settings", "recipe_names"]
 
-_DESCRIPTION = """Train a ComCAT adapter on images of a subject, DreamBooth style. The first argument may be a recipe:
-a YAML file of flags and values, or the name of one that comes with comcat_hf."""
+Settings = TypeVar("Settings")
+
+_DESCRIPTION = """The first argument may be a recipe: a YAML file of flags and values, or the name of one that comes
+with comcat_hf."""
 
 
-def parse_settings(arguments: Sequence[str]) -> CustomizeSettings:
-    """Read the command line.
+def parse_settings(
+    cls: type[Settings], arguments: Sequence[str], *, kind: str, description: str, nullable: Sequence[str] = ()
+) -> Settings:
+    """Read the command line of a script.
 
     Args:
+        cls: the dataclass of its settings.
         arguments: flags, with a recipe as the first argument or behind `--config`; flags go over the recipe's values.
+        kind: which recipes of the package may be named: `"customize"` or `"compress"`.
+        description: what the script does, for `--help`.
+        nullable: fields that a recipe may set to `null`; elsewhere that is as if the line were not there.
 
     Returns:
         the settings, not yet checked.
@@ -32,21 +39,23 @@ def parse_settings(arguments: Sequence[str]) -> CustomizeSettings:
         InvalidValueError: an unknown flag or key, a value of the wrong kind, a recipe that cannot be read.
     """
     recipe, flags = _split_recipe(list(arguments))
-    parser = _Parser(CustomizeSettings, description=_DESCRIPTION, allow_abbrev=False)
+    parser = _Parser(cls, description=f"{description} {_DESCRIPTION}", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="A recipe, if it is not the first argument.")
+    known = [field.name for field in fields(cls)]
     # Through the same parser as the flags, so that one rule says what a value may be.
-    given = [] if recipe is None else _as_flags(recipe, _read_recipe(recipe))
+    given = [] if recipe is None else _as_flags(recipe, _read_recipe(recipe, kind), known, nullable)
     parsed, *_, unknown = parser.parse_args_into_dataclasses(
         [*given, *flags], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0].lstrip('-').split('=')[0])}")
+        hint = _hint(unknown[0].lstrip("-").split("=")[0], known)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return parsed
 
 
-def recipe_names() -> tuple[str, ...]:
-    """The names of the recipes that come with the package."""
-    return tuple(sorted(item.name.removesuffix(".yaml") for item in _recipes() if item.name.endswith(".yaml")))
+def recipe_names(kind: str) -> tuple[str, ...]:
+    """The names of the recipes of one kind that come with the package."""
+    return tuple(sorted(item.name.removesuffix(".yaml") for item in _recipes(kind) if item.name.endswith(".yaml")))
 
 
 class _Parser(HfArgumentParser):
@@ -69,16 +78,16 @@ def _split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _read_recipe(name: str) -> Mapping[str, Any]:
+def _read_recipe(name: str, kind: str) -> Mapping[str, Any]:
     import yaml
 
     path = Path(name).expanduser()
-    packaged = {item.name.removesuffix(".yaml"): item for item in _recipes()}
+    packaged = {item.name.removesuffix(".yaml"): item for item in _recipes(kind)}
     source = path if path.is_file() else packaged.get(name.removesuffix(".yaml"))
     if source is None:
         raise InvalidValueError(
             f"{name}: expected a recipe, found no such file. Give the path of a YAML file or one of: "
-            f"{', '.join(recipe_names())}."
+            f"{', '.join(recipe_names(kind))}."
         )
     try:
         content = yaml.safe_load(source.read_text(encoding="utf-8"))
@@ -92,28 +101,27 @@ def _read_recipe(name: str) -> Mapping[str, Any]:
     return content
 
 
-def _as_flags(recipe: str, content: Mapping[str, Any]) -> list[str]:
-    known = [field.name for field in fields(CustomizeSettings)]
+def _as_flags(recipe: str, content: Mapping[str, Any], known: Sequence[str], nullable: Sequence[str]) -> list[str]:
     flags = []
     for key, value in content.items():
         if key not in known:
             raise InvalidValueError(
-                f"{recipe}: expected the names of flags, found {key!r}{_hint(str(key))}. `--help` lists the names."
+                f"{recipe}: expected the names of flags, found {key!r}{_hint(str(key), known)}. `--help` lists them."
             )
         if isinstance(value, Mapping | list):
             raise InvalidValueError(f"{recipe}: {key}: expected one value, found {value!r}. Write a single value.")
         if value is not None:
             flags.append(f"--{key}={value}")
-        elif key in ("qk_rank", "vo_rank"):
+        elif key in nullable:
             flags.append(f"--{key}=none")
     return flags
 
 
-def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, [field.name for field in fields(CustomizeSettings)], n=1)
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _recipes() -> list[Any]:
-    folder = resources.files("comcat_hf.configs") / "recipes"
+def _recipes(kind: str) -> list[Any]:
+    folder = resources.files("comcat_hf.configs") / "recipes" / kind
     return list(folder.iterdir()) if folder.is_dir() else []

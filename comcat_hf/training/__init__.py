@@ -1,0 +1,1 @@
+"""What the training of adapters and of compressed models share: recipes, signals, checkpoints, seeds."""

@@ -1,0 +1,260 @@
+"""Checkpoint folders: `checkpoint-N` has its name only when it is whole."""
+
+import io
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import CheckpointError, InvalidValueError
+from ..transport import read_json, write_bytes_atomic, write_json_atomic
+from .randomness import random_states, set_random_states
+
+
+__all__ = [
+    "OPTIMIZER",
+    "Progress",
+    "find_checkpoint",
+    "list_checkpoints",
+    "new_checkpoint",
+    "read_tensors",
+    "remove_checkpoints",
+    "restore_random_states",
+    "restore_states",
+    "write_states",
+]
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER = "optimizer.pt"
+_STATE = "training_state.json"
+_RANDOM = "random_states_{}.pt"
+_FORMAT, _VERSION = "comcat_training", 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is.
+
+    Attributes:
+        step: optimizer steps that are done.
+        seed: of the run.
+        facts: what must be as it was for the continuation to be exact.
+    """
+
+    step: int
+    seed: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Progress":
+        """Read the state of a checkpoint.
+
+        Raises:
+            CheckpointError: it has none that can be read.
+        """
+        content = read_json(checkpoint / _STATE)
+        if content.get("format") != _FORMAT or content.get("version") != _VERSION:
+            raise CheckpointError(
+                f"{checkpoint / _STATE}: expected {_FORMAT!r} of version {_VERSION}, found "
+                f"{content.get('format')!r} of version {content.get('version')!r}. Give a checkpoint of this version "
+                "of comcat_hf."
+            )
+        try:
+            return cls(int(content["step"]), int(content["seed"]), dict(content["facts"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint / _STATE}: expected step, seed and facts, found {error}. Give another checkpoint."
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write the state into a checkpoint's folder."""
+        write_json_atomic(folder / _STATE, {"format": _FORMAT, "version": _VERSION, **asdict(self)})
+
+    def compare(self, facts: Mapping[str, Any], checkpoint: Path, must: Collection[str]) -> None:
+        """Say in what a continuation differs from what was interrupted.
+
+        Args:
+            facts: of the continuation.
+            checkpoint: where this progress was read.
+            must: names of facts that may not differ; they are names of flags. Others are warned of.
+
+        Raises:
+            InvalidValueError: one of `must` differs.
+        """
+        differing = {name: value for name, value in facts.items() if self.facts.get(name) != value}
+        for name in must:
+            if name in differing:
+                raise InvalidValueError(
+                    f"{checkpoint}: expected a training with --{name} {differing[name]}, found one with "
+                    f"{self.facts.get(name)}. Give the same --{name}, or start without --resume_from_checkpoint."
+                )
+        for name, value in differing.items():
+            logger.warning(
+                "%s: %s was %s and is %s now, so the training goes on, but not as it would have.",
+                checkpoint,
+                name,
+                self.facts.get(name),
+                value,
+            )
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, by their steps."""
+    if not output_dir.is_dir():
+        return []
+    found = {path: match for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
+    return sorted(found, key=lambda path: int(found[path][1]))
+
+
+def find_checkpoint(output_dir: Path, asked: str | None, overwrite: bool = False) -> Path | None:
+    """The checkpoint to resume from, if one is asked for.
+
+    Args:
+        output_dir: where checkpoints lie.
+        asked: a path, a name in `output_dir`, or `"latest"`, which starts from the beginning where there is none yet.
+        overwrite: whether checkpoints of an earlier training may be there where none is asked for.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        InvalidValueError: the output folder holds checkpoints of a training that is not to be resumed.
+    """
+    present = list_checkpoints(output_dir)
+    if asked is None:
+        if present and not overwrite:
+            raise InvalidValueError(
+                f"--output_dir {output_dir}: expected no checkpoints, found {present[-1].name} of an earlier "
+                "training. Go on with it (--resume_from_checkpoint latest), remove it (--overwrite_output_dir), or "
+                "give another folder."
+            )
+        return None
+    if asked == "latest":
+        return present[-1] if present else None
+    for path in (Path(asked).expanduser(), output_dir / asked):
+        if (path / _STATE).is_file():
+            return path
+    raise CheckpointError(
+        f"--resume_from_checkpoint {asked}: expected a checkpoint, found none there or in {output_dir}, which has "
+        f"{', '.join(path.name for path in present) or 'no checkpoints'}. Give one of these, or latest."
+    )
+
+
+@contextmanager
+def new_checkpoint(
+    accelerator: Accelerator, output_dir: Path, progress: Progress, limit: int | None = None
+) -> Iterator[Path]:
+    """A folder that becomes `checkpoint-N` when the block ends; all processes enter it together.
+
+    The block writes what belongs to the training; random states and progress are written here.
+
+    Args:
+        accelerator: whose processes they are.
+        output_dir: where to.
+        progress: where the training is.
+        limit: how many checkpoints are kept.
+
+    Yields:
+        the folder while it is being written.
+    """
+    folder = output_dir / f"checkpoint-{progress.step}"
+    unfinished = output_dir / f".checkpoint-{progress.step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    _write_tensors(unfinished / _RANDOM.format(accelerator.process_index), random_states(accelerator.device))
+    yield unfinished
+    if accelerator.is_main_process:
+        progress.write(unfinished)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if folder.exists():
+            _remove(folder)
+        os.replace(unfinished, folder)
+        if limit is not None:
+            for path in list_checkpoints(output_dir)[:-limit]:
+                _remove(path)
+    accelerator.wait_for_everyone()
+
+
+def write_states(folder: Path, states: Mapping[str, Any]) -> None:
+    """Write what has a `state_dict`, by name."""
+    _write_tensors(folder / OPTIMIZER, {name: state.state_dict() for name, state in states.items()})
+
+
+def restore_states(checkpoint: Path, states: Mapping[str, Any]) -> None:
+    """Give what [`write_states`] wrote back to what has a `load_state_dict`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or a state does not fit.
+    """
+    saved = read_tensors(checkpoint / OPTIMIZER)
+    for name, state in states.items():
+        if name not in saved:
+            raise CheckpointError(
+                f"{checkpoint / OPTIMIZER}: expected the state of the {name}, found {', '.join(saved)}. Train with "
+                "the same --mixed_precision, or start without --resume_from_checkpoint."
+            )
+        try:
+            state.load_state_dict(saved[name])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{checkpoint / OPTIMIZER}: expected a state of the {name} for this training, found one that does "
+                f"not fit ({error}). Give the settings that the checkpoint was written with."
+            ) from error
+
+
+def restore_random_states(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Put this process's generators back, if the checkpoint was written by as many processes."""
+    file = checkpoint / _RANDOM.format(accelerator.process_index)
+    if file.is_file():
+        set_random_states(read_tensors(file), accelerator.device)
+
+
+def remove_checkpoints(output_dir: Path, unfinished_only: bool = False) -> None:
+    """Remove checkpoints, or only what was left of those that were interrupted while being written."""
+    if output_dir.is_dir():
+        for path in output_dir.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+    if not unfinished_only:
+        for path in list_checkpoints(output_dir):
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    # Under its name there is a whole checkpoint or none.
+    leaving = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.replace(folder, leaving)
+    shutil.rmtree(leaving)
+
+
+def _write_tensors(path: Path, content: Mapping[str, Any]) -> None:
+    payload = io.BytesIO()
+    torch.save(dict(content), payload)
+    write_bytes_atomic(path, payload.getvalue())
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read numbers, strings and tensors that `torch.save` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # A file that was cut short ends in errors of many kinds.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: expected the state of a training, found none that can be read ({error}). Give another "
+            "checkpoint."
+        ) from error
