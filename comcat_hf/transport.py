@@ -14,11 +14,12 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from comcat_hf.errors import CheckpointError, InvalidValueError
+from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 
 
 # The first kind that fits is taken, so subclasses stand before their bases.
@@ -39,6 +40,13 @@ _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (HFValidationError, "it is neither a local folder nor a Hub id; a Hub id reads `user/name`"),
     (HTTPError, "the Hub could not answer; try again or give a local folder"),
     (OSError, "the file could not be fetched; check the network and the free space, or give a local folder"),
+)
+_UPLOAD_FAILURES: tuple[tuple[type[Exception], str], ...] = (
+    (HFValidationError, "it is no name of a repository; one reads `user/name`"),
+    (LocalTokenNotFoundError, "there is no token; run `hf auth login`, or pass `token=`"),
+    (RepositoryNotFoundError, "there is no such user or organisation, or the token may not write there"),
+    (HTTPError, "the Hub refused it or could not answer; check that the token may write there, and try again"),
+    (OSError, "the Hub was not reached (HF_HUB_OFFLINE or no network); the files are where they were, try again"),
 )
 
 
@@ -151,19 +159,32 @@ def push_folder(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Upload a folder, a file or several files (under their own names) in one commit; return the commit's address."""
+    """Upload a folder, a file or several files (under their own names) in one commit; return the commit's address.
+
+    Raises:
+        InvalidValueError: nothing to upload.
+        ComCATError: the Hub was not reached, or refused it.
+    """
     operations = _upload_operations(source, repo_id)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message or "Upload with comcat_hf",
-        revision=revision,
-        create_pr=create_pr,
-    )
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload with comcat_hf",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except tuple(kind for kind, _ in _UPLOAD_FAILURES) as error:
+        reason = next(text for kind, text in _UPLOAD_FAILURES if isinstance(error, kind))
+        detail = str(error).strip().splitlines()
+        raise ComCATError(
+            f"{repo_id}: expected to upload {len(operations)} files, but {reason}"
+            + (f" ({detail[0]})." if detail else ".")
+        ) from error
     return commit.pr_url or commit.commit_url
 
 

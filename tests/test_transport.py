@@ -150,5 +150,14 @@ def test_nothing_to_upload_is_refused_before_the_hub_is_asked(tmp_path):
         push_folder(twice, "user/repo")
 
 
+@pytest.mark.parametrize(
+    ("repo_id", "reason"), [("user/repo", "user/repo: .* was not reached"), ("not a repo!", "no name of a repository")]
+)
+def test_an_upload_that_fails(tmp_path, repo_id, reason):
+    write_text_atomic(tmp_path / "a.json", "{}")
+    with pytest.raises(ComCATError, match=reason):
+        push_folder(tmp_path, repo_id)
+
+
 def test_the_tests_are_offline():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
