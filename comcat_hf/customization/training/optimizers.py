@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ...errors import InvalidValueError
+from ...training.trackers import tracker_of
 from .settings import CustomizeSettings
 
 
@@ -20,23 +21,12 @@ def check_extras(settings: CustomizeSettings) -> None:
     Raises:
         InvalidValueError: one is not.
     """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
     if settings.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise InvalidValueError(
             "--use_8bit_adam needs the package bitsandbytes, which is not installed. Run `pip install bitsandbytes`, "
             "or leave the flag out."
         )
-    known = sorted(str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS)
-    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    name = settings.report_to
-    if name not in ("all", "none") and name not in installed:
-        if name in known:
-            raise InvalidValueError(
-                f"--report_to {name}: expected an installed tracker, found {', '.join(installed) or 'none'}. Install "
-                f"{name}, or leave the flag out."
-            )
-        raise InvalidValueError(f"--report_to must be one of {', '.join(known)}, all or none, got {name!r}.")
+    tracker_of(settings.report_to)
 
 
 def make_optimizer(settings: CustomizeSettings, parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
