@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +16,7 @@ from ..attention import eval_mode
 from ..errors import InvalidValueError
 
 
-__all__ = ["TEACHER_LOSSES", "DistillationLoss", "LossParts", "ask_teacher"]
+__all__ = ["TEACHER_LOSSES", "DistillationLoss", "LossParts", "OwnBase", "ask_teacher"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class DistillationLoss(nn.Module):
         temperature: of the soft loss, above 0.
         alignment: weight of the alignment at the start; it falls to 0 along half a cosine. 0 leaves it out.
         blocks: how many blocks at either end are aligned.
+        without_token: what a student with a distillation token (`DeiTForImageClassificationWithTeacher`) learns with.
+            By default the labels teach the head of its class token and the teacher that of its distillation token;
+            `True`, or `alpha=0`: what there is teaches the mean of both, which is what the model answers.
 
     Raises:
         InvalidValueError: an argument out of range.
@@ -70,6 +75,7 @@ class DistillationLoss(nn.Module):
         temperature: float = 1.0,
         alignment: float = 0.0,
         blocks: int = 2,
+        without_token: bool = False,
     ) -> None:
         super().__init__()
         if kind not in TEACHER_LOSSES:
@@ -83,7 +89,7 @@ class DistillationLoss(nn.Module):
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
             raise InvalidValueError(f"blocks must be a whole number from 1, got {blocks!r}.")
         self.alpha, self.kind, self.temperature = alpha, kind, temperature
-        self.alignment, self.blocks = alignment, blocks
+        self.alignment, self.blocks, self.without_token = alignment, blocks, without_token
 
     @property
     def needs_teacher(self) -> bool:
@@ -101,8 +107,9 @@ class DistillationLoss(nn.Module):
         """The loss of one batch.
 
         Args:
-            student: the small model's output, with `logits` `(batch, classes)` and, for the alignment,
-                `hidden_states`: the embeddings and each block's output.
+            student: the small model's output, with `logits` `(batch, classes)` (beside a distillation token also
+                `cls_logits` and `distillation_logits`) and, for the alignment, `hidden_states`: the embeddings and
+                each block's output.
             teacher: the teacher's output, likewise; no gradient goes there. `None` where it is not needed.
             labels: class indices `(batch,)`, or probabilities `(batch, classes)`.
             progress: share of the training that is done, 0 to 1.
@@ -110,20 +117,29 @@ class DistillationLoss(nn.Module):
         Raises:
             InvalidValueError: outputs that lack something or do not fit each other.
         """
-        logits = student.logits
-        task = F.cross_entropy(logits.float(), labels)
+        from_labels, from_teacher = self._heads(student)
+        task = F.cross_entropy(from_labels.float(), labels)
         taught, aligned = task.new_zeros(()), task.new_zeros(())
         if self.needs_teacher and teacher is None:
             raise InvalidValueError(
                 "The loss needs the teacher's output, got None. Pass it, or set alpha=alignment=0."
             )
         if self.alpha > 0:
-            _check_shapes("logits", logits, teacher.logits)
-            taught = TEACHER_LOSSES[self.kind](logits, teacher.logits.detach(), self.temperature)
+            _check_shapes("logits", from_teacher, teacher.logits)
+            taught = TEACHER_LOSSES[self.kind](from_teacher, teacher.logits.detach(), self.temperature)
         if self.needs_hidden_states:
             aligned = self._align(student, teacher)
         total = (1 - self.alpha) * task + self.alpha * taught + self.alignment_weight(progress) * aligned
         return LossParts(total, task.detach(), taught.detach(), aligned.detach())
+
+    def _heads(self, student: Any) -> tuple[Tensor, Tensor]:
+        """The logits that the labels teach, and those that the teacher teaches."""
+        names = ("cls_logits", "distillation_logits")
+        heads = [getattr(student, name, None) for name in names]
+        # Without a teacher nothing would teach the second head, though the model's answer is the mean of both.
+        if self.without_token or self.alpha == 0 or any(head is None for head in heads):
+            return student.logits, student.logits
+        return heads[0], heads[1]
 
     def _align(self, student: Any, teacher: Any) -> Tensor:
         ours, theirs = _block_outputs("student", student), _block_outputs("teacher", teacher)
@@ -140,7 +156,7 @@ class DistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"alpha={self.alpha}, kind={self.kind!r}, temperature={self.temperature}, alignment={self.alignment}, "
-            f"blocks={self.blocks}"
+            f"blocks={self.blocks}, without_token={self.without_token}"
         )
 
 
@@ -155,6 +171,39 @@ def ask_teacher(teacher: nn.Module, inputs: Mapping[str, Any], adapters: bool = 
     """
     with nullcontext() if adapters else teacher.disable_adapter(), eval_mode(teacher):
         return teacher(**inputs)
+
+
+class OwnBase:
+    """A PEFT student's own base as its teacher, again and again: adapters off, eval mode, no gradients.
+
+    It answers as `ask_teacher(model, inputs, adapters=False)` does, which looks through the whole model at every call;
+    here what is switched is found once, and parameters are left as they are.
+
+    Args:
+        model: the student, with adapters that are on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = list(model.modules())
+        self._switched = [m for m in self._modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """The base's output for keyword arguments of its forward."""
+        training = [module for module in self._modules if module.training]
+        try:
+            self._switch(self._switched, "_disable_adapters", True)
+            self._switch(training, "training", False)
+            return self._model(**inputs)
+        finally:
+            self._switch(training, "training", True)
+            self._switch(self._switched, "_disable_adapters", False)
+
+    def _switch(self, modules: list[nn.Module], name: str, value: bool) -> None:
+        # Past nn.Module.__setattr__, which looks for parameters and modules of that name: this is done at every step.
+        for module in modules:
+            module.__dict__[name] = value
 
 
 def _block_outputs(who: str, output: Any) -> tuple[Tensor, ...]:
