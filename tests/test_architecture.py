@@ -20,6 +20,7 @@ FLOORS = {
     "transport": 0.5,
     "width": 0.75,
     "configs": 1,
+    "metrics": 1,
     "training": 1.5,
     "attention": 2,
     "native": 2.5,

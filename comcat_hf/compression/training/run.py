@@ -1,0 +1,325 @@
+"""A compression run: from settings to a folder with a small model."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from torch import nn
+
+from ...configs import RankPlan
+from ...errors import InvalidValueError
+from ...training.checkpoints import Progress, find_checkpoint, remove_checkpoints
+from ...training.interruption import Interruption
+from ...training.randomness import choose_seed
+from ...training.trackers import tracker_of
+from .artefacts import Artefacts, check_writable, digest_of
+from .augmentation import ImagePreparation, Mixing
+from .data import BrokenImages, open_splits
+from .evaluation import evaluate_classifier
+from .loop import TrainResult, TrainRun, finetune_model
+from .models import load_classifier, load_dense, load_image_processor
+from .outputs import push_model, save_model, write_card, write_results
+from .planning import CompressPlan, Steps, describe_run, plan_steps
+from .routes import Student, finished, make_student
+from .settings import CompressSettings
+from .stages import Interrupted, Setting, allocate, calibrate, initialize, on_main
+from .stream import batches_per_epoch, evaluation_batches, train_batches
+
+
+__all__ = ["CompressResult", "compress_vit"]
+
+# One process may measure sensitivities for hours while the others wait.
+_PATIENCE = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What became of a run.
+
+    Attributes:
+        output_dir: holds the small model, if the run ended.
+        plan: what was to be done.
+        metrics: of `"dense"`, `"initial"` (before fine-tuning) and `"final"`: top1, top5, loss, samples, broken.
+        step: optimizer steps that are done.
+        interrupted: the signal that ended it early, or `None`.
+        checkpoint: what an interrupted fine-tuning goes on from.
+        commit: address of the upload.
+    """
+
+    output_dir: Path
+    plan: CompressPlan
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    step: int = 0
+    interrupted: str | None = None
+    checkpoint: Path | None = None
+    commit: str | None = None
+
+
+def compress_vit(
+    settings: CompressSettings,
+    *,
+    report: Callable[[str], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> CompressResult:
+    """Compress an image classifier: statistics, ranks, factors, fine-tuning, evaluation, export.
+
+    Every stage is done once; a run that is started again in the same folder goes on where it was. SIGTERM, or the
+    first Ctrl-C, ends the search and the fine-tuning with their state saved. A run that was interrupted and resumed
+    with the same settings ends with the same model as one that was not: on a CPU to the bit.
+
+    Args:
+        settings: what and how.
+        report: called on the main process with lines that a user wants to read.
+        accelerator: by default one that the settings describe.
+
+    Returns:
+        what became of it; after a dry run only the plan is filled in.
+
+    Raises:
+        InvalidValueError: settings or data that cannot be used.
+        CheckpointError: a model, a plan or a checkpoint that cannot be read.
+        BudgetError: a reduction out of reach.
+        ComCATError: the loss is not finite, or a checkpoint cannot be written.
+    """
+    settings.check()
+    tracker = tracker_of(settings.report_to)
+    artefacts = Artefacts(settings.output_path)
+    checkpoint = find_checkpoint(
+        artefacts.folder, settings.resume_from_checkpoint, settings.overwrite_output_dir or _is_over(artefacts)
+    )
+    if not settings.dry_run:
+        check_writable(artefacts.folder)
+    accelerator = _make_accelerator(settings, tracker) if accelerator is None else accelerator
+    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
+    say = report if report is not None and accelerator.is_main_process else lambda text: None
+    if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
+        on_main(accelerator, lambda: _clear(artefacts))
+    before = artefacts.seed() if checkpoint is None else Progress.read(checkpoint).seed
+    run = _read(settings, accelerator, artefacts, choose_seed(settings.seed, before), say)
+    steps = _steps(run)
+    first = 0 if checkpoint is None else Progress.read(checkpoint).step
+    describe = partial(
+        describe_run,
+        settings,
+        run.dense,
+        artefacts,
+        run.splits.train.size if run.splits.train is not None else None,
+        accelerator.num_processes,
+        steps,
+        first,
+        settings.learning_rate * (steps.images / 512 if settings.scale_lr else 1),
+        run.seed,
+    )
+    plan = describe()
+    say(plan.describe())
+    if settings.dry_run:
+        return CompressResult(artefacts.folder, plan, step=first)
+    result = CompressResult(artefacts.folder, plan, step=first)
+    try:
+        with Interruption() as interruption:
+            return _carry_out(run, result, describe, steps, checkpoint, interruption)
+    except Interrupted as stopped:
+        return replace(result, interrupted=str(stopped))
+
+
+def _carry_out(
+    run: Setting,
+    result: CompressResult,
+    describe: Callable[..., CompressPlan],
+    steps: Steps,
+    checkpoint: Path | None,
+    interruption: Interruption,
+) -> CompressResult:
+    last = run.settings.stage_names[-1]
+    statistics = calibrate(run)
+    if last == "calibrate":
+        return result
+    ranks = allocate(run, statistics, interruption)
+    result = replace(result, plan=describe(plan=ranks))
+    run.say(f"The plan removes {ranks.reached:.1%}." if ranks.reached is not None else "The plan is read.")
+    if last == "allocate":
+        return result
+    initialize(run, ranks, statistics)
+    models: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: run.dense,
+        "initial": lambda: load_classifier(run.artefacts.initial, "--output_dir"),
+    }
+    models["final"] = models["initial"]
+    if run.artefacts.was_done("finetune") and run.done("finetune"):
+        models["final"] = lambda: load_classifier(run.artefacts.folder, "--output_dir")
+    elif "finetune" in run.settings.stage_names:
+        trained, student = _finetune(run, ranks, steps, checkpoint, interruption)
+        result = replace(result, step=trained.step, checkpoint=trained.checkpoint)
+        if trained.interrupted is not None:
+            return replace(result, interrupted=trained.interrupted)
+        final = finished(student.model)
+        on_main(run.accelerator, lambda: _keep(run, final))
+        models["final"] = lambda: final
+        if student.route == "peft":
+            # The dense model has become the small one.
+            models["dense"] = lambda: load_dense(run.settings)
+    return _conclude(run, result, models)
+
+
+def _finetune(
+    run: Setting, ranks: RankPlan, steps: Steps, checkpoint: Path | None, interruption: Interruption
+) -> tuple[TrainResult, Student]:
+    settings, accelerator = run.settings, run.accelerator
+    student = make_student(settings, run.dense, run.artefacts.initial)
+    split = run.train_split("fine-tuning")
+    mixing = Mixing.of(settings, run.dense.config.num_labels)
+
+    def batches(start: int, count: int) -> Iterable[Mapping[str, Any]]:
+        return train_batches(
+            split,
+            run.preparation,
+            mixing,
+            settings,
+            run.seed,
+            start,
+            count,
+            accelerator.process_index,
+            accelerator.num_processes,
+            run.broken,
+        )
+
+    run.say(f"Stage finetune: {steps.total:,} steps.")
+    evaluate = None if run.splits.validation is None else lambda model: _evaluate(run, model)
+    trained = finetune_model(
+        TrainRun(
+            settings=settings,
+            accelerator=accelerator,
+            student=student,
+            seed=run.seed,
+            plan=digest_of(ranks),
+            batches=batches,
+            steps=steps.total,
+            steps_per_epoch=steps.epoch,
+            evaluate=evaluate,
+            interruption=interruption,
+            say=run.say,
+            checkpoint=checkpoint,
+        )
+    )
+    if run.broken.count:
+        run.say(f"{run.broken.count} images could not be read and were left out: {', '.join(run.broken.places)}.")
+    return trained, student
+
+
+def _conclude(run: Setting, result: CompressResult, models: Mapping[str, Callable[[], nn.Module]]) -> CompressResult:
+    names, folder = run.settings.stage_names, run.artefacts.folder
+    metrics: dict[str, Mapping[str, float]] = {}
+    if "evaluate" in names and run.splits.validation is None:
+        run.say("Stage evaluate: left out, as there are no validation images.")
+    elif "evaluate" in names:
+        metrics = {name: _evaluate(run, load(), name) for name, load in models.items()}
+        on_main(run.accelerator, lambda: write_results(run.artefacts.results, metrics))
+        for name, found in metrics.items():
+            run.say(f"{name:8} top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['samples']:,} images")
+    result = replace(result, metrics=metrics)
+    if "export" in names:
+
+        def export() -> None:
+            if not run.artefacts.was_done("finetune"):
+                save_model(models["final"]().cpu(), run.processor, folder)
+            write_card(folder, run.settings, result.plan, metrics)
+
+        on_main(run.accelerator, export)
+    if "push" in names and run.settings.push_to_hub:
+        pushed: list[str] = []
+        on_main(run.accelerator, lambda: pushed.append(push_model(folder, run.settings)))
+        result = replace(result, commit=pushed[0] if pushed else None)
+    run.accelerator.end_training()
+    return result
+
+
+def _keep(run: Setting, model: nn.Module) -> None:
+    save_model(model.cpu(), run.processor, run.artefacts.folder)
+    run.finish("finetune")
+
+
+def _evaluate(run: Setting, model: nn.Module, name: str | None = None) -> dict[str, float]:
+    accelerator = run.accelerator
+    batches = evaluation_batches(
+        run.splits.validation,
+        run.preparation,
+        run.settings.per_device_eval_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        run.settings.dataloader_num_workers,
+        BrokenImages.of(run.settings, run.splits.validation),
+    )
+    return evaluate_classifier(model, batches, accelerator, progress=name and f"Evaluating {name}")
+
+
+def _read(
+    settings: CompressSettings,
+    accelerator: Accelerator,
+    artefacts: Artefacts,
+    seed: int,
+    say: Callable[[str], None],
+) -> Setting:
+    with accelerator.main_process_first():
+        dense = load_dense(settings)
+        processor = load_image_processor(settings)
+        splits = open_splits(settings, dense.config, seed)
+    return Setting(
+        settings=settings,
+        accelerator=accelerator,
+        artefacts=artefacts,
+        dense=dense,
+        processor=processor,
+        splits=splits,
+        preparation=ImagePreparation.of(settings, processor),
+        broken=BrokenImages(settings.max_broken_images, splits.train.size if splits.train is not None else None),
+        seed=seed,
+        say=say,
+    )
+
+
+def _steps(run: Setting) -> Steps:
+    if run.splits.train is None:
+        return plan_steps(run.settings, 1, run.accelerator.num_processes)
+    batches = batches_per_epoch(run.splits.train, run.settings, run.accelerator.num_processes)
+    return plan_steps(run.settings, batches, run.accelerator.num_processes)
+
+
+def _is_over(artefacts: Artefacts) -> bool:
+    """Whether the checkpoints in the folder are of a fine-tuning that ended."""
+    return artefacts.was_done("finetune")
+
+
+def _clear(artefacts: Artefacts) -> None:
+    artefacts.clear()
+    remove_checkpoints(artefacts.folder)
+
+
+def _make_accelerator(settings: CompressSettings, tracker: str | None) -> Accelerator:
+    folder = settings.output_path
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / settings.logging_dir))
+    try:
+        accelerator = Accelerator(
+            # Not told, accelerate takes several processes without a GPU for so many unconnected ones.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=settings.mixed_precision,
+            log_with=tracker,
+            project_config=project,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
+    except ValueError as error:
+        raise InvalidValueError(
+            f"--mixed_precision {settings.mixed_precision}: expected a precision that this machine has, found that "
+            f"accelerate refuses it ({error}). Take another, or no."
+        ) from error
+    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
+        raise InvalidValueError(
+            f"--mixed_precision fp16: expected a precision that this machine has, found {accelerator.device.type}, "
+            "which trains in bf16 or no. Take one."
+        )
+    return accelerator

@@ -1,0 +1,306 @@
+"""The stages before fine-tuning: statistics, a plan, a factorised model. Each is made once and read again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ...configs import RankPlan
+from ...errors import CheckpointError, ComCATError
+from ...training.interruption import Interruption, stopped_by
+from ..allocation import allocate_ranks
+from ..compress import compress
+from ..distillation import DistillationLoss
+from ..search import SearchState, search_ranks
+from ..statistics import Statistics, collect_statistics
+from ..strategies import MEASURING
+from .artefacts import Artefacts, facts_of, whole_folder
+from .augmentation import ImagePreparation
+from .data import BrokenImageError, BrokenImages, Split, Splits
+from .models import load_classifier
+from .settings import CompressSettings
+from .stream import calibration_batches
+
+
+__all__ = ["Interrupted", "Setting", "allocate", "calibrate", "initialize", "on_main"]
+
+# Search steps between two saves of its state.
+_SAVE_SEARCH = 100
+
+
+class Interrupted(Exception):
+    """A stage ended early, and goes on where it was when it is run again."""
+
+
+@dataclass
+class Setting:
+    """All that is read before the first stage.
+
+    Attributes:
+        settings, accelerator: how, and on what, stages run.
+        artefacts: the folder of the run.
+        dense: the model that is compressed, frozen, in eval mode.
+        processor: its image processor.
+        splits, preparation, broken: the images.
+        seed: of the run.
+        say: called on the main process with lines for the user.
+    """
+
+    settings: CompressSettings
+    accelerator: Accelerator
+    artefacts: Artefacts
+    dense: nn.Module
+    processor: Any
+    splits: Splits
+    preparation: ImagePreparation
+    broken: BrokenImages
+    seed: int
+    say: Callable[[str], None]
+    _batches: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def calibration_batches(self) -> list[dict[str, Tensor]]:
+        """The same on every process; read once."""
+        if not self._batches:
+            split = self.train_split("statistics")
+            self._batches = calibration_batches(split, self.preparation, self.settings, self.seed)
+        return self._batches
+
+    def train_split(self, purpose: str) -> Split:
+        if self.splits.train is None:
+            raise CheckpointError(
+                f"The data set: expected training images for {purpose}, found none. Give --train_dir, --train_file or "
+                "a data set with a training split."
+            )
+        return self.splits.train
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage need not run: finished before with these settings, or left out though its work is there."""
+        if stage not in self.settings.stage_names:
+            return self.artefacts.was_done(stage)
+        done = self.artefacts.is_done(stage, facts_of(self.settings, stage, self.seed))
+        if done:
+            self.say(f"Stage {stage}: done before.")
+        return done
+
+    def finish(self, stage: str) -> None:
+        """Note that a stage is done; on the main process."""
+        self.artefacts.note(stage, facts_of(self.settings, stage, self.seed), self.seed)
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Run something on the main process while the others wait; what it raises is raised on all.
+
+    Raises:
+        ComCATError: what `work` raised.
+    """
+    error = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except ComCATError as caught:
+            error = caught
+    failed = [None if error is None else str(error)]
+    if accelerator.num_processes > 1:
+        failed = broadcast_object_list(failed)
+    if error is not None:
+        raise error
+    if failed[0] is not None:
+        raise ComCATError(failed[0])
+
+
+def calibrate(run: Setting) -> Statistics | None:
+    """The statistics of training images; `None` where the stage is left out, or factors come from weights alone."""
+    if run.settings.weights_only:
+        return None
+    if not run.done("calibrate"):
+        if "calibrate" not in run.settings.stage_names:
+            return None
+        accelerator = run.accelerator
+        run.say(f"Stage calibrate: statistics of {run.settings.calibration_samples} images.")
+        share = run.calibration_batches()[accelerator.process_index :: accelerator.num_processes]
+        found = collect_statistics(
+            run.dense.to(accelerator.device), share, scope=run.settings.scope, progress=True, accelerator=accelerator
+        )
+
+        def save() -> None:
+            with whole_folder(run.artefacts.statistics) as folder:
+                found.save_pretrained(folder)
+            run.finish("calibrate")
+
+        on_main(accelerator, save)
+    # Read by all: what one process gathered may differ from another's in the last digit.
+    return Statistics.from_pretrained(run.artefacts.statistics)
+
+
+def allocate(run: Setting, statistics: Statistics | None, interruption: Interruption) -> RankPlan:
+    """The rank plan: read, searched or allocated.
+
+    Raises:
+        Interrupted: a signal came during the search; its state is saved.
+        CheckpointError: the stage is left out, and its work is not there.
+    """
+    if not run.done("allocate"):
+        if "allocate" not in run.settings.stage_names:
+            raise _missing(run, "allocate", "a rank plan")
+        plan = _make_plan(run, statistics, interruption)
+
+        def save() -> None:
+            plan.save_pretrained(run.artefacts.folder)
+            run.artefacts.search_state.unlink(missing_ok=True)
+            run.finish("allocate")
+
+        on_main(run.accelerator, save)
+    return RankPlan.from_pretrained(run.artefacts.folder)
+
+
+def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
+    """Make the factorised model before fine-tuning, in its folder.
+
+    Raises:
+        CheckpointError: the stage is left out, and its work is not there.
+    """
+    if not run.done("initialize"):
+        if "initialize" not in run.settings.stage_names:
+            raise _missing(run, "initialize", "a factorised model")
+        run.say("Stage initialize: factors.")
+        on_main(run.accelerator, lambda: _initialize(run, plan, statistics))
+
+
+def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
+    compensate = run.settings.compensate and not run.settings.weights_only
+    batches = run.calibration_batches() if compensate else None
+    run.dense.to(run.accelerator.device)
+    small = compress(
+        run.dense, plan=plan, batches=batches, statistics=statistics, compensate=compensate, progress=True
+    )
+    with whole_folder(run.artefacts.initial) as folder:
+        small.cpu().save_pretrained(folder)
+        run.processor.save_pretrained(folder)
+    run.finish("initialize")
+
+
+def _make_plan(run: Setting, statistics: Statistics | None, interruption: Interruption) -> RankPlan:
+    settings = run.settings
+    if settings.plan is not None:
+        run.say(f"Stage allocate: the plan of {settings.plan}.")
+        return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+    run.say(f"Stage allocate: {settings.strategy}, {settings.reduction:.0%} of the {settings.metric}.")
+    if settings.strategy == "search":
+        return _search(run, statistics, interruption)
+    made: list[RankPlan] = []
+
+    def make() -> None:
+        mlp = settings.mlp or ("rank" if settings.weights_only else None)
+        made.append(
+            allocate_ranks(
+                run.dense.to(run.accelerator.device),
+                settings.reduction,
+                scope=settings.scope,
+                metric=settings.metric,
+                strategy=settings.strategy,
+                mlp=mlp,
+                statistics=statistics,
+                batches=run.calibration_batches() if settings.strategy in MEASURING else None,
+                step=settings.rank_step,
+                progress=True,
+            )
+        )
+
+    on_main(run.accelerator, make)
+    # One process decides: what each measures for itself might differ.
+    if run.accelerator.num_processes > 1:
+        content = [made[0].to_dict() if made else None]
+        return RankPlan.from_dict(broadcast_object_list(content)[0])
+    return made[0]
+
+
+def _search(run: Setting, statistics: Statistics | None, interruption: Interruption) -> RankPlan:
+    settings, accelerator = run.settings, run.accelerator
+    if run.splits.search is None:
+        raise CheckpointError(
+            "--strategy search: expected a split of the training images to search on, found none: a data set that is "
+            "streamed cannot be split. Leave --streaming out, or take another --strategy."
+        )
+    size = max(settings.search_batch_size // accelerator.num_processes, 1)
+    loader = accelerator.prepare_data_loader(
+        DataLoader(_Labelled(run.splits.search, run.preparation, run.broken), batch_size=size, shuffle=True)
+    )
+    path = run.artefacts.search_state
+    state = SearchState.load(path) if path.is_file() else SearchState()
+    teacher = load_classifier(settings.teacher, "--teacher", token=settings.token) if settings.teacher else run.dense
+    taught = settings.distillation_type != "none"
+    kind = settings.distillation_type if taught else "soft"
+    loss = DistillationLoss(settings.distillation_alpha if taught else 0.0, kind, settings.distillation_temperature)
+    return search_ranks(
+        run.dense,
+        _Watched(loader, state, run, interruption),
+        settings.reduction,
+        scope=settings.scope,
+        metric=settings.metric,
+        epochs=settings.search_epochs,
+        teacher=teacher if taught else None,
+        loss=loss,
+        beta=settings.search_beta,
+        learning_rate=settings.search_learning_rate,
+        statistics=statistics,
+        step=settings.rank_step,
+        accelerator=accelerator,
+        state=state,
+        seed=run.seed,
+        progress=True,
+    )
+
+
+class _Watched:
+    """The batches of a search: between two, its state is saved now and then, and at a signal."""
+
+    def __init__(self, loader: Any, state: SearchState, run: Setting, interruption: Interruption) -> None:
+        self._loader, self._state, self._run, self._interruption = loader, state, run, interruption
+        self._saved = state.step
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        for batch in self._loader:
+            yield batch
+            signal = stopped_by(self._run.accelerator, self._interruption)
+            due = self._state.step - self._saved >= _SAVE_SEARCH or signal is not None
+            if due and self._state.step > self._saved:
+                if self._run.accelerator.is_main_process:
+                    self._state.save(self._run.artefacts.search_state)
+                self._saved = self._state.step
+            if signal is not None:
+                raise Interrupted(signal)
+
+
+@dataclass(frozen=True)
+class _Labelled(Dataset):
+    split: Split
+    preparation: ImagePreparation
+    broken: BrokenImages
+
+    def __len__(self) -> int:
+        return self.split.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        while True:
+            try:
+                image, label = self.split.read(index)
+                break
+            except BrokenImageError as error:
+                self.broken.note(f"{self.split.name}, image {index}", str(error))
+                index = (index + 1) % self.split.size
+        return {"pixel_values": self.preparation.evaluate(image), "labels": torch.tensor(label)}
+
+
+def _missing(run: Setting, stage: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run.artefacts.folder}: expected {what} of an earlier run, as --stages leaves {stage} out, found none. Add "
+        f"{stage} to --stages."
+    )

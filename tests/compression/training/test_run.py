@@ -1,0 +1,321 @@
+"""Whole compression runs: a small ViT on scikit-learn's digits, in the process and as the script."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Images
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+import comcat_hf
+from comcat_hf.compression.counting import count_parameters
+from comcat_hf.compression.training.run import CompressResult, compress_vit
+from comcat_hf.compression.training.settings import CompressSettings, parse_compress_settings
+from comcat_hf.configs import RankPlan
+from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
+from tests.helpers import randomize
+
+
+ROOT = Path(__file__).resolve().parents[3]
+TWO = ROOT / "scripts" / "accelerate" / "cpu.yaml"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small ViT and the digits as parquet files."""
+    folder = tmp_path_factory.mktemp("base")
+    names = {i: str(i) for i in range(10)}
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        hidden_dropout_prob=0.1,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )
+    randomize(ViTForImageClassification(config)).save_pretrained(folder / "vit")
+    size = {"height": 8, "width": 8}
+    ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder / "vit")
+    digits = load_digits()
+    images = [Images.fromarray((image * 15).astype("uint8")).convert("RGB") for image in digits.images[:240]]
+    features = Features({"image": Image(), "label": ClassLabel(names=list(names.values()))})
+    table = {"image": images, "label": digits.target[:240].tolist()}
+    data = Dataset.from_dict(table, features=features)
+    data.select(range(192)).to_parquet(folder / "train.parquet")
+    data.select(range(192, 240)).to_parquet(folder / "validation.parquet")
+    return folder
+
+
+def flags(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    given = {
+        "model_name_or_path": str(base / "vit"),
+        "train_file": str(base / "train.parquet"),
+        "validation_file": str(base / "validation.parquet"),
+        "reduction": 0.4,
+        "rank_step": 2,
+        "calibration_samples": 48,
+        "calibration_batch_size": 16,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 20,
+        "max_train_steps": STEPS,
+        "checkpointing_steps": "4",
+        "eval_steps": "none",
+        "random_resized_crop_scale": 0.5,
+        "ema_decay": 0.9,
+        "seed": 1,
+        "report_to": "none",
+        "output_dir": str(output),
+    }
+    return given | changes
+
+
+def run(base: Path, output: Path, **changes: Any) -> CompressResult:
+    return compress_vit(CompressSettings(**flags(base, output, **changes)))
+
+
+def command(base: Path, output: Path, *further: str, processes: int = 1, **changes: Any) -> list[str]:
+    given = [f"--{name}={value}" for name, value in flags(base, output, **changes).items()]
+    # As one would type it for a CPU; the file is for two processes.
+    how = ["--cpu", "--num_processes=1"] if processes == 1 else ["--config_file", str(TWO)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *how]
+    return [*launch, str(ROOT / "scripts" / "compress_vit.py"), *given, *further]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(left: Path, right: Path) -> bool:
+    a, b = weights(left), weights(right)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompressResult]:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return folder, run(base, folder)
+
+
+class TestAWholeRun:
+    def test_leaves_a_model_that_auto_model_opens(self, base, whole):
+        folder, result = whole
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        dense = AutoModelForImageClassification.from_pretrained(base / "vit")
+        removed = 1 - count_parameters(model) / count_parameters(dense)
+        assert 0.4 <= removed <= 0.405
+        assert comcat_hf.plan_of(model).ranks == RankPlan.from_pretrained(folder).ranks == result.plan.plan.ranks
+        AutoImageProcessor.from_pretrained(folder, backend="pil")
+        assert not same(folder, folder / "initial")
+
+    def test_says_what_it_measured(self, whole):
+        folder, result = whole
+        assert set(result.metrics) == {"dense", "initial", "final"}
+        assert all(found["samples"] == 48 for found in result.metrics.values())
+        assert json.loads((folder / "eval_results.json").read_text()) == result.metrics
+        assert f"{result.metrics['final']['top1']:.2%}" in (folder / "README.md").read_text()
+
+    def test_leaves_nothing_half_written(self, whole):
+        assert [path.name for path in whole[0].rglob("*.tmp")] == []
+        names = {path.name for path in whole[0].iterdir()}
+        assert {"checkpoint-4", "checkpoint-8", "model.safetensors", "config.json", "comcat_ranks.json"} <= names
+
+    def test_run_again_does_nothing_twice(self, base, whole):
+        folder, result = whole
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+        said: list[str] = []
+        again = compress_vit(CompressSettings(**flags(base, folder)), report=said.append)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+        assert again.metrics == result.metrics
+        assert sum("done before" in line for line in said) == 4
+
+    def test_the_same_seed_gives_the_same_model(self, base, whole, tmp_path):
+        run(base, tmp_path / "out")
+        assert same(tmp_path / "out", whole[0])
+
+
+class TestStages:
+    def test_one_after_the_other(self, base, whole, tmp_path):
+        for stages in ("calibrate", "allocate", "initialize", "finetune", "evaluate,export"):
+            # A stage that is not asked for is not asked which settings it had.
+            result = run(base, tmp_path / "out", stages=stages)
+        assert same(tmp_path / "out", whole[0])
+        assert result.metrics == whole[1].metrics
+
+    def test_without_fine_tuning(self, base, whole, tmp_path):
+        result = run(base, tmp_path / "out", stages="calibrate,allocate,initialize,evaluate,export")
+        assert same(tmp_path / "out", whole[0] / "initial")
+        assert result.metrics["final"] == result.metrics["initial"] == whole[1].metrics["initial"]
+
+    def test_what_is_missing_is_named(self, base, tmp_path):
+        with pytest.raises(CheckpointError, match=r"expected a rank plan of an earlier run.*Add allocate to --stages"):
+            run(base, tmp_path / "out", stages="finetune")
+
+    def test_other_settings_are_not_mixed(self, base, whole):
+        with pytest.raises(InvalidValueError, match=r"the stage allocate was done with --reduction 0\.4"):
+            run(base, whole[0], reduction=0.3)
+
+    def test_a_plan_that_is_given(self, base, whole, tmp_path):
+        result = run(base, tmp_path / "out", reduction=None, plan=str(whole[0]), stages="allocate,initialize,export")
+        assert result.plan.plan.ranks == whole[1].plan.plan.ranks
+
+    @pytest.mark.parametrize("changes", [{"strategy": "uniform"}, {"weights_only": True}, {"route": "peft"}])
+    def test_other_ways(self, base, tmp_path, changes):
+        result = run(base, tmp_path / "out", max_train_steps=3, **changes)
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert comcat_hf.plan_of(model).ranks == result.plan.plan.ranks
+        assert result.metrics["final"] != result.metrics["initial"]
+
+
+class TestSearch:
+    SEARCH = {"strategy": "search", "search_epochs": 2, "search_share": 0.25, "search_batch_size": 8}  # noqa: RUF012
+    STAGES = "calibrate,allocate,initialize"
+
+    def test_interrupted_and_resumed(self, base, tmp_path, monkeypatch):
+        whole = run(base, tmp_path / "whole", stages=self.STAGES, **self.SEARCH)
+        came = iter([None] * 7)
+        stop = lambda *_: next(came, "SIGTERM")  # noqa: E731
+        monkeypatch.setattr("comcat_hf.compression.training.stages.stopped_by", stop)
+        cut = run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH)
+        assert cut.interrupted == "SIGTERM"
+        assert (tmp_path / "cut" / "search_state.pt").is_file()
+        assert not (tmp_path / "cut" / "initial").exists()
+        monkeypatch.undo()
+        resumed = run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH)
+        assert resumed.plan.plan.ranks == whole.plan.plan.ranks
+        assert resumed.plan.plan.strategy == "search"
+        assert same(tmp_path / "cut" / "initial", tmp_path / "whole" / "initial")
+
+    def test_of_a_stream_is_refused(self, base, tmp_path):
+        with pytest.raises(CheckpointError, match="cannot be split"):
+            run(base, tmp_path / "out", streaming=True, **self.SEARCH)
+
+
+class TestDryRun:
+    def test_writes_nothing(self, base, tmp_path):
+        said: list[str] = []
+        result = compress_vit(CompressSettings(**flags(base, tmp_path / "out", dry_run=True)), report=said.append)
+        assert not (tmp_path / "out").exists()
+        dense, small = result.plan.parameters
+        assert 0.4 <= 1 - small / dense <= 0.405
+        assert result.plan.steps.total == STEPS
+        assert f"{dense:,} -> {small:,}" in said[0]
+
+    def test_uses_a_plan_that_is_there(self, base, whole):
+        result = run(base, whole[0], dry_run=True)
+        assert result.plan.exact
+        assert result.plan.plan.ranks == whole[1].plan.plan.ranks
+
+
+class TestScript:
+    """The script as a process: killed wherever it is, and resumed."""
+
+    def _until(self, arguments: list[str], folder: Path, step: int, number: int) -> None:
+        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and not (folder / f"checkpoint-{step}").is_dir():
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        process.wait()
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    def test_killed_and_resumed(self, base, whole, tmp_path, number):
+        folder = tmp_path / "out"
+        arguments = command(base, folder)
+        self._until(arguments, folder, 4, number)
+        self._until([*arguments, "--resume_from_checkpoint", "latest"], folder, 8, number)
+        done = subprocess.run(
+            [*arguments, "--resume_from_checkpoint", "latest"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert same(folder, whole[0])
+
+    def test_two_processes_equal_one(self, base, tmp_path):
+        plain = {"random_resized_crop_scale": 1.0, "horizontal_flip": 0.0, "logging_steps": 1, "ema_decay": 0.5}
+        one, two = tmp_path / "one", tmp_path / "two"
+        stages = {"stages": "allocate,initialize,finetune,evaluate", "strategy": "uniform", "weights_only": True}
+        settings = {**plain, **stages, "model_name_or_path": str(_without_dropout(base, tmp_path))}
+        for folder, processes in ((one, 1), (two, 2)):
+            arguments = command(
+                base, folder, processes=processes, **settings | {"per_device_train_batch_size": 16 // processes}
+            )
+            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+        losses = [_losses(folder) for folder in (one, two)]
+        assert len(losses[0]) == STEPS
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+        results = [json.loads((folder / "eval_results.json").read_text()) for folder in (one, two)]
+        for name in ("dense", "initial", "final"):
+            assert results[0][name]["samples"] == results[1][name]["samples"] == 48
+            assert results[0][name]["top1"] == results[1][name]["top1"]
+
+    def test_user_errors_are_one_line(self, base, tmp_path):
+        arguments = command(base, tmp_path / "out", reduction=0.99)[5:]
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "error: " in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def _without_dropout(base: Path, folder: Path) -> Path:
+    model = AutoModelForImageClassification.from_pretrained(base / "vit")
+    model.config.hidden_dropout_prob = 0.0
+    model.save_pretrained(folder / "vit")
+    AutoImageProcessor.from_pretrained(base / "vit", backend="pil").save_pretrained(folder / "vit")
+    return folder / "vit"
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+class TestBadInput:
+    def test_out_of_reach(self, base, tmp_path):
+        with pytest.raises(BudgetError):
+            run(base, tmp_path / "out", reduction=0.99)
+
+    def test_checkpoints_of_an_earlier_run(self, base, tmp_path):
+        (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+        with pytest.raises(InvalidValueError, match="expected no checkpoints, found checkpoint-3"):
+            run(base, tmp_path / "out")
+
+    def test_a_folder_that_cannot_be_written(self, base, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InvalidValueError, match="expected a folder that can be written to"):
+            run(base, tmp_path / "file" / "out")
+
+    def test_no_such_model(self, base, tmp_path):
+        with pytest.raises(CheckpointError, match=r"--model_name_or_path .*none: expected a folder or Hub id"):
+            run(base, tmp_path / "out", model_name_or_path=str(tmp_path / "none"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            ([], "--model_name_or_path is needed"),
+            (["--model_name_or_path", "x"], "one of --reduction and --plan, got neither"),
+            (["--model_name_or_path", "x", "--reduction", "0.5"], "--dataset_name, --train_file, --train_dir"),
+            (["--model_name_or_path", "x", "--reduction", "1"], "--reduction must be a number from 0 to below 1"),
+            (["--model_name_or_path", "x", "--reduction", "0.5", "--stages", "fly"], "--stages must be among"),
+            (["--model_name_or_path", "x", "--eval_steps", "often"], "--eval_steps must be a whole number"),
+        ],
+    )
+    def test_settings(self, arguments, reason):
+        with pytest.raises(InvalidValueError, match=reason):
+            parse_compress_settings(arguments).check()
