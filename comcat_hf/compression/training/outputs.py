@@ -8,44 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from ...transport import push_folder, write_json_atomic, write_text_atomic
+from ...cards import CardFacts, Measured, shown_base, write_card
+from ...transport import push_folder, write_json_atomic
 from .planning import CompressPlan
 from .settings import CompressSettings
 
 
-__all__ = ["push_model", "save_model", "write_card", "write_results"]
+__all__ = ["push_model", "save_model", "write_model_card", "write_results"]
 
 Metrics = Mapping[str, Mapping[str, float]]
 
-_CARD = """---
-base_model: {base}
-base_model_relation: finetune
-library_name: transformers
-pipeline_tag: image-classification
-tags:
-- image-classification
-- comcat
-- model-compression
-{datasets}---
-
-# {title}
-
-`{base}` compressed with ComCAT: {dense:,} parameters became {small:,} ({share:+.1%}).
-
-```python
+_SNIPPET = """
 import comcat_hf
 from transformers import pipeline
 
 classify = pipeline("image-classification", "{repository}")
-```
-
-{table}
-## Training
-
-```
-{plan}
-```
 """
+_METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 _NAMES = {"dense": "dense", "initial": "compressed, before fine-tuning", "final": "compressed"}
 
 
@@ -67,25 +46,34 @@ def write_results(path: Path, metrics: Metrics) -> None:
     write_json_atomic(path, {name: dict(values) for name, values in metrics.items()})
 
 
-def write_card(folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics) -> None:
-    """Write a model card from what was measured; a card that is there is left as it is."""
-    path = folder / "README.md"
-    if path.is_file():
-        return
+def write_model_card(folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics) -> Path:
+    """Write the card of a compressed model from what was measured; a person's words in a card that is there are kept.
+
+    Args:
+        folder: where the model lies.
+        settings: what it was made from.
+        plan: its sizes.
+        metrics: of the dense, the initial and the final model; those of the final one make the card's results.
+    """
     dense, small = plan.parameters
     name = settings.hub_model_id or folder.resolve().name
-    write_text_atomic(
-        path,
-        _CARD.format(
-            base=settings.model_name_or_path,
-            datasets=f"datasets:\n- {settings.dataset_name}\n" if settings.dataset_name else "",
+    final = metrics.get("final", {})
+    return write_card(
+        folder,
+        CardFacts(
             title=name.rpartition("/")[-1],
-            dense=dense,
-            small=small,
-            share=small / dense - 1,
-            repository=name,
+            summary=f"`{shown_base(settings.model_name_or_path)}` compressed with ComCAT: {dense:,} parameters became "
+            f"{small:,} ({small / dense - 1:+.1%}).",
+            base=settings.model_name_or_path,
+            relation="finetune",
+            library="transformers",
+            task="image-classification",
+            snippet=_SNIPPET.format(repository=name),
+            tags=("model-compression",),
+            dataset=settings.dataset_name if settings.dataset_name and "/" in settings.dataset_name else None,
+            measured=[Measured("accuracy", _METRICS[key], final[key]) for key in _METRICS if key in final],
             table=_table(metrics),
-            plan=plan.describe(),
+            details=plan.describe(),
         ),
     )
 
@@ -110,11 +98,9 @@ def push_model(folder: Path, settings: CompressSettings) -> str:
         )
 
 
-def _table(metrics: Metrics) -> str:
-    if not metrics:
-        return ""
+def _table(metrics: Metrics) -> list[tuple[str, ...]]:
     rows = [
-        f"| {_NAMES.get(name, name)} | {values['top1']:.2%} | {values['top5']:.2%} | {values['samples']:,.0f} |"
+        (_NAMES.get(name, name), f"{values['top1']:.2%}", f"{values['top5']:.2%}", f"{values['samples']:,.0f}")
         for name, values in metrics.items()
     ]
-    return "\n".join(["| model | top-1 | top-5 | images |", "| --- | --- | --- | --- |", *rows, ""]) + "\n"
+    return [("model", "top-1", "top-5", "images"), *rows] if rows else []

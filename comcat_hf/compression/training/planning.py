@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...attention import apply_ranks, meta_copy
+from ...cards import shown_base
 from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ..allocation import allocate_ranks
@@ -100,7 +101,7 @@ class CompressPlan:
         (dense, small), (dense_macs, small_macs) = self.parameters, self.macs
         asked = f"{settings.reduction:.0%} asked, " if settings.reduction is not None else ""
         lines = {
-            "Model": f"{settings.model_name_or_path} ({self.model})",
+            "Model": f"{shown_base(settings.model_name_or_path)} ({self.model})",
             "Plan": f"{asked}{len(self.plan.ranks)} modules, scope {settings.scope}, strategy "
             f"{self.plan.strategy if self.exact else settings.strategy}",
             "Parameters": f"{dense:,} -> {small:,} ({small / dense - 1:+.1%}){note}",
@@ -116,7 +117,6 @@ class CompressPlan:
             "Rate": f"{self.learning_rate:g}, cosine to {settings.min_learning_rate:g}",
             "Stages": ", ".join(settings.stage_names),
             "Seed": str(self.seed),
-            "Output": settings.output_dir,
         }
         width = max(map(len, lines))
         return "\n".join(f"{name + ':':<{width + 1}} {text}" for name, text in lines.items())

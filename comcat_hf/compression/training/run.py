@@ -24,7 +24,7 @@ from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
 from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor
-from .outputs import push_model, save_model, write_card, write_results
+from .outputs import push_model, save_model, write_model_card, write_results
 from .planning import CompressPlan, Steps, describe_run, plan_steps
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
@@ -228,7 +228,7 @@ def _conclude(run: Setting, result: CompressResult, models: Mapping[str, Callabl
         def export() -> None:
             if not run.artefacts.was_done("finetune"):
                 save_model(models["final"]().cpu(), run.processor, folder)
-            write_card(folder, run.settings, result.plan, metrics)
+            write_model_card(folder, run.settings, result.plan, metrics)
 
         on_main(run.accelerator, export)
     if "push" in names and run.settings.push_to_hub:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...transport import push_folder, write_text_atomic
+from ...cards import CardFacts, shown_base, write_card
+from ...transport import push_folder
 from ..pipelines import save_comcat_weights
 from .planning import CustomizePlan
 from .settings import CustomizeSettings
@@ -14,36 +15,13 @@ from .settings import CustomizeSettings
 
 __all__ = ["push_outputs", "write_outputs"]
 
-_CARD = """---
-base_model: {base}
-library_name: diffusers
-tags:
-- text-to-image
-- diffusers
-- comcat
-- peft
-instance_prompt: {prompt}
----
-
-# ComCAT adapter: {prompt}
-
-A ComCAT adapter for `{base}`, trained DreamBooth style on {images} images of the subject. {parameters:,} parameters.
-
-```python
-import torch
+_SNIPPET = """
+import comcat_hf
 from diffusers import DiffusionPipeline
-from comcat_hf.customization import load_comcat_weights
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
-load_comcat_weights(pipe, "{repository}")
+comcat_hf.load_comcat_weights(pipe, "{repository}")
 image = pipe({prompt!r}).images[0]
-```
-
-## Training
-
-```
-{plan}
-```
 """
 
 
@@ -63,15 +41,26 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
         base_model_name_or_path=settings.pretrained_model_name_or_path,
         revision=settings.revision,
     )
-    card = _CARD.format(
-        base=settings.pretrained_model_name_or_path,
-        prompt=settings.instance_prompt,
-        images=plan.images,
-        parameters=sum(plan.parameters.values()),
-        repository=settings.hub_model_id or folder.name,
-        plan=plan.describe(),
+    base, prompt = shown_base(settings.pretrained_model_name_or_path), settings.instance_prompt
+    repository = settings.hub_model_id or folder.resolve().name
+    drawn = sorted(folder.glob("validation/*.png"))[-1:]
+    write_card(
+        folder,
+        CardFacts(
+            title=f"ComCAT adapter: {prompt}",
+            summary=f"A ComCAT adapter for `{base}`, trained DreamBooth style on {plan.images} images of the subject. "
+            f"{sum(plan.parameters.values()):,} parameters.",
+            base=settings.pretrained_model_name_or_path,
+            relation="adapter",
+            library="diffusers",
+            task="text-to-image",
+            snippet=_SNIPPET.format(base=base, repository=repository, prompt=prompt),
+            tags=("diffusers", "peft"),
+            gallery=[(settings.validation_prompt or prompt, path.relative_to(folder).as_posix()) for path in drawn],
+            details=plan.describe(),
+            extra={"instance_prompt": prompt},
+        ),
     )
-    write_text_atomic(folder / "README.md", card)
     return folder
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...cards import shown_base
 from .settings import CustomizeSettings
 
 
@@ -51,8 +52,9 @@ class CustomizePlan:
         settings, total = self.settings, sum(self.parameters.values())
         rank = {None: "none"}
         kind = "core matrices" if settings.core else "full factors"
+        base = shown_base(settings.pretrained_model_name_or_path)
         lines = {
-            "Pipeline": f"{settings.pretrained_model_name_or_path} ({self.pipeline}), base in {self.base_dtype}",
+            "Pipeline": f"{base} ({self.pipeline}), base in {self.base_dtype}",
             "Adapter": f"{kind}, rank {rank.get(settings.qk_rank, settings.qk_rank)} for query/key, "
             f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output",
             "Parameters": f"{total:,} trained ({total / self.base_parameters:.3%} of the adapted parts): "
@@ -64,7 +66,6 @@ class CustomizePlan:
             + (f", {self.first_step:,} of them done" if self.first_step else ""),
             "Rate": f"{self.learning_rate:g}, {settings.lr_scheduler}, {settings.lr_warmup_steps} steps of warm-up",
             "Seed": str(self.seed),
-            "Output": settings.output_dir,
         }
         width = max(map(len, lines))
         return "\n".join(f"{name + ':':<{width + 1}} {text}" for name, text in lines.items())

@@ -1,0 +1,83 @@
+"""Model cards: what the Hub reads in them, and that a person's words survive."""
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from comcat_hf.cards import CardFacts, Measured, markdown_table, shown_base, write_card
+from comcat_hf.errors import CheckpointError
+
+
+FACTS = CardFacts(
+    title="small",
+    summary="`user/dense` compressed.",
+    base="user/dense",
+    relation="finetune",
+    library="transformers",
+    task="image-classification",
+    snippet='import comcat_hf\nfrom transformers import pipeline\n\npipeline("image-classification", "user/small")',
+    tags=("model-compression",),
+    dataset="user/images",
+    measured=(Measured("accuracy", "Top-1", 0.8125),),
+    table=(("model", "top-1"), ("dense", "82.00%"), ("compressed", "81.25%")),
+    pictures=(("Ranks", "ranks.png"),),
+    details="Reduction: 50%",
+)
+
+
+def metadata(path):
+    return yaml.safe_load(path.read_text().split("---\n")[1])
+
+
+def test_the_hub_reads_what_was_measured(tmp_path):
+    path = write_card(tmp_path, FACTS)
+    card = ModelCard(path.read_text(), ignore_metadata_errors=False)
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.8125, "user/images")
+    found = metadata(path)
+    assert found["base_model"] == "user/dense" and found["base_model_relation"] == "finetune"
+    assert found["library_name"] == "transformers" and found["pipeline_tag"] == "image-classification"
+    assert found["tags"] == ["image-classification", "comcat", "model-compression"]
+    assert found["datasets"] == ["user/images"]
+    assert "```python\nimport comcat_hf\n" in card.text and "| compressed | 81.25% |" in card.text
+    assert "![Ranks](ranks.png)" in card.text and "Reduction: 50%" in card.text
+
+
+def test_what_a_person_wrote_survives(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# My words\n\nKeep them.\n")
+    path = write_card(tmp_path, FACTS)
+    once = path.read_text()
+    assert "# My words\n\nKeep them." in once and once.index("My words") < once.index("# small")
+    assert metadata(path)["license"] == "mit" and metadata(path)["tags"][0] == "mine"
+    path.write_text(once + "\nA word at the end.\n")
+    again = write_card(tmp_path, FACTS.__class__(**(vars(FACTS) | {"summary": "Another."}))).read_text()
+    assert again.count("# small") == 1 and "Another." in again and "compressed." not in again
+    assert "Keep them." in again and "A word at the end." in again
+    assert metadata(path)["tags"].count("comcat") == 1 and len(metadata(path)["model-index"]) == 1
+
+
+def test_a_folder_of_this_machine_does_not_become_a_base(tmp_path):
+    facts = CardFacts(**(vars(FACTS) | {"base": str(tmp_path), "dataset": None}))
+    path = write_card(tmp_path, facts)
+    assert "base_model" not in metadata(path) and "model-index" not in metadata(path)
+    assert shown_base(str(tmp_path)) == tmp_path.name and shown_base("user/dense") == "user/dense"
+
+
+def test_a_gallery_for_pipelines(tmp_path):
+    facts = CardFacts(**(vars(FACTS) | {"gallery": (("a photo of sks dog", "validation/0.png"),)}))
+    path = write_card(tmp_path, facts)
+    assert metadata(path)["widget"] == [{"text": "a photo of sks dog", "output": {"url": "validation/0.png"}}]
+    assert "<Gallery />" in path.read_text()
+
+
+def test_a_damaged_card_is_left_as_it_was(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: [\n---\nMine.\n")
+    with pytest.raises(CheckpointError, match=r"README.md: expected a model card with YAML metadata"):
+        write_card(tmp_path, FACTS)
+    assert path.read_text() == "---\nlicense: [\n---\nMine.\n"
+
+
+def test_tables():
+    assert markdown_table(()) == ""
+    assert markdown_table([("a", "b"), ("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
