@@ -330,17 +330,23 @@ def trainable(model: nn.Module) -> int:
 
 
 def interleave(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace, rounds: bool = False) -> Any:
-    """Seconds of every side, the median or by round; the order alternates from round to round."""
+    """Seconds of every side, the median or by round; the order alternates from round to round.
+
+    A side's time in a round is its fastest of `--runs`, one after another: what else a shared machine does only adds.
+    """
     found = []
     for index in range(args.warmup + args.repeats):
         taken = {}
         for name in list(sides)[:: 1 if index % 2 else -1]:
             getattr(sides[name], "prepare", lambda: None)()
-            synchronize(args)
-            start = time.perf_counter()
-            sides[name]()
-            synchronize(args)
-            taken[name] = time.perf_counter() - start
+            runs = []
+            for _ in range(args.runs if index >= args.warmup else 1):
+                synchronize(args)
+                start = time.perf_counter()
+                sides[name]()
+                synchronize(args)
+                runs.append(time.perf_counter() - start)
+            taken[name] = min(runs)
         if index >= args.warmup:
             found.append(taken)
     return found if rounds else {name: statistics.median(taken[name] for taken in found) for name in sides}
@@ -364,6 +370,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=1, help="of a side in a round; the fastest counts")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
