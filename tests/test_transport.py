@@ -5,9 +5,9 @@ import stat
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from comcat_hf import transport
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.transport import (
+    files,
     push_folder,
     read_json,
     resolve_file,
@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(transport.os, step, full)
+    monkeypatch.setattr(files.os, step, full)
     with pytest.raises(OSError, match="no space"):
         write_text_atomic(path, "new")
     assert path.read_text() == "old"

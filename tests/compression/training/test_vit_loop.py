@@ -603,7 +603,9 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("place", ["comcat_hf.transport.os.replace", "comcat_hf.training.checkpoints.torch.save"])
+@pytest.mark.parametrize(
+    "place", ["comcat_hf.transport.files.os.replace", "comcat_hf.training.checkpoints.torch.save"]
+)
 def test_a_full_disk_leaves_the_checkpoints_that_are_there(folder, tmp_path, monkeypatch, place):
     module, _, name = place.rpartition(".")
     real = getattr(os if "os" in module else torch, name)

@@ -1,0 +1,73 @@
+"""Local files: atomic writes and JSON that is checked."""
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, InvalidValueError
+
+
+__all__ = ["read_json", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+
+
+def write_bytes_atomic(path: str | os.PathLike, payload: bytes) -> Path:
+    """Write `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are readable by their owner only, and the renamed file would be so too.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> Path:
+    """Write `text` as UTF-8 with `write_bytes_atomic`."""
+    return write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_json_atomic(path: str | os.PathLike, payload: Mapping[str, Any]) -> Path:
+    """Write `payload` as indented JSON with `write_bytes_atomic`; NaN and infinity are refused."""
+    try:
+        text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(
+            f"{path}: expected a payload that JSON can hold, found one that it cannot ({error}); "
+            "use plain finite numbers, strings, lists and mappings"
+        ) from error
+    return write_text_atomic(path, text + "\n")
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON object from `path`; raise a `CheckpointError` naming file and position if it is none."""
+    path = Path(path)
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path}: expected JSON, found {error.msg} at line {error.lineno}, column {error.colno}; "
+            "the file is truncated or was edited by hand: save or download it again"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}: expected UTF-8 JSON, found a byte that is none at position {error.start}; "
+            "save or download the file again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: expected a readable JSON file, found {error.strerror or error}; check the path"
+        ) from error
+    if not isinstance(payload, dict):
+        raise CheckpointError(
+            f"{path}: expected a JSON object, found {type(payload).__name__}; save or download the file again"
+        )
+    return payload
