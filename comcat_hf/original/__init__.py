@@ -1,0 +1,6 @@
+"""Files of the original release of COMCAT, in and out."""
+
+from .ranks import read_original_ranks as read_original_ranks
+from .ranks import write_original_ranks as write_original_ranks
+from .vit import read_original_vit as read_original_vit
+from .vit import write_original_vit as write_original_vit

@@ -1,0 +1,93 @@
+"""`ranks.txt` of the original release: one line of numbers that only their order names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..configs import RankPlan
+from ..errors import CheckpointError, RankPlanError
+from ..transport import write_text_atomic
+
+
+__all__ = ["read_original_ranks", "write_original_ranks"]
+
+_PLACES = ("QK", "VO", "fc1", "fc2")
+
+
+def read_original_ranks(path: str | Path, layers: int) -> list[int]:
+    """The numbers of a `ranks.txt`.
+
+    Args:
+        path: the file.
+        layers: blocks of the model.
+
+    Returns:
+        `4 · layers + 1` ranks: of each block those of QK and VO, each over all heads together, fc1 and fc2; last the
+        head's.
+
+    Raises:
+        CheckpointError: no such file, something that is no number, or another count.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: expected a readable line of ranks, found none ({error}); check the path"
+        ) from error
+    ranks = []
+    for position, word in enumerate(text.strip().strip(",").split(",")):
+        word = word.strip()
+        if not word.isdecimal() or int(word) < 1:
+            raise CheckpointError(
+                f"{path}: expected positive whole numbers with commas between, found {word[:20]!r} at position "
+                f"{position}; download the file again"
+            )
+        ranks.append(int(word))
+    if len(ranks) != 4 * layers + 1:
+        raise CheckpointError(
+            f"{path}: expected {4 * layers + 1} ranks for {layers} blocks ({', '.join(_PLACES)} of each, and the "
+            f"head), found {len(ranks)}; the file belongs to another model"
+        )
+    return ranks
+
+
+def write_original_ranks(plan: RankPlan, path: str | Path, *, heads: int) -> Path:
+    """Write a plan as a `ranks.txt`.
+
+    Args:
+        plan: of a transformers ViT; every block with ranks for attention, fc1 and fc2, and the classifier with one.
+        path: file to write.
+        heads: attention heads of a block; the file counts their ranks together.
+
+    Returns:
+        the path.
+
+    Raises:
+        RankPlanError: a plan that the format cannot say: a layer that stays dense, an MLP with a width.
+    """
+    layers = 0
+    while any(name.startswith(f"vit.layers.{layers}.") for name in plan.ranks):
+        layers += 1
+    ranks: list[int] = []
+    for layer in range(layers):
+        attention = _entry(plan, f"vit.layers.{layer}.attention", ("qk", "vo"))
+        ranks += [attention["qk"] * heads, attention["vo"] * heads]
+        ranks += [_entry(plan, f"vit.layers.{layer}.mlp.{name}")["rank"] for name in ("fc1", "fc2")]
+    ranks.append(_entry(plan, "classifier")["rank"])
+    if len(plan.ranks) != 3 * layers + 1:
+        raise RankPlanError(
+            f"expected a plan of vit.layers.N.attention, .mlp.fc1, .mlp.fc2 and classifier, found others among "
+            f"{', '.join(sorted(plan.ranks))}; the original format has no place for them"
+        )
+    return write_text_atomic(path, ",".join(map(str, ranks)) + "\n")
+
+
+def _entry(plan: RankPlan, name: str, keys: Sequence[str] = ("rank",)) -> dict[str, Any]:
+    entry = plan.ranks.get(name)
+    found = {"rank": entry} if isinstance(entry, int) else dict(entry or {})
+    if set(found) != set(keys):
+        raise RankPlanError(
+            f"{name}: expected {' and '.join(keys)}, found {'no entry' if entry is None else entry}; "
+            "the original format says ranks of every layer, and neither dense layers nor widths"
+        )
+    return found

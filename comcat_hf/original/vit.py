@@ -1,0 +1,265 @@
+"""`checkpoint.pth` and `ranks.txt` of the original release, to and from a compressed ViT of transformers."""
+
+import argparse
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+from ..attention.surgery import apply_ranks
+from ..configs import RankPlan
+from ..errors import CheckpointError, InvalidValueError
+from ..native import attach_plan, plan_of
+from ..transport import write_bytes_atomic
+from .files import read_pickle, take_tensor
+from .ranks import read_original_ranks, write_original_ranks
+
+
+__all__ = ["read_original_vit", "write_original_vit"]
+
+CHECKPOINT, RANKS = "checkpoint.pth", "ranks.txt"
+_HEAD_WIDTH = 64  # of every DeiT
+_LOW_RANK = "selected_rank_layer."
+_NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+
+
+def read_original_vit(folder: str | Path, *, heads: int | None = None) -> ViTForImageClassification:
+    """Make a compressed ViT of the files that the original release's training leaves.
+
+    Every factor keeps its value; biases of keys fall away, since the softmax does not see them, those of values and
+    first factors are folded into the bias that follows: the outputs stay the same.
+
+    Args:
+        folder: with `checkpoint.pth` and `ranks.txt`. Image and patch size come from the shapes.
+        heads: attention heads of a block; default: width / 64.
+
+    Returns:
+        the model in eval mode, in fp32, with its plan (`comcat_hf.plan_of`).
+
+    Raises:
+        CheckpointError: files that are missing, damaged, of another model or not safe to read.
+        InvalidValueError: heads that do not fit the width.
+    """
+    folder = Path(folder).expanduser()
+    source = str(folder / CHECKPOINT)
+    content = read_pickle(source)
+    tensors = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{source}: expected the weights under the key 'model', found none; check the file")
+    reader = _Reader(dict(tensors), source)
+    config = reader.config(heads)
+    state, ranks = reader.state(config)
+    reader.check_ranks(read_original_ranks(folder / RANKS, config.num_hidden_layers), config)
+    if reader.rest:
+        raise CheckpointError(
+            f"{source}: expected the names of a DeiT with low-rank layers, found besides {', '.join(reader.rest[:6])}"
+            f"{' and more' if len(reader.rest) > 6 else ''}; models with a distillation token are not read"
+        )
+    model = ViTForImageClassification(config).eval()
+    apply_ranks(model, ranks, initialize=False)
+    model.load_state_dict(state)
+    return attach_plan(model, RankPlan(architecture=type(model).__name__, ranks=ranks))
+
+
+class _Reader:
+    """Takes tensors out of a checkpoint by name and shape; what is left at the end has not been understood."""
+
+    def __init__(self, tensors: dict[str, Any], source: str) -> None:
+        self.tensors, self.source = tensors, source
+        self.found: list[int | None] = []
+
+    @property
+    def rest(self) -> list[str]:
+        return sorted(self.tensors)
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        value = take_tensor(self.tensors, name, shape, self.source)
+        del self.tensors[name]
+        return value
+
+    def config(self, heads: int | None) -> ViTConfig:
+        position = take_tensor(self.tensors, "pos_embed", (1, None, None), self.source)
+        patches, width = position.shape[1] - 1, position.shape[2]
+        kernel = take_tensor(self.tensors, "patch_embed.proj.weight", (width, None, None, None), self.source)
+        side = round(patches**0.5)
+        layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+        if side * side != patches or kernel.shape[2] != kernel.shape[3] or layers != set(range(len(layers))):
+            raise CheckpointError(
+                f"{self.source}: expected square patches of a square image and blocks numbered from 0, found "
+                f"{patches} patches of {kernel.shape[2]} × {kernel.shape[3]} and the blocks {sorted(layers)}"
+            )
+        heads = width // _HEAD_WIDTH if heads is None else heads
+        if heads < 1 or width % heads:
+            raise InvalidValueError(
+                f"heads: expected a divisor of the width {width}, found {heads}; give the number of attention heads"
+            )
+        inner, classes = (
+            take_tensor(self.tensors, self.last(name, ".bias"), (None,), self.source).shape[0]
+            for name in ("blocks.0.mlp.fc1", "head")
+        )
+        return ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=len(layers),
+            num_attention_heads=heads,
+            intermediate_size=inner,
+            image_size=side * kernel.shape[2],
+            patch_size=kernel.shape[2],
+            num_channels=kernel.shape[1],
+            num_labels=classes,
+            layer_norm_eps=1e-6,
+        )
+
+    def last(self, name: str, end: str) -> str:
+        """The name of a layer's last weight or bias: of its last factor where it has low rank."""
+        low = f"{name}.{_LOW_RANK}last_factor{end}"
+        return low if low in self.tensors else f"{name}{end}"
+
+    def state(self, config: ViTConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """State dict and ranks of the model."""
+        width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
+        state: dict[str, Tensor] = {
+            "vit.embeddings.cls_token": self.take("cls_token", 1, 1, width),
+            "vit.embeddings.position_embeddings": self.take("pos_embed", 1, None, width),
+        }
+        kernel = (width, config.num_channels, patch, patch)
+        state |= self.pair("vit.embeddings.patch_embeddings.projection", "patch_embed.proj", kernel)
+        ranks: dict[str, Any] = {}
+        for layer in range(config.num_hidden_layers):
+            there, here = f"blocks.{layer}", f"vit.layers.{layer}"
+            for old, new in _NORMS.items():
+                state |= self.pair(f"{here}.{new}", f"{there}.{old}", (width,))
+            self.attention(f"{here}.attention", f"{there}.attn", config, state, ranks)
+            self.linear(f"{here}.mlp.fc1", f"{there}.mlp.fc1", (inner, width), state, ranks)
+            self.linear(f"{here}.mlp.fc2", f"{there}.mlp.fc2", (width, inner), state, ranks)
+        state |= self.pair("vit.layernorm", "norm", (width,))
+        self.linear("classifier", "head", (config.num_labels, width), state, ranks)
+        return state, ranks
+
+    def pair(self, here: str, there: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        weight, bias = self.take(f"{there}.weight", *shape), self.take(f"{there}.bias", shape[0])
+        return {f"{here}.weight": weight, f"{here}.bias": bias}
+
+    def bias(self, name: str, size: int) -> Tensor:
+        """A bias, or zeros where there is none."""
+        return self.take(name, size) if name in self.tensors else torch.zeros(size)
+
+    def attention(
+        self, here: str, there: str, config: ViTConfig, state: dict[str, Tensor], ranks: dict[str, Any]
+    ) -> None:
+        width, heads = config.hidden_size, config.num_attention_heads
+        low = f"{there}.{_LOW_RANK}"
+        if f"{low}w_qs.weight" not in self.tensors:
+            self.found += [None, None]
+            weight, bias = (
+                self.take(f"{there}.qkv.weight", 3 * width, width),
+                self.bias(f"{there}.qkv.bias", 3 * width),
+            )
+            for name, rows, part in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
+                state[f"{here}.{name}_proj.weight"], state[f"{here}.{name}_proj.bias"] = rows.clone(), part.clone()
+            state[f"{here}.o_proj.weight"] = self.take(f"{there}.proj.weight", width, width)
+            state[f"{here}.o_proj.bias"] = self.bias(f"{there}.proj.bias", width)
+            return
+        query = self.take(f"{low}w_qs.weight", None, width)
+        value = self.take(f"{low}w_vs.weight", None, width)
+        qk, vo = query.shape[0], value.shape[0]
+        if qk % heads or vo % heads:
+            raise CheckpointError(
+                f"{self.source}: expected {low}w_qs and w_vs to have the same rows for each of {heads} heads, found "
+                f"{qk} and {vo}; give the number of heads"
+            )
+        self.found += [qk, vo]
+        output = self.take(f"{low}proj.weight", width, vo)
+        self.bias(f"{low}w_ks.bias", qk)
+        state |= {
+            f"{here}.q_proj.weight": query,
+            f"{here}.q_proj.bias": self.bias(f"{low}w_qs.bias", qk),
+            f"{here}.k_proj.weight": self.take(f"{low}w_ks.weight", qk, width),
+            f"{here}.v_proj.weight": value,
+            f"{here}.o_proj.weight": output,
+            f"{here}.o_proj.bias": self.bias(f"{low}proj.bias", width) + output @ self.bias(f"{low}w_vs.bias", vo),
+        }
+        ranks[here] = {"qk": qk // heads, "vo": vo // heads}
+
+    def linear(
+        self, here: str, there: str, shape: tuple[int, int], state: dict[str, Tensor], ranks: dict[str, Any]
+    ) -> None:
+        rows, columns = shape
+        low = f"{there}.{_LOW_RANK}"
+        if f"{low}first_factor.weight" not in self.tensors:
+            self.found.append(None)
+            state[f"{here}.weight"] = self.take(f"{there}.weight", *shape)
+            state[f"{here}.bias"] = self.bias(f"{there}.bias", rows)
+            return
+        first = self.take(f"{low}first_factor.weight", None, columns)
+        rank = first.shape[0]
+        last = self.take(f"{low}last_factor.weight", rows, rank)
+        bias = self.bias(f"{low}last_factor.bias", rows) + last @ self.bias(f"{low}first_factor.bias", rank)
+        state |= {f"{here}.first_factor.weight": first, f"{here}.weight": last, f"{here}.bias": bias}
+        ranks[here] = rank
+        self.found.append(rank)
+
+    def check_ranks(self, given: list[int], config: ViTConfig) -> None:
+        for position, (said, there) in enumerate(zip(given, self.found, strict=True)):
+            if there not in (None, said):
+                block, place = divmod(position, 4)
+                last = position == len(given) - 1
+                where = "the head" if last else f"block {block}, {('QK', 'VO', 'fc1', 'fc2')[place]}"
+                raise CheckpointError(
+                    f"{self.source}: expected in {where} the rank {said} "
+                    f"of {RANKS}, found {there}; the two files belong to different models"
+                )
+
+
+def write_original_vit(model: ViTForImageClassification, folder: str | Path) -> Path:
+    """Write a compressed ViT as `checkpoint.pth` and `ranks.txt` of the original release.
+
+    Args:
+        model: whose plan names attention, fc1 and fc2 of every block and the classifier.
+        folder: where to write.
+
+    Returns:
+        the folder.
+
+    Raises:
+        RankPlanError: a plan that the format cannot say; see [`write_original_ranks`].
+        InvalidValueError: another class of model.
+    """
+    if not isinstance(model, ViTForImageClassification):
+        raise InvalidValueError(f"model: expected a ViTForImageClassification, found {type(model).__name__}")
+    folder = Path(folder).expanduser()
+    config, state = model.config, {key: value.detach().float().cpu() for key, value in model.state_dict().items()}
+    if config.layer_norm_eps != 1e-6:
+        raise InvalidValueError(
+            f"layer_norm_eps: expected 1e-6, which the original release has built in, found {config.layer_norm_eps}"
+        )
+    write_original_ranks(plan_of(model), folder / RANKS, heads=config.num_attention_heads)
+    tensors = {
+        "cls_token": state["vit.embeddings.cls_token"],
+        "pos_embed": state["vit.embeddings.position_embeddings"],
+    }
+    names = {"patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "norm": "vit.layernorm"}
+    linear = {"head": "classifier"}
+    for layer in range(config.num_hidden_layers):
+        there, here = f"blocks.{layer}", f"vit.layers.{layer}"
+        names |= {f"{there}.{old}": f"{here}.{new}" for old, new in _NORMS.items()}
+        linear |= {f"{there}.mlp.{name}": f"{here}.mlp.{name}" for name in ("fc1", "fc2")}
+        low = f"{there}.attn.{_LOW_RANK}"
+        for old, new in {"w_qs": "q_proj", "w_ks": "k_proj", "w_vs": "v_proj", "proj": "o_proj"}.items():
+            weight = state[f"{here}.attention.{new}.weight"]
+            # Zeros where there is none, so that the release's own flag for biases fits all four.
+            bias = state.get(f"{here}.attention.{new}.bias", torch.zeros(weight.shape[0]))
+            tensors |= {f"{low}{old}.weight": weight, f"{low}{old}.bias": bias}
+    for there, here in names.items():
+        tensors |= {f"{there}.{end}": state[f"{here}.{end}"] for end in ("weight", "bias")}
+    for there, here in linear.items():
+        tensors[f"{there}.{_LOW_RANK}first_factor.weight"] = state[f"{here}.first_factor.weight"]
+        tensors |= {f"{there}.{_LOW_RANK}last_factor.{end}": state[f"{here}.{end}"] for end in ("weight", "bias")}
+    payload = io.BytesIO()
+    torch.save({"model": tensors, "args": argparse.Namespace(model=model.config.model_type)}, payload)
+    write_bytes_atomic(folder / CHECKPOINT, payload.getvalue())
+    return folder

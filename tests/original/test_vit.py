@@ -1,0 +1,243 @@
+"""The ViT files of the original release against its formulas, written out."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import comcat_hf
+from comcat_hf.configs import RankPlan
+from comcat_hf.errors import CheckpointError, InvalidValueError, RankPlanError
+from comcat_hf.original import read_original_ranks, read_original_vit, write_original_ranks, write_original_vit
+
+
+WIDTH, HEADS, INNER, CLASSES, LAYERS, PATCH, SIDE = 32, 4, 48, 7, 2, 4, 3
+RANKS = [(8, 12, 10, 9), (4, 16, 11, 8)]
+HEAD_RANK = 5
+BIASES = ("attn", "first_factor")
+
+
+def release_files(folder, biases=BIASES, **changes):
+    """Random weights under the names of the release."""
+
+    def rand(*shape):
+        return torch.randn(*shape) / shape[-1] ** 0.5
+
+    tensors = {
+        "cls_token": rand(1, 1, WIDTH),
+        "pos_embed": rand(1, SIDE**2 + 1, WIDTH),
+        "patch_embed.proj.weight": rand(WIDTH, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": rand(WIDTH),
+        "norm.weight": 1 + rand(WIDTH),
+        "norm.bias": rand(WIDTH),
+    }
+
+    def linear(name, rows, columns, rank):
+        name += ".selected_rank_layer"
+        tensors[f"{name}.first_factor.weight"] = rand(rank, columns)
+        tensors[f"{name}.last_factor.weight"] = rand(rows, rank)
+        tensors[f"{name}.last_factor.bias"] = rand(rows)
+        if "first_factor" in biases:
+            tensors[f"{name}.first_factor.bias"] = rand(rank)
+
+    for i, (qk, vo, fc1, fc2) in enumerate(RANKS):
+        block = f"blocks.{i}"
+        for norm in ("norm1", "norm2"):
+            tensors |= {f"{block}.{norm}.weight": 1 + rand(WIDTH), f"{block}.{norm}.bias": rand(WIDTH)}
+        low = f"{block}.attn.selected_rank_layer"
+        for name, rows, columns in (
+            ("w_qs", qk, WIDTH),
+            ("w_ks", qk, WIDTH),
+            ("w_vs", vo, WIDTH),
+            ("proj", WIDTH, vo),
+        ):
+            tensors[f"{low}.{name}.weight"] = rand(rows, columns)
+            if "attn" in biases:
+                tensors[f"{low}.{name}.bias"] = rand(rows)
+        linear(f"{block}.mlp.fc1", INNER, WIDTH, fc1)
+        linear(f"{block}.mlp.fc2", WIDTH, INNER, fc2)
+    linear("head", CLASSES, WIDTH, HEAD_RANK)
+    tensors |= changes
+    folder.mkdir(exist_ok=True)
+    content = {"model": {k: v for k, v in tensors.items() if v is not None}, "epoch": 3}
+    torch.save(content | {"args": argparse.Namespace(lr=1e-4)}, folder / "checkpoint.pth")
+    (folder / "ranks.txt").write_text(",".join(str(r) for block in RANKS for r in block) + f",{HEAD_RANK}")
+    return content["model"]
+
+
+def release_logits(t, images):
+    """The release's forward, in its own names."""
+
+    def linear(x, name):
+        name += ".selected_rank_layer"
+        x = F.linear(x, t[f"{name}.first_factor.weight"], t.get(f"{name}.first_factor.bias"))
+        return F.linear(x, t[f"{name}.last_factor.weight"], t[f"{name}.last_factor.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (WIDTH,), t[f"{name}.weight"], t[f"{name}.bias"], 1e-6)
+
+    x = F.conv2d(images, t["patch_embed.proj.weight"], t["patch_embed.proj.bias"], stride=PATCH).flatten(2).mT
+    x = torch.cat([t["cls_token"].expand(len(x), -1, -1), x], 1) + t["pos_embed"]
+    for i in range(LAYERS):
+        y = norm(x, f"blocks.{i}.norm1")
+        low = f"blocks.{i}.attn.selected_rank_layer"
+        q, k, v = (
+            F.linear(y, t[f"{low}.{n}.weight"], t.get(f"{low}.{n}.bias")).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for n in ("w_qs", "w_ks", "w_vs")
+        )
+        scores = (q @ k.mT) * (WIDTH // HEADS) ** -0.5
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + F.linear(mixed, t[f"{low}.proj.weight"], t.get(f"{low}.proj.bias"))
+        y = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        x = x + linear(F.gelu(y), f"blocks.{i}.mlp.fc2")
+    return linear(norm(x, "norm")[:, 0], "head")
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, PATCH * SIDE, PATCH * SIDE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biases", [(), ("attn",), ("first_factor",), BIASES])
+def test_the_model_answers_as_the_formulas_do(tmp_path, images, biases):
+    tensors = release_files(tmp_path, biases)
+    model = read_original_vit(tmp_path, heads=HEADS)
+    torch.testing.assert_close(model(images).logits, release_logits(tensors, images), rtol=0, atol=1e-5)
+    plan = comcat_hf.plan_of(model)
+    assert plan.ranks["vit.layers.0.attention"] == {"qk": 2, "vo": 3}
+    assert plan.ranks["vit.layers.1.mlp.fc2"] == 8
+    model.save_pretrained(tmp_path / "native")
+    again = type(model).from_pretrained(tmp_path / "native")
+    assert torch.equal(again(images).logits, model(images).logits)
+
+
+@torch.no_grad()
+def test_layers_may_be_dense(tmp_path, images):
+    low = "blocks.1.attn.selected_rank_layer"
+    gone = {f"{low}.{n}.{e}": None for n in ("w_qs", "w_ks", "w_vs", "proj") for e in ("weight", "bias")}
+    gone |= {
+        f"head.selected_rank_layer.{n}.{e}": None for n in ("first_factor", "last_factor") for e in ("weight", "bias")
+    }
+    dense = {
+        "blocks.1.attn.qkv.weight": torch.randn(3 * WIDTH, WIDTH) / 6,
+        "blocks.1.attn.qkv.bias": torch.randn(3 * WIDTH),
+    }
+    dense |= {
+        "blocks.1.attn.proj.weight": torch.randn(WIDTH, WIDTH) / 6,
+        "blocks.1.attn.proj.bias": torch.randn(WIDTH),
+    }
+    dense |= {"head.weight": torch.randn(CLASSES, WIDTH), "head.bias": torch.randn(CLASSES)}
+    tensors = release_files(tmp_path, **gone, **dense)
+    q, k, v = dense["blocks.1.attn.qkv.weight"].chunk(3)
+    bq, bk, bv = dense["blocks.1.attn.qkv.bias"].chunk(3)
+    same = {"w_qs.weight": q, "w_ks.weight": k, "w_vs.weight": v, "w_qs.bias": bq, "w_ks.bias": bk, "w_vs.bias": bv}
+    same |= {f"proj.{e}": dense[f"blocks.1.attn.proj.{e}"] for e in ("weight", "bias")}
+    tensors = tensors | {f"{low}.{name}": value for name, value in same.items()}
+    tensors["head.selected_rank_layer.first_factor.weight"] = torch.eye(WIDTH)
+    tensors |= {f"head.selected_rank_layer.last_factor.{e}": dense[f"head.{e}"] for e in ("weight", "bias")}
+    model = read_original_vit(tmp_path, heads=HEADS)
+    torch.testing.assert_close(model(images).logits, release_logits(tensors, images), rtol=0, atol=1e-5)
+    assert set(comcat_hf.plan_of(model).ranks) == {
+        *("vit.layers.0.attention", "vit.layers.0.mlp.fc1", "vit.layers.0.mlp.fc2"),
+        *("vit.layers.1.mlp.fc1", "vit.layers.1.mlp.fc2"),
+    }
+
+
+@torch.no_grad()
+def test_there_and_back(tmp_path, images):
+    release_files(tmp_path / "a")
+    model = read_original_vit(tmp_path / "a", heads=HEADS)
+    write_original_vit(model, tmp_path / "b")
+    assert (tmp_path / "b" / "ranks.txt").read_text().strip() == (tmp_path / "a" / "ranks.txt").read_text()
+    written = torch.load(tmp_path / "b" / "checkpoint.pth", weights_only=False)["model"]
+    torch.testing.assert_close(release_logits(written, images), model(images).logits, rtol=0, atol=1e-5)
+    assert torch.equal(read_original_vit(tmp_path / "b", heads=HEADS)(images).logits, model(images).logits)
+
+
+def test_plans_that_the_format_cannot_say_are_refused(tmp_path):
+    plan = RankPlan(architecture="ViTForImageClassification", ranks={"vit.layers.0.attention": {"qk": 2, "vo": 3}})
+    with pytest.raises(RankPlanError, match=r"vit\.layers\.0\.mlp\.fc1: expected rank, found no entry"):
+        write_original_ranks(plan, tmp_path / "ranks.txt", heads=2)
+    assert not (tmp_path / "ranks.txt").exists()
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, save):
+    release_files(tmp_path)
+    save({"model": {}, "args": Malicious(tmp_path / "run")}, tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match="nothing of it was run"):
+        read_original_vit(tmp_path, heads=HEADS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"cls_token": None}, "expected the tensor cls_token .*found none"),
+        ({"norm.bias": torch.zeros(3)}, r"expected norm\.bias to be 32 .*found 3"),
+        ({"norm.bias": torch.zeros(WIDTH, dtype=torch.long)}, r"norm\.bias.*int64"),
+        ({"norm.bias": "text"}, r"norm\.bias.*found str"),
+        ({"dist_token": torch.zeros(1)}, "found besides dist_token"),
+        ({"pos_embed": torch.zeros(1, 9, WIDTH)}, "found 8 patches"),
+        ({"blocks.0.attn.selected_rank_layer.w_ks.weight": torch.zeros(4, WIDTH)}, "w_ks.weight to be 8"),
+        ({"blocks.0.attn.selected_rank_layer.w_qs.weight": torch.zeros(6, WIDTH)}, "same rows for each of 4 heads"),
+        ({"blocks.0.mlp.fc1.selected_rank_layer.first_factor.weight": torch.zeros(3, WIDTH)}, "last_factor.weight"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, changes, says):
+    release_files(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=says):
+        read_original_vit(tmp_path, heads=HEADS)
+
+
+def test_heads_that_do_not_fit_the_width(tmp_path):
+    release_files(tmp_path)
+    for heads in (None, 5):
+        with pytest.raises(InvalidValueError, match="expected a divisor of the width 32"):
+            read_original_vit(tmp_path, heads=heads)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("8,12,10,9,4,16,11,8", "expected 9 ranks for 2 blocks .*found 8"),
+        ("8,12,10,9,4,16,11,8,x", "found 'x' at position 8"),
+        ("8,12,10,9,4,16,11,-8,5", "found '-8' at position 7"),
+        ("8,12,10,9,4,16,12,8,5", "block 1, fc1 the rank 12 of ranks.txt, found 11"),
+        ("8,12,10,9,4,16,11,8,6", "in the head the rank 6 of ranks.txt, found 5"),
+        ("", "found '' at position 0"),
+    ],
+)
+def test_ranks_that_are_not_the_models(tmp_path, text, says):
+    release_files(tmp_path)
+    (tmp_path / "ranks.txt").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        read_original_vit(tmp_path, heads=HEADS)
+
+
+def test_files_that_are_not_there_or_damaged(tmp_path):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth: expected a file that torch\.save wrote"):
+        read_original_vit(tmp_path)
+    release_files(tmp_path)
+    whole = (tmp_path / "checkpoint.pth").read_bytes()
+    for cut in (0, 100, len(whole) // 2):
+        (tmp_path / "checkpoint.pth").write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pth"):
+            read_original_vit(tmp_path, heads=HEADS)
+    torch.save([1], tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match="under the key 'model'"):
+        read_original_vit(tmp_path, heads=HEADS)
+    with pytest.raises(CheckpointError, match="readable line of ranks"):
+        read_original_ranks(tmp_path / "none.txt", 2)
