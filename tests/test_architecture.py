@@ -28,7 +28,7 @@ FLOORS = {
     "tuners": 3,
     "compression": 4,
     "customization": 4,
-    "original": 4,
+    "original": 4.5,
     "plots": 5,
     "demo": 5.5,
     "demo_customize": 5.75,

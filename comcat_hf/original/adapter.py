@@ -1,0 +1,187 @@
+"""`comcat_weight.pt` of the original release, to and from a ComCAT adapter of a UNet."""
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..configs import ComCATConfig
+from ..customization import save_comcat_weights
+from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..transport import write_bytes_atomic
+from .files import read_pickle, take_tensor
+
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+__all__ = ["convert_original_adapter", "write_original_adapter"]
+
+_NAMES = ("query", "key", "value", "output")
+
+
+def convert_original_adapter(
+    file: str | Path, output: str | Path, base: "str | Path | UNet2DConditionModel", *, alpha: float = 1.0
+) -> Path:
+    """Make a ComCAT adapter of the weights that the original release's training leaves.
+
+    The release multiplies both factors of a pair by alpha, so the adapter's scale is its square.
+
+    Args:
+        file: `comcat_weight.pt`, a list of tensors that only their order names.
+        output: folder to write, which [`load_comcat_weights`] reads.
+        base: what the weights belong to: folder or Hub id of a pipeline or of its UNet, or the UNet itself.
+        alpha: as given to the release when it draws.
+
+    Returns:
+        the folder.
+
+    Raises:
+        CheckpointError: a file that is not safe to read, damaged, or of another base.
+        InvalidValueError: an alpha that is not finite.
+    """
+    if not math.isfinite(alpha):
+        raise InvalidValueError(f"alpha: expected a finite number, found {alpha}")
+    content = read_pickle(file)
+    if not isinstance(content, list | tuple) or not all(isinstance(tensor, Tensor) for tensor in content):
+        raise CheckpointError(f"{file}: expected a list of tensors, found {type(content).__name__}; check the file")
+    unet, name = (
+        (_load_unet(base), str(base)) if isinstance(base, str | Path) else (base, str(base.config._name_or_path))
+    )
+    modules = dict(release_attentions(unet))
+    if len(content) != 4 * len(modules):
+        raise CheckpointError(
+            f"{file}: expected {4 * len(modules)} tensors, 4 for each of {len(modules)} attention modules of {name}, "
+            f"found {len(content)}; give the base that it was trained on"
+        )
+    tensors = {f"number {position}": tensor for position, tensor in enumerate(content)}
+    values: dict[str, dict[str, Tensor]] = {}
+    ranks: dict[str, dict[str, int]] = {}
+    for place, (path, module) in enumerate(modules.items()):
+        given = [f"number {4 * place + offset}" for offset in range(4)]
+        query = take_tensor(tensors, given[0], (None, module.to_q.in_features), str(file))
+        key = take_tensor(tensors, given[1], (query.shape[0], module.to_k.in_features), str(file))
+        value = take_tensor(tensors, given[2], (None, module.to_v.in_features), str(file))
+        out = take_tensor(tensors, given[3], (module.to_out[0].out_features, value.shape[0]), str(file))
+        for number, rows in ((given[0], query.shape[0]), (given[2], value.shape[0])):
+            if rows == 0 or rows % module.heads:
+                raise CheckpointError(
+                    f"{file}: expected {number} to have as many rows for each of the {module.heads} heads of {path}, "
+                    f"found {rows}; give the base that it was trained on"
+                )
+        values[path] = dict(zip(_NAMES, (query, key, value, out), strict=True))
+        ranks[path] = {"qk": query.shape[0] // module.heads, "vo": value.shape[0] // module.heads}
+    first = next(iter(ranks.values()))
+    config = ComCATConfig(
+        mode="customize",
+        qk_rank=first["qk"],
+        vo_rank=first["vo"],
+        rank_pattern={path: entry for path, entry in ranks.items() if entry != first},
+        target_modules=None if set(modules) == set(_all_attentions(unet)) else list(modules),
+        scale=alpha**2,
+    )
+    unet.add_adapter(config, adapter_name="original")
+    try:
+        with torch.no_grad():
+            for path, factors in values.items():
+                residual = unet.get_submodule(path).comcat_factors["original"]
+                for part, tensor in factors.items():
+                    getattr(residual, part).weight.copy_(tensor)
+        return save_comcat_weights({"unet": unet}, output, "original", base_model_name_or_path=name)
+    finally:
+        unet.delete_adapters("original")
+
+
+def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapter_name: str = "default") -> float:
+    """Write an adapter of a UNet as the original release's list of tensors.
+
+    Args:
+        unet: with the adapter.
+        file: to write.
+        adapter_name: which adapter.
+
+    Returns:
+        the alpha to give to the release.
+
+    Raises:
+        InvalidValueError: an adapter that the format cannot say: cores, modules left out, several ranks, a negative
+            scale.
+    """
+    configs = getattr(unet, "peft_config", None) or {}
+    if not isinstance(config := configs.get(adapter_name), ComCATConfig):
+        raise InvalidValueError(
+            f"unet: expected a ComCAT adapter {adapter_name!r}, found {', '.join(configs) or 'none'}"
+        )
+    tensors: list[Tensor] = []
+    ranks: set[tuple[int | None, int | None]] = set()
+    released = dict(release_attentions(unet))
+    for path, module in released.items():
+        residual = dict(getattr(module, "comcat_factors", {})).get(adapter_name)
+        if residual is None or any(getattr(residual, part) is None for part in _NAMES):
+            raise InvalidValueError(
+                f"{path}: expected full factors of queries, keys, values and output, found "
+                f"{'none' if residual is None else 'cores or one pair only'}; the original format has full factors "
+                "for every attention module"
+            )
+        tensors += [getattr(residual, part).weight.detach().float().cpu().clone() for part in _NAMES]
+        ranks.add(residual.ranks)
+    others = [
+        path
+        for path, module in _all_attentions(unet).items()
+        if path not in released and adapter_name in getattr(module, "comcat_factors", {})
+    ]
+    if others or len(ranks) > 1 or len(set(next(iter(ranks)))) > 1 or config.scale < 0:
+        raise InvalidValueError(
+            "expected one rank for all attention modules of down_blocks[:3], up_blocks[1:4] and mid_block and a scale "
+            f"of at least 0, found the ranks {sorted(ranks)}, the scale {config.scale}"
+            f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot say this"
+        )
+    payload = io.BytesIO()
+    torch.save(tensors, payload)
+    write_bytes_atomic(file, payload.getvalue())
+    return config.scale**0.5
+
+
+def release_attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Paths and attention modules in the order of the release."""
+    stages = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks[:3])]
+    stages += [(f"up_blocks.{i}", block) for i, block in list(enumerate(unet.up_blocks))[1:4]]
+    stages += [("mid_block", unet.mid_block)]
+    for stage, block in stages:
+        for i, attention in enumerate(getattr(block, "attentions", None) or ()):
+            for j, transformer in enumerate(attention.transformer_blocks):
+                for name in ("attn1", "attn2"):
+                    yield f"{stage}.attentions.{i}.transformer_blocks.{j}.{name}", getattr(transformer, name)
+
+
+def _all_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in unet.named_modules() if path.endswith((".attn1", ".attn2"))}
+
+
+def _load_unet(base: str | Path) -> "UNet2DConditionModel":
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError as error:
+        raise ComCATError(
+            "Adapters need diffusers, which is not installed. Install it with: pip install 'comcat_hf[diffusers]'"
+        ) from error
+    folder = Path(base).expanduser()
+    bare = folder.is_dir() and not (folder / "unet").is_dir()
+    try:
+        if bare:
+            return UNet2DConditionModel.from_pretrained(folder)
+        try:
+            return UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+        except OSError:
+            if folder.is_dir():
+                raise
+            return UNet2DConditionModel.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ComCATError(
+            f"{base}: expected the folder or Hub id of a pipeline or of its UNet, found none that can be loaded "
+            f"({str(error).strip().splitlines()[0]}); check the name"
+        ) from error
