@@ -5,9 +5,13 @@ import sys
 
 import pytest
 import typer
+from PIL import Image
+from transformers import pipeline
 from typer.testing import CliRunner
 
-from comcat_hf import cli
+from comcat_hf import RankPlan, cli
+from comcat_hf.cli import demo as demo_commands
+from comcat_hf.cli import shell
 from comcat_hf.errors import InvalidValueError
 
 
@@ -92,26 +96,28 @@ def test_the_demo_of_customizing_is_run_with_its_options(tmp_path, monkeypatch):
         asked.append((output, settings, progress))
         raise InvalidValueError("enough")
 
-    monkeypatch.setattr(cli, "run_customize_demo", refuse)
+    monkeypatch.setattr(demo_commands, "run_customize_demo", refuse)
     options = ("--steps", "7", "--base-steps", "8", "--samples", "9", "--seed", "3", "--threads", "1", "--no-progress")
     result = run("demo-customize", "--output", str(tmp_path), *options)
     assert (result.exit_code, result.stderr) == (1, "comcat demo-customize: enough\n")
-    wanted = cli.CustomizeDemoSettings(steps=7, base_steps=8, samples=9, seed=3, threads=1)
+    wanted = demo_commands.CustomizeDemoSettings(steps=7, base_steps=8, samples=9, seed=3, threads=1)
     assert asked == [(tmp_path, wanted, False)]
     run("demo-customize")
-    assert asked[1][1:] == (cli.CustomizeDemoSettings(), True)
+    assert asked[1][1:] == (demo_commands.CustomizeDemoSettings(), True)
 
 
 def test_a_new_command_is_added_by_decorator_and_guarded(monkeypatch):
-    monkeypatch.setattr(cli, "app", typer.Typer())
-    cli.app.callback()(cli.commands)
+    app = typer.Typer()
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(shell, "app", app)
+    app.callback()(shell.commands)
 
-    @cli.command
+    @shell.command(app)
     def fail(times: int = 1) -> None:
         """Fails."""
         raise InvalidValueError(f"{times} times")
 
-    @cli.command
+    @shell.command(app)
     def crash() -> None:
         """A fault of ours, which is not hidden."""
         raise RuntimeError("a bug")
@@ -122,7 +128,7 @@ def test_a_new_command_is_added_by_decorator_and_guarded(monkeypatch):
 
 
 def test_columns_line_up():
-    text = cli.table(("model", "n"), [("dense", "1,000"), ("a longer name", "7")])
+    text = shell.table(("model", "n"), [("dense", "1,000"), ("a longer name", "7")])
     assert text.splitlines() == [
         "model              n",
         "-------------  -----",
@@ -137,3 +143,55 @@ def test_the_module_runs_as_a_program():
     assert done.returncode == 1
     assert done.stderr == "comcat demo: reduction must be a share between 0 and 1, got 2.0.\n"
     assert done.stdout == ""
+
+
+def save_plan(folder, **ranks):
+    sites = {"vit.layers.0.attention": {"qk": 4, "vo": 6}, "vit.layers.0.mlp": {"width": 24}, "classifier": 3}
+    plan = RankPlan(ranks=sites | ranks, architecture="ViTForImageClassification", reached=0.5)
+    plan.save_pretrained(folder)
+    return str(folder)
+
+
+def test_ranks_are_shown_and_compared(tmp_path):
+    one = save_plan(tmp_path / "one")
+    other = save_plan(tmp_path / "other", classifier=5)
+    result = run("ranks", "show", one)
+    assert result.exit_code == 0
+    for words in ("ViTForImageClassification", "50.00%", "qk 4, vo 6", "width 24", "rank 3"):
+        assert words in result.stdout
+    result = run("ranks", "compare", one, other)
+    assert "classifier  rank 3  rank 5" in result.stdout
+    assert "1 of 3 sites differ" in result.stdout
+    assert "same ranks for all 3" in run("ranks", "compare", one, one).stdout
+    result = run("ranks", "show", str(tmp_path))
+    assert (result.exit_code, "Traceback" in result.output) == (1, False)
+    assert result.stderr.startswith("comcat ranks show: ")
+
+
+def test_files_of_the_release_are_converted(tmp_path):
+    from tests.original.test_vit import HEADS, release_files
+
+    release_files(tmp_path / "release")
+    result = run("convert", "vit", str(tmp_path / "release"), str(tmp_path / "out"), "--heads", str(HEADS))
+    assert result.exit_code == 0, result.output
+    image = Image.new("RGB", (20, 30))
+    assert len(pipeline("image-classification", str(tmp_path / "out"))(image)) == 5
+    result = run("convert", "vit", str(tmp_path / "none"), str(tmp_path / "no"))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("comcat convert vit: ")
+    assert not (tmp_path / "no").exists()
+    result = run("convert", "adapter", str(tmp_path / "none.pt"), str(tmp_path / "no"), "--base", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("comcat convert adapter: ")
+
+
+def test_pull_copies_a_folder_and_push_says_what_is_missing(tmp_path):
+    save_plan(tmp_path / "plan")
+    result = run("pull", str(tmp_path / "plan"), str(tmp_path / "copy"))
+    assert result.exit_code == 0
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == [
+        path.name for path in (tmp_path / "plan").iterdir()
+    ]
+    result = run("push", str(tmp_path / "plan"), "user/repo")
+    assert result.exit_code == 1
+    assert "comcat push: user/repo: expected to upload 1 files, but" in result.stderr

@@ -1,55 +1,16 @@
-"""The command line: `comcat <command>`. Everything that prints is here."""
+"""`comcat demo` and `comcat demo-customize`."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .demo import BATCH, DemoResult, DemoSettings, run_demo
-from .demo_customize import CustomizeDemoResult, CustomizeDemoSettings, run_customize_demo
-from .errors import ComCATError
+from ..demo import BATCH, DemoResult, DemoSettings, run_demo
+from ..demo_customize import CustomizeDemoResult, CustomizeDemoSettings, run_customize_demo
+from .shell import app, command, table
 
 
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="comcat",
-    help="Compress and customize attention-based vision models with low-rank attention.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def main() -> None:
-    """Entry point of `comcat`."""
-    app(prog_name="comcat")
-
-
-@app.callback()
-def commands() -> None:
-    """Keeps `comcat` an app of several commands while it has one."""
-
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Add a command; an error that comcat_hf raises on purpose is one message and exit code 1, no traceback."""
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except ComCATError as error:
-            name = function.__name__.replace("_", "-")
-            typer.echo(f"comcat {name}: {error}", err=True)
-            raise typer.Exit(1) from None
-
-    app.command()(guarded)
-    return function
-
-
-@command
+@command(app)
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("comcat_demo"),
     reduction: Annotated[float, typer.Option(help="Share of the parameters to remove, 0 to 1.")] = 0.5,
@@ -90,7 +51,7 @@ def show(result: DemoResult) -> None:
     )
 
 
-@command
+@command(app)
 def demo_customize(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("comcat_demo/customize"),
     steps: Annotated[int, typer.Option(help="Steps in which each method learns the new digit.", min=1)] = 100,
@@ -140,18 +101,3 @@ def show_customize(result: CustomizeDemoResult) -> None:
         f'    pipe("a photo of a V*", guidance_scale={settings.guidance:g}).images[0]\n\n'
         f"Done in {result.seconds:.0f} s."
     )
-
-
-def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """Columns of text, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-
-    def row(cells: tuple[str, ...]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
-
-    return "\n".join([row(head), "  ".join("-" * width for width in widths), *map(row, lines)])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,8 @@
+"""The command line: `comcat <command>`. Everything that prints is here."""
+
+# Each module adds its commands to the app.
+from . import convert as convert
+from . import demo as demo
+from . import files as files
+from .shell import app as app
+from .shell import main as main

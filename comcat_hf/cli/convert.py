@@ -1,0 +1,65 @@
+"""`comcat convert`: files of the original release into ours."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..compression import count_parameters
+from ..errors import InvalidValueError
+from ..original import convert_original_adapter, read_original_vit
+from .shell import app, command
+
+
+convert = typer.Typer(name="convert", help="Turn files of the original release into ours.", no_args_is_help=True)
+app.add_typer(convert)
+
+
+@command(convert)
+def vit(
+    folder: Annotated[Path, typer.Argument(help="With checkpoint.pth and ranks.txt.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the compressed model.")],
+    heads: Annotated[int | None, typer.Option(help="Attention heads of a block.", show_default="width / 64")] = None,
+) -> None:
+    """A compressed ViT. Image and patch size come from the shapes; nothing is unpickled that could run code."""
+    _check_output(out)
+    model = read_original_vit(folder, heads=heads)
+    from transformers import DeiTImageProcessorPil
+
+    size = model.config.image_size
+    processor = DeiTImageProcessorPil(
+        size={"height": round(size * 256 / 224), "width": round(size * 256 / 224)},
+        crop_size={"height": size, "width": size},
+    )
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    typer.echo(
+        f"{out}: {type(model).__name__}, {count_parameters(model):,} parameters, images of {size} × {size}.\n\n"
+        f"    import comcat_hf\n"
+        f"    from transformers import pipeline\n\n"
+        f'    pipeline("image-classification", "{out}")'
+    )
+
+
+@command(convert)
+def adapter(
+    file: Annotated[Path, typer.Argument(help="comcat_weight.pt.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the adapter.")],
+    base: Annotated[str, typer.Option(help="Folder or Hub id of the pipeline it was trained on, or of its UNet.")],
+    alpha: Annotated[float, typer.Option(help="As given to the release when it draws.")] = 1.0,
+) -> None:
+    """A ComCAT adapter of a diffusion pipeline."""
+    _check_output(out)
+    convert_original_adapter(file, out, base, alpha=alpha)
+    typer.echo(
+        f"{out}: an adapter of {base}.\n\n"
+        f"    import comcat_hf\n"
+        f"    from diffusers import DiffusionPipeline\n\n"
+        f'    pipe = DiffusionPipeline.from_pretrained("{base}")\n'
+        f'    comcat_hf.load_comcat_weights(pipe, "{out}")'
+    )
+
+
+def _check_output(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InvalidValueError(f"{out}: expected a folder to write to, found a file; give another path")
