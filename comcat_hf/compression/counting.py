@@ -21,6 +21,9 @@ def count_parameters(model: nn.Module, names: tuple[str, ...] | None = None) -> 
     Args:
         model: any module.
         names: paths of modules to count; all by default.
+
+    Returns:
+        the number.
     """
     modules = [model] if names is None else [model.get_submodule(name) for name in names]
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
@@ -84,6 +87,9 @@ def count_macs(model: nn.Module, names: tuple[str, ...] | None = None, inputs: M
         model: a dense or compressed transformers model.
         names: paths of modules to count; all by default.
         inputs: model inputs; one sample of native size by default.
+
+    Returns:
+        the number of one sample; a multiplication and an addition count as one.
     """
     macs = trace(model, inputs, whole=names is None).macs
     if names is not None:

@@ -164,6 +164,9 @@ def load_comcat_weights(
 def unload_comcat_weights(pipeline: Pipeline) -> None:
     """Take every ComCAT adapter away and leave the dense attention modules; adapters of other methods stay.
 
+    Args:
+        pipeline: a pipeline, or its parts by name.
+
     Raises:
         InvalidValueError: an adapter is fused.
     """

@@ -22,6 +22,12 @@ def is_native(model: nn.Module) -> bool:
 def plan_of(model: nn.Module) -> RankPlan:
     """The rank plan that a compressed model was built from.
 
+    Args:
+        model: what `compress` returned, or such a model loaded again.
+
+    Returns:
+        the plan, with the ranks that the model has now.
+
     Raises:
         InvalidValueError: the model is not compressed.
     """
