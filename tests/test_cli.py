@@ -1,18 +1,23 @@
 """The command line: help, errors without tracebacks, exit codes."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import typer
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import pipeline
+from transformers import ViTConfig, ViTForImageClassification, pipeline
 from typer.testing import CliRunner
 
-from comcat_hf import RankPlan, cli
+import comcat_hf
+from comcat_hf import ComCATConfig, RankPlan, cli
 from comcat_hf.cli import demo as demo_commands
 from comcat_hf.cli import shell
 from comcat_hf.errors import InvalidValueError
+from tests.customization.pipelines import tiny_unet
+from tests.original.test_vit import HEADS, release_files
 
 
 def run(*arguments):
@@ -169,8 +174,6 @@ def test_ranks_are_shown_and_compared(tmp_path):
 
 
 def test_files_of_the_release_are_converted(tmp_path):
-    from tests.original.test_vit import HEADS, release_files
-
     release_files(tmp_path / "release")
     result = run("convert", "vit", str(tmp_path / "release"), str(tmp_path / "out"), "--heads", str(HEADS))
     assert result.exit_code == 0, result.output
@@ -195,3 +198,39 @@ def test_pull_copies_a_folder_and_push_says_what_is_missing(tmp_path):
     result = run("push", str(tmp_path / "plan"), "user/repo")
     assert result.exit_code == 1
     assert "comcat push: user/repo: expected to upload 1 files, but" in result.stderr
+
+
+def test_info_says_what_a_folder_holds(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
+    comcat_hf.compress(vit, 0.4).save_pretrained(tmp_path / "model")
+    result = run("info", str(tmp_path / "model"))
+    assert result.exit_code == 0, result.output
+    for words in (
+        "kind: compressed model",
+        "ViTForImageClassification",
+        "of the params of the model",
+        "model.safetensors",
+    ):
+        assert words in result.stdout
+    assert "kind: rank plan" in run("info", save_plan(tmp_path / "plan")).stdout
+    get_peft_model(copy.deepcopy(vit), ComCATConfig(qk_rank=4, vo_rank=5)).save_pretrained(tmp_path / "adapter")
+    result = run("info", str(tmp_path / "adapter"))
+    assert "kind: adapter, mode compress" in result.stdout
+    assert "qk_rank 4, vo_rank 5" in result.stdout
+    unet = tiny_unet(attention_head_dim=4, use_linear_projection=False)
+    unet.add_adapter(ComCATConfig(mode="customize", qk_rank=2, core=True))
+    comcat_hf.save_comcat_weights({"unet": unet}, tmp_path / "pipeline")
+    result = run("info", str(tmp_path / "pipeline"))
+    assert "kind: pipeline adapter" in result.stdout
+    assert "part unet: qk_rank 2, core" in result.stdout
+
+
+def test_info_refuses_what_is_not_ours_by_name(tmp_path):
+    vit = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    get_peft_model(vit, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    result = run("info", str(tmp_path / "lora"))
+    assert result.exit_code == 1
+    assert "found an adapter of the method LORA" in result.stderr
+    (tmp_path / "empty").mkdir()
+    assert "found a model or folder of another kind" in run("info", str(tmp_path / "empty")).stderr

@@ -6,7 +6,10 @@ from typing import Annotated
 import typer
 
 from ..configs import RankPlan
-from ..transport import pull_folder, push_folder
+from ..customization.pipelines import INDEX
+from ..errors import CheckpointError
+from ..native.transformers import QUANT_METHOD
+from ..transport import pull_folder, push_folder, read_json
 from .shell import app, command, table
 
 
@@ -53,6 +56,69 @@ def pull(
     typer.echo(
         pull_folder(repo_id, folder, revision=revision, allow_patterns=include or None, ignore_patterns=ignore or None)
     )
+
+
+@command(app)
+def info(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    revision: _Revision = None,
+) -> None:
+    """Say what a folder or a repository holds: its kind, its base, its ranks, and the sizes of a folder's files."""
+    folder = pull_folder(source, revision=revision, allow_patterns="*.json")
+    facts = _facts(folder)
+    if facts is None:
+        raise CheckpointError(
+            f"{source}: expected a rank plan, a compressed model or a ComCAT adapter, found "
+            f"{_other(folder)}; load it with the library that wrote it"
+        )
+    for name, value in facts.items():
+        if value is not None:
+            typer.echo(f"{name}: {value}")
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [(path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}") for path in found]
+    typer.echo()
+    typer.echo(table(("file", "bytes"), files))
+
+
+def _facts(folder: Path) -> dict[str, object] | None:
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        facts = {"kind": "pipeline adapter", "base": index.get("base_model_name_or_path")}
+        return facts | {f"part {name}": _adapter(folder / name) for name in index.get("parts", {})}
+    adapter, model = folder / "adapter_config.json", folder / "config.json"
+    if adapter.is_file() and (fields := read_json(adapter)).get("peft_type") == "COMCAT":
+        base = fields.get("base_model_name_or_path")
+        return {"kind": f"adapter, mode {fields.get('mode')}", "base": base, "ranks": _adapter(folder)}
+    if model.is_file():
+        config = read_json(model)
+        recorded = dict(config.get("quantization_config") or {})
+        if recorded.pop("quant_method", None) == QUANT_METHOD:
+            names = ", ".join(config.get("architectures") or ())
+            plan = RankPlan.from_dict(recorded, str(model))
+            return {"kind": "compressed model", "architecture": names} | _of_plan(plan)
+    try:
+        return {"kind": "rank plan"} | _of_plan(RankPlan.from_pretrained(folder))
+    except CheckpointError:
+        return None
+
+
+def _adapter(folder: Path) -> str:
+    fields = read_json(folder / "adapter_config.json")
+    sizes = {name: fields.get(name) for name in ("qk_rank", "vo_rank", "linear_rank", "mlp_width")}
+    said = [f"{name} {value}" for name, value in sizes.items() if value is not None]
+    return ", ".join(said + (["core"] if fields.get("core") else []))
+
+
+def _of_plan(plan: RankPlan) -> dict[str, object]:
+    reached = None if plan.reached is None else f"{plan.reached:.2%} of the {plan.metric} of the {plan.scope}"
+    return {"base": plan.base_model_name_or_path, "removed": reached, "sites": len(plan.ranks)}
+
+
+def _other(folder: Path) -> str:
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        return f"an adapter of the method {read_json(adapter).get('peft_type')}"
+    return "a model or folder of another kind"
 
 
 @command(ranks)
