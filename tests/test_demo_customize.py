@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import comcat_hf
 from comcat_hf import ComCATConfig
-from comcat_hf.cli import show_customize
+from comcat_hf.cli.demo import show_customize
 from comcat_hf.demo import load_digits
 from comcat_hf.demo_customize import CustomizeDemoSettings, base, judge, methods, run, run_customize_demo
 from comcat_hf.errors import ComCATError, InvalidValueError
