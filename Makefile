@@ -17,11 +17,13 @@ help:
 	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
 	@echo "make clean    remove caches and build files (not .venv)"
 
-# torch comes first and alone, so that the build comes from whichever wheel index is configured.
+# torch comes first and alone, so that the build comes from whichever wheel index is configured. torchao lies beside
+# the other packages: transformers imports it wherever it is found, and only its own tests should pay for that.
 $(STAMP): setup.cfg setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e ".[all,test,quality]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --upgrade --target .venv/torchao torchao
 	touch $@
 
 demo: $(STAMP)
