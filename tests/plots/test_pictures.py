@@ -1,6 +1,7 @@
-"""The pictures: what they show, as numbers, and that real PNGs come out."""
+"""The pictures: what they show, as numbers, and that real PNGs and SVGs come out."""
 
 import builtins
+import xml.etree.ElementTree as ElementTree
 
 import matplotlib
 import pytest
@@ -9,8 +10,16 @@ from PIL import Image
 
 import comcat_hf
 from comcat_hf import RankPlan
+from comcat_hf.attention import meta_copy
 from comcat_hf.errors import ComCATError, InvalidValueError
-from comcat_hf.plots import head_spectra, plot_compression, plot_image_grid, rank_table
+from comcat_hf.plots import (
+    head_spectra,
+    plot_compression,
+    plot_image_grid,
+    plot_ranks,
+    plot_reductions,
+    rank_table,
+)
 from tests.helpers import small_clip, small_vit
 
 
@@ -156,3 +165,77 @@ def test_a_grid_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ComCATError, match=r"pip install 'comcat_hf\[demo\]'"):
         plot_image_grid(grid_of("a"), tmp_path / "grid.png", columns=("x", "y", "z"))
+
+
+CURVES = {"width": [(0.5, 0.95), (0.3, 0.98)], "rank": [(0.3, 0.93), (0.5, 0.9)], "one": [(0.4, 0.9)]}
+DRAW = {
+    "plot_compression": lambda path: plot_compression(*vit_and_plan(), path),
+    "plot_ranks": lambda path: plot_ranks(*vit_and_plan(), path),
+    "plot_reductions": lambda path: plot_reductions(CURVES, path, dense=0.99, title="A title"),
+    "plot_image_grid": lambda path: plot_image_grid(grid_of("ab"), path, columns="xyz"),
+}
+
+
+def vit_and_plan():
+    model, _ = small_vit()
+    return model, comcat_hf.allocate_ranks(model, 0.4)
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_every_picture_is_a_png_or_an_svg_by_its_name(tmp_path, name):
+    with Image.open(DRAW[name](tmp_path / "picture.png")) as image:
+        assert image.format == "PNG"
+    torch.manual_seed(0)
+    once = DRAW[name](tmp_path / "picture.svg").read_bytes()
+    root = ElementTree.fromstring(once)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(list(root.iter())) > 30
+    torch.manual_seed(0)
+    assert DRAW[name](tmp_path / "PICTURE.SVG").read_bytes() == once
+    with pytest.raises(InvalidValueError, match=r"picture.jpg: expected a file name that ends in .png or .svg"):
+        DRAW[name](tmp_path / "picture.jpg")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["PICTURE.SVG", "picture.png", "picture.svg"]
+
+
+def test_a_rank_map_needs_no_weights(tmp_path):
+    model, plan = vit_and_plan()
+    real = plot_ranks(model, plan, tmp_path / "real.svg").read_bytes()
+    assert plot_ranks(meta_copy(model), plan, tmp_path / "meta.svg").read_bytes() == real
+
+
+def test_curves_are_told_apart_without_colour_and_drawn_in_order(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, real = {}, Axes.plot
+
+    def plot(self, x, y, **style):
+        drawn[style["label"]] = (x, y, style["marker"], style["color"], style["linestyle"])
+        return real(self, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    plot_reductions(CURVES, tmp_path / "curves.png")
+    assert drawn["width"][:2] == ([0.3, 0.5], [0.98, 0.95])
+    assert drawn["one"][4] == "none"
+    assert len({style[2] for style in drawn.values()}) == len({style[3] for style in drawn.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [({}, "needs points, found none"), ({"a": []}, "needs points"), ({"a": [(30, 0.9)]}, "a: expected reductions")],
+)
+def test_curves_without_sense_are_refused(tmp_path, curves, message):
+    with pytest.raises(InvalidValueError, match=message):
+        plot_reductions(curves, tmp_path / "curves.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_in_colour_keep_their_colours(tmp_path):
+    pure = torch.zeros(2, 3, 8, 8)
+    pure[0, 0], pure[1, 2] = 1, 1
+    path = plot_image_grid({"before": pure, "after": pure.flip(0)}, tmp_path / "grid.png", columns=("a", "b"), size=2)
+    with Image.open(path) as image:
+        colors = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
+    assert colors[255, 0, 0] > 10_000
+    assert colors[0, 0, 255] > 10_000
+    with pytest.raises(InvalidValueError, match=r"expected the shape \(columns, h, w\) or \(columns, 3, h, w\)"):
+        plot_image_grid({"a": torch.zeros(2, 4, 8, 8)}, tmp_path / "other.png", columns=("a", "b"))
