@@ -9,6 +9,7 @@ import typer
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, pipeline
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
 import comcat_hf
@@ -17,6 +18,7 @@ from comcat_hf.cli import demo as demo_commands
 from comcat_hf.cli import shell
 from comcat_hf.errors import InvalidValueError
 from tests.customization.pipelines import tiny_unet
+from tests.helpers import small_vit
 from tests.original.test_vit import HEADS, release_files
 
 
@@ -234,3 +236,68 @@ def test_info_refuses_what_is_not_ours_by_name(tmp_path):
     assert "found an adapter of the method LORA" in result.stderr
     (tmp_path / "empty").mkdir()
     assert "found a model or folder of another kind" in run("info", str(tmp_path / "empty")).stderr
+
+
+def test_a_plan_is_drawn_by_what_lies_beside_it_or_by_a_base(tmp_path):
+    vit, _ = small_vit()
+    vit.save_pretrained(tmp_path / "dense")
+    small = comcat_hf.compress(vit, 0.4)
+    small.save_pretrained(tmp_path / "small")
+    result = run("ranks", "plot", str(tmp_path / "small"), str(tmp_path / "beside.png"))
+    assert (result.exit_code, result.stdout.strip()) == (0, str(tmp_path / "beside.png"))
+    with Image.open(tmp_path / "beside.png") as image:
+        assert image.format == "PNG"
+    file = str(tmp_path / "small" / "comcat_ranks.json")
+    comcat_hf.plan_of(small).save_pretrained(tmp_path / "plan")
+    assert run("ranks", "plot", file, str(tmp_path / "file.svg")).exit_code == 0
+    given = ("--base", str(tmp_path / "dense"))
+    assert run("ranks", "plot", str(tmp_path / "plan"), str(tmp_path / "base.svg"), *given).exit_code == 0
+    assert (tmp_path / "base.svg").read_bytes() == (tmp_path / "file.svg").read_bytes()
+    result = run("ranks", "plot", file, str(tmp_path / "ranks.pdf"))
+    assert result.exit_code == 1
+    assert "expected a file name that ends in .png or .svg" in result.stderr
+
+
+@pytest.fixture
+def digits_vit(tmp_path):
+    """A small classifier with its image processor, and a folder of images by class for each split."""
+    vit, _ = small_vit(image_size=8, patch_size=4, num_labels=2, id2label={0: "dark", 1: "light"})
+    vit.save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    for split, count in (("train", 24), ("validation", 6)):
+        for label, level in (("dark", 30), ("light", 220)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (level + number, level, level)).save(folder / f"{number}.png")
+    return tmp_path
+
+
+def test_a_classifier_is_compressed_measured_and_reported(digits_vit):
+    out = digits_vit / "out"
+    options = ("--reduction", "0.4", "--data", str(digits_vit / "data"), "--samples", "16", "--sweep", "0.2")
+    result = run("compress", str(digits_vit / "vit"), str(out), *options)
+    assert result.exit_code == 0, result.output
+    assert "top-1" in result.stdout
+    assert f"Report: {out / 'report.html'}" in result.stdout
+    shown = Image.new("RGB", (8, 8), (30, 30, 30))
+    assert {found["label"] for found in pipeline("image-classification", str(out))(shown)} == {"dark", "light"}
+    assert "kind: compressed model" in run("info", str(out)).stdout
+    again = run(
+        "compress", str(digits_vit / "vit"), str(out), "--reduction", "0.3", "--data", str(digits_vit / "data")
+    )
+    assert again.exit_code == 1
+    assert "another OUT, or --overwrite" in again.stderr
+
+
+def test_weights_alone_will_do_and_errors_speak_of_this_commands_options(digits_vit):
+    result = run("compress", str(digits_vit / "vit"), str(digits_vit / "out"), "--reduction", "0.4")
+    assert result.exit_code == 0, result.output
+    assert (digits_vit / "out" / "report.html").is_file()
+    none = str(digits_vit / "none")
+    result = run("compress", str(digits_vit / "vit"), str(digits_vit / "no"), "--reduction", "0.4", "--data", none)
+    assert result.exit_code == 1
+    assert f"comcat compress: --data {none}: expected a data set" in result.stderr
+    result = run("compress", none, str(digits_vit / "no"), "--reduction", "0.4")
+    assert f"comcat compress: MODEL {none}: expected a folder or Hub id" in result.stderr
+    assert "Give one of --reduction and --plan" in run("compress", none, str(digits_vit / "no")).stderr

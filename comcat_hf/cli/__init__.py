@@ -1,8 +1,10 @@
 """The command line: `comcat <command>`. Everything that prints is here."""
 
 # Each module adds its commands to the app.
+from . import compress as compress
 from . import convert as convert
 from . import demo as demo
 from . import files as files
+from . import ranks as ranks
 from .shell import app as app
 from .shell import main as main

@@ -1,4 +1,4 @@
-"""`comcat push`, `comcat pull` and `comcat ranks`: results to the Hub and back, and what a plan says."""
+"""`comcat push`, `comcat pull` and `comcat info`: results to the Hub and back, and what a folder holds."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +14,6 @@ from .shell import app, command, table
 
 
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
-ranks = typer.Typer(name="ranks", help="Look at rank plans.", no_args_is_help=True)
-app.add_typer(ranks)
 
 
 @command(app)
@@ -119,47 +117,3 @@ def _other(folder: Path) -> str:
     if adapter.is_file():
         return f"an adapter of the method {read_json(adapter).get('peft_type')}"
     return "a model or folder of another kind"
-
-
-@command(ranks)
-def show(
-    plan: Annotated[str, typer.Argument(help="Folder, file or Hub id.")],
-    revision: _Revision = None,
-) -> None:
-    """Print the ranks and widths of a plan."""
-    found = RankPlan.from_pretrained(plan, revision=revision)
-    facts = {
-        "architecture": found.architecture,
-        "base": found.base_model_name_or_path,
-        "strategy": found.strategy,
-        f"{found.metric} of the {found.scope} removed": None if found.reached is None else f"{found.reached:.2%}",
-    }
-    for name, value in facts.items():
-        if value is not None:
-            typer.echo(f"{name}: {value}")
-    typer.echo()
-    typer.echo(table(("site", "kept"), [(name, _entry(entry)) for name, entry in found.ranks.items()]))
-
-
-@command(ranks)
-def compare(
-    first: Annotated[str, typer.Argument(help="Folder, file or Hub id.")],
-    second: Annotated[str, typer.Argument(help="Another.")],
-) -> None:
-    """Print where two plans differ."""
-    plans = [RankPlan.from_pretrained(name).ranks for name in (first, second)]
-    names = list(dict.fromkeys([*plans[0], *plans[1]]))
-    lines = [
-        (name, *(_entry(plan[name]) if name in plan else "dense" for plan in plans))
-        for name in names
-        if plans[0].get(name) != plans[1].get(name)
-    ]
-    if not lines:
-        typer.echo(f"The same ranks for all {len(names)} sites.")
-        return
-    typer.echo(table(("site", "first", "second"), lines))
-    typer.echo(f"\n{len(lines)} of {len(names)} sites differ.")
-
-
-def _entry(entry: object) -> str:
-    return ", ".join(f"{key} {value}" for key, value in entry.items()) if isinstance(entry, dict) else f"rank {entry}"

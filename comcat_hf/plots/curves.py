@@ -10,6 +10,8 @@ from .figures import COLORS, check_format, new_figure, save_figure
 __all__ = ["plot_reductions"]
 
 _MARKERS = "osD^vPX"
+# Of the vertical axis: noise must not look like a cliff.
+_LEAST_SPAN = 0.1
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -50,10 +52,8 @@ def plot_reductions(
     axes = figure.subplots()
     if dense is not None:
         axes.axhline(dense, color="#777777", linewidth=1, zorder=1)
-        axes.annotate(
-            f"dense {dense:.4g}", (1, dense), xycoords=("axes fraction", "data"), xytext=(-2, 3), ha="right",
-            textcoords="offset points", fontsize=8, color="#555555",
-        )  # fmt: skip
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (-2, 3)}
+        axes.annotate(f"dense {dense:.4g}", (1, dense), ha="right", fontsize=8, color="#555555", **place)
     for number, (name, points) in enumerate(curves.items()):
         ordered = sorted(points)
         axes.plot(
@@ -70,6 +70,9 @@ def plot_reductions(
     axes.set_xlabel("reduction: share removed")
     axes.set_ylabel(quality)
     axes.xaxis.set_major_formatter("{x:.0%}")
+    low, high = axes.get_ylim()
+    spare = max(_LEAST_SPAN - (high - low), 0) / 2
+    axes.set_ylim(low - spare, high + spare)
     axes.set_xlim(left=min(0, axes.get_xlim()[0]))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -49,11 +49,13 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
 
 
 def _shown_sites(dense: nn.Module, plan: RankPlan) -> dict[str, Site]:
-    """Every site, of an MLP that loses hidden units the whole in place of its layers."""
+    """Every site; of an MLP the whole, in place of its layers, where the plan has widths and gives these no ranks."""
     sites = find_sites(dense, width=True)
-    narrow = {name for name, site in sites.items() if site.kind == "mlp" and name in plan.ranks}
-    within = {path for name in narrow for path in sites[name].dense_modules()}
-    return {n: site for n, site in sites.items() if n in narrow or (site.kind != "mlp" and n not in within)}
+    mlps = {name: site.dense_modules() for name, site in sites.items() if site.kind == "mlp"}
+    widths = not plan.ranks.keys().isdisjoint(mlps)
+    whole = {name for name, layers in mlps.items() if widths and plan.ranks.keys().isdisjoint(layers)}
+    within = {path for name in whole for path in mlps[name]}
+    return {n: site for n, site in sites.items() if n in whole or (site.kind != "mlp" and n not in within)}
 
 
 @torch.no_grad()
