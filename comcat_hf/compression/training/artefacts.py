@@ -70,6 +70,24 @@ class Artefacts:
     def results(self) -> Path:
         return self.folder / "eval_results.json"
 
+    @property
+    def sweep(self) -> Path:
+        """A model of another reduction, while it is measured."""
+        return self.folder / ".sweep"
+
+    @property
+    def sweep_results(self) -> Path:
+        return self.folder / "sweep_results.json"
+
+    @property
+    def picture(self) -> Path:
+        """Ranks and spectra, for the card."""
+        return self.folder / "ranks.png"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
     def seed(self) -> int | None:
         """The seed of the run so far."""
         return self._read().get("seed")
@@ -111,9 +129,10 @@ class Artefacts:
 
     def clear(self) -> None:
         """Remove what stages made; the folder may hold other files, which stay."""
-        for path in (self.statistics, self.initial):
+        for path in (self.statistics, self.initial, self.sweep):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.search_state, self.results, self.folder / _RECORD):
+        files = (self.search_state, self.results, self.sweep_results, self.picture, self.report)
+        for path in (*files, self.folder / _RECORD):
             path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:

@@ -238,7 +238,8 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
     """
     names, chosen = model_labels(config)
     opened: dict[str, Split] = {}
-    for role, source in open_sources(settings).items():
+    sources = open_sources(settings) if settings.has_source else {}
+    for role, source in sources.items():
         vocabulary = read_vocabulary(source.rows, source.features, settings.label_column_name, source.place)
         table, names = match_labels(vocabulary, names, chosen, source.place, settings.label_column_name)
         # Names that came from the training images hold for the validation images as well.

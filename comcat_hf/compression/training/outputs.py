@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ from torch import nn
 from ...cards import CardFacts, Measured, shown_base, write_card
 from ...transport import push_folder, write_json_atomic
 from .planning import CompressPlan
+from .reporting import Metrics, comparison
 from .settings import CompressSettings
 
 
 __all__ = ["push_model", "save_model", "write_model_card", "write_results"]
-
-Metrics = Mapping[str, Mapping[str, float]]
 
 _SNIPPET = """
 import comcat_hf
@@ -25,7 +23,8 @@ from transformers import pipeline
 classify = pipeline("image-classification", "{repository}")
 """
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
-_NAMES = {"dense": "dense", "initial": "compressed, before fine-tuning", "final": "compressed"}
+_PUSHED = (".safetensors", ".json", ".md", ".png", ".html")
+_RANKS = "Ranks and widths kept of every layer, and the spectra of the attention products"
 
 
 def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
@@ -46,7 +45,9 @@ def write_results(path: Path, metrics: Metrics) -> None:
     write_json_atomic(path, {name: dict(values) for name, values in metrics.items()})
 
 
-def write_model_card(folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics) -> Path:
+def write_model_card(
+    folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics, picture: Path | None = None
+) -> Path:
     """Write the card of a compressed model from what was measured; a person's words in a card that is there are kept.
 
     Args:
@@ -54,6 +55,7 @@ def write_model_card(folder: Path, settings: CompressSettings, plan: CompressPla
         settings: what it was made from.
         plan: its sizes.
         metrics: of the dense, the initial and the final model; those of the final one make the card's results.
+        picture: of ranks and spectra, in the same folder.
     """
     dense, small = plan.parameters
     name = settings.hub_model_id or folder.resolve().name
@@ -72,21 +74,25 @@ def write_model_card(folder: Path, settings: CompressSettings, plan: CompressPla
             tags=("model-compression",),
             dataset=settings.dataset_name if settings.dataset_name and "/" in settings.dataset_name else None,
             measured=[Measured("accuracy", _METRICS[key], final[key]) for key in _METRICS if key in final],
-            table=_table(metrics),
+            table=comparison(plan, metrics),
+            pictures=[(_RANKS, picture.name)] if picture is not None else [],
             details=plan.describe(),
         ),
     )
 
 
 def push_model(folder: Path, settings: CompressSettings) -> str:
-    """Upload the model, its plan, its card and its results: no checkpoint, no log, no statistics.
+    """Upload the model, its plan, its card, its results and the report: no checkpoint, no log, no statistics.
 
     Returns:
         the commit's address.
     """
     with tempfile.TemporaryDirectory() as staging:
         for path in folder.iterdir():
-            wanted = path.suffix in (".safetensors", ".json", ".md") and path.name != "comcat_stages.json"
+            wanted = path.suffix in (".safetensors", ".json", ".md", ".png") and path.name not in (
+                "comcat_stages.json",
+                "sweep_results.json",
+            )
             if path.is_file() and wanted and not path.name.startswith("."):
                 shutil.copy2(path, staging)
         return push_folder(
@@ -96,11 +102,3 @@ def push_model(folder: Path, settings: CompressSettings) -> str:
             commit_message="Compress with comcat_hf",
             token=settings.hub_token,
         )
-
-
-def _table(metrics: Metrics) -> list[tuple[str, ...]]:
-    rows = [
-        (_NAMES.get(name, name), f"{values['top1']:.2%}", f"{values['top5']:.2%}", f"{values['samples']:,.0f}")
-        for name, values in metrics.items()
-    ]
-    return [("model", "top-1", "top-5", "images"), *rows] if rows else []

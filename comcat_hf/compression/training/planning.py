@@ -106,20 +106,27 @@ class CompressPlan:
             f"{self.plan.strategy if self.exact else settings.strategy}",
             "Parameters": f"{dense:,} -> {small:,} ({small / dense - 1:+.1%}){note}",
             "MACs": f"{dense_macs:,} -> {small_macs:,} ({small_macs / dense_macs - 1:+.1%})",
+        }
+        if settings.has_source:
+            lines["Images"] = "unknown (streamed)" if self.images is None else f"{self.images:,}"
+        if "finetune" in settings.stage_names:
+            lines |= self._training()
+        lines |= {"Stages": ", ".join(settings.stage_names), "Seed": str(self.seed)}
+        width = max(map(len, lines))
+        return "\n".join(f"{name + ':':<{width + 1}} {text}" for name, text in lines.items())
+
+    def _training(self) -> dict[str, str]:
+        settings = self.settings
+        return {
             "Trained": f"{self.trained:,} parameters, route {settings.route}",
             "Memory": f"{self.bytes / 2**20:,.0f} MiB per process for weights, gradients, optimizer and teacher; "
             "activations come on top",
-            "Images": "unknown (streamed)" if self.images is None else f"{self.images:,}",
             "Steps": f"{self.steps.total:,} ({self.steps.epochs:.2f} epochs) of "
             f"{settings.per_device_train_batch_size} images x {self.processes} processes x "
             f"{settings.gradient_accumulation_steps} accumulated"
             + (f", {self.first_step:,} of them done" if self.first_step else ""),
             "Rate": f"{self.learning_rate:g}, cosine to {settings.min_learning_rate:g}",
-            "Stages": ", ".join(settings.stage_names),
-            "Seed": str(self.seed),
         }
-        width = max(map(len, lines))
-        return "\n".join(f"{name + ':':<{width + 1}} {text}" for name, text in lines.items())
 
 
 def describe_run(

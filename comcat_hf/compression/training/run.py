@@ -18,6 +18,7 @@ from ...training.checkpoints import Progress, find_checkpoint, remove_checkpoint
 from ...training.interruption import Interruption
 from ...training.randomness import choose_seed
 from ...training.trackers import tracker_of
+from ..statistics import Statistics
 from .artefacts import Artefacts, check_writable, digest_of
 from .augmentation import ImagePreparation, Mixing
 from .data import BrokenImages, open_splits
@@ -26,10 +27,12 @@ from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor
 from .outputs import push_model, save_model, write_model_card, write_results
 from .planning import CompressPlan, Steps, describe_run, plan_steps
+from .reporting import draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
 from .stages import Interrupted, Setting, allocate, calibrate, initialize, on_main
 from .stream import batches_per_epoch, evaluation_batches, train_batches
+from .sweep import SweepPoint, measure_sweep
 
 
 __all__ = ["CompressResult", "compress_vit"]
@@ -50,6 +53,7 @@ class CompressResult:
         interrupted: the signal that ended it early, or `None`.
         checkpoint: what an interrupted fine-tuning goes on from.
         commit: address of the upload.
+        sweep: other reductions that were measured.
     """
 
     output_dir: Path
@@ -59,6 +63,7 @@ class CompressResult:
     interrupted: str | None = None
     checkpoint: Path | None = None
     commit: str | None = None
+    sweep: tuple[SweepPoint, ...] = ()
 
 
 def compress_vit(
@@ -151,6 +156,8 @@ def _carry_out(
         "initial": lambda: load_classifier(run.artefacts.initial, "--output_dir"),
     }
     models["final"] = models["initial"]
+    # Before fine-tuning, which by route peft makes a small model of the dense one.
+    points = _sweep(run, statistics)
     if run.artefacts.was_done("finetune") and run.done("finetune"):
         models["final"] = lambda: load_classifier(run.artefacts.folder, "--output_dir")
     elif "finetune" in run.settings.stage_names:
@@ -164,7 +171,16 @@ def _carry_out(
         if student.route == "peft":
             # The dense model has become the small one.
             models["dense"] = lambda: load_dense(run.settings)
-    return _conclude(run, result, models)
+    return _conclude(run, replace(result, sweep=points), models, statistics)
+
+
+def _sweep(run: Setting, statistics: Statistics | None) -> tuple[SweepPoint, ...]:
+    if "evaluate" not in run.settings.stage_names or not run.settings.sweep_reductions:
+        return ()
+    if run.splits.validation is None:
+        run.say("Sweep: left out, as there are no validation images.")
+        return ()
+    return measure_sweep(run, run.dense, statistics, partial(_evaluate, run))
 
 
 def _finetune(
@@ -212,13 +228,21 @@ def _finetune(
     return trained, student
 
 
-def _conclude(run: Setting, result: CompressResult, models: Mapping[str, Callable[[], nn.Module]]) -> CompressResult:
+def _conclude(
+    run: Setting,
+    result: CompressResult,
+    models: Mapping[str, Callable[[], nn.Module]],
+    statistics: Statistics | None,
+) -> CompressResult:
     names, folder = run.settings.stage_names, run.artefacts.folder
     metrics: dict[str, Mapping[str, float]] = {}
     if "evaluate" in names and run.splits.validation is None:
         run.say("Stage evaluate: left out, as there are no validation images.")
     elif "evaluate" in names:
-        metrics = {name: _evaluate(run, load(), name) for name, load in models.items()}
+        for name, load in models.items():
+            # Without fine-tuning the initial model is the final one.
+            same = next((metrics[other] for other in metrics if models[other] is load), None)
+            metrics[name] = _evaluate(run, load(), name) if same is None else same
         on_main(run.accelerator, lambda: write_results(run.artefacts.results, metrics))
         for name, found in metrics.items():
             run.say(f"{name:8} top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['samples']:,} images")
@@ -228,7 +252,10 @@ def _conclude(run: Setting, result: CompressResult, models: Mapping[str, Callabl
         def export() -> None:
             if not run.artefacts.was_done("finetune"):
                 save_model(models["final"]().cpu(), run.processor, folder)
-            write_model_card(folder, run.settings, result.plan, metrics)
+            dense = models["dense"]().cpu()
+            picture = draw_ranks(dense, result.plan, statistics, run.artefacts.picture)
+            write_run_report(run.artefacts, dense, result.plan, metrics, statistics, result.sweep)
+            write_model_card(folder, run.settings, result.plan, metrics, picture)
 
         on_main(run.accelerator, export)
     if "push" in names and run.settings.push_to_hub:

@@ -63,6 +63,9 @@ class CompressSettings:
     plan: str | None = _flag(None, "Folder, file or Hub id of a rank plan; then none is made.")
     weights_only: bool = _flag(False, "Factors from the weights alone, as the paper does, not from statistics.")
     compensate: bool = _flag(True, "Factorise layer by layer on what the compressed layers before produce.")
+    sweep: str | None = _flag(
+        None, "Other reductions, such as 0.3,0.7, to measure without fine-tuning; the report draws them."
+    )
     calibration_samples: int = _flag(256, "Training images for statistics, sensitivity and compensation.")
     calibration_batch_size: int = _flag(32, "Images per calibration batch.")
     search_epochs: int = _flag(5, "Times through the search split.")
@@ -161,6 +164,29 @@ class CompressSettings:
         asked = [name.strip() for name in self.stages.split(",") if name.strip()]
         return tuple(name for name in STAGES if name in asked)
 
+    @property
+    def sweep_reductions(self) -> tuple[float, ...]:
+        """The reductions of `sweep`.
+
+        Raises:
+            InvalidValueError: one is no share above 0 and below 1.
+        """
+        try:
+            found = tuple(float(one) for one in (self.sweep or "").split(",") if one.strip())
+        except ValueError:
+            found = (math.nan,)
+        if not all(0 < one < 1 for one in found):
+            raise InvalidValueError(
+                f"--sweep must be shares above 0 and below 1, such as 0.3,0.7, got {self.sweep!r}."
+            )
+        return found
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether any stage reads training or validation images."""
+        from_data = not self.weights_only or self.strategy in ("sensitivity", "search")
+        return from_data or "finetune" in self.stage_names or bool(self.sweep_reductions)
+
     def interval(self, name: str, epoch: int) -> int | None:
         """The steps between two checkpoints or evaluations; `None` for never.
 
@@ -192,20 +218,33 @@ class CompressSettings:
             raise InvalidValueError("--reduction must be a share above 0 and below 1, got 0.")
         if self.strategy == "search" and self.mlp in ("width", "mixed"):
             raise InvalidValueError(f"--strategy search chooses ranks only, got --mlp {self.mlp}. Give --mlp rank.")
+        if self.strategy == "search" and self.sweep_reductions:
+            raise InvalidValueError(
+                "--sweep measures reductions one after the other, got --strategy search, which would be run for each. "
+                "Leave --sweep out, or take another strategy."
+            )
         if self.output_path.is_file():
             raise InvalidValueError(f"--output_dir {self.output_dir}: expected a folder, found a file. Give another.")
         self._check_sources()
 
-    def _check_sources(self) -> None:
-        sources = {
+    @property
+    def has_source(self) -> bool:
+        """Whether images are named at all."""
+        return any(self._sources.values())
+
+    @property
+    def _sources(self) -> dict[str, str | None]:
+        return {
             "--dataset_name": self.dataset_name,
             "--train_file": self.train_file or self.validation_file,
             "--train_dir": self.train_dir or self.validation_dir,
         }
-        given = [name for name, value in sources.items() if value]
-        if len(given) != 1:
+
+    def _check_sources(self) -> None:
+        given = [name for name, value in self._sources.items() if value]
+        if len(given) > 1 or (not given and self.needs_images):
             raise InvalidValueError(
-                f"Give one of {', '.join(sources)} (with their validation counterparts), got "
+                f"Give one of {', '.join(self._sources)} (with their validation counterparts), got "
                 f"{' and '.join(given) or 'none'}."
             )
 

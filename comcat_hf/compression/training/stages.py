@@ -17,6 +17,7 @@ from ..allocation import allocate_ranks
 from ..compress import compress
 from ..distillation import DistillationLoss
 from ..search import SearchState, search_ranks
+from ..sensitivity import Sensitivities, measure_sensitivities
 from ..statistics import Statistics, collect_statistics
 from ..strategies import MEASURING
 from .artefacts import Artefacts, facts_of, whole_folder
@@ -27,7 +28,7 @@ from .settings import CompressSettings
 from .stream import calibration_batches
 
 
-__all__ = ["Interrupted", "Setting", "allocate", "calibrate", "initialize", "on_main"]
+__all__ = ["Interrupted", "Setting", "allocate", "allocated", "calibrate", "factorised", "initialize", "on_main"]
 
 # Search steps between two saves of its state.
 _SAVE_SEARCH = 100
@@ -62,6 +63,7 @@ class Setting:
     seed: int
     say: Callable[[str], None]
     _batches: list[dict[str, Tensor]] = field(default_factory=list)
+    _sensitivities: list[Sensitivities] = field(default_factory=list)
 
     def calibration_batches(self) -> list[dict[str, Tensor]]:
         """The same on every process; read once."""
@@ -69,6 +71,21 @@ class Setting:
             split = self.train_split("statistics")
             self._batches = calibration_batches(split, self.preparation, self.settings, self.seed)
         return self._batches
+
+    def sensitivities(self, dense: nn.Module, statistics: Statistics | None) -> Sensitivities:
+        """Of the dense model; measured once, by this process alone."""
+        if not self._sensitivities:
+            found = measure_sensitivities(
+                dense,
+                self.calibration_batches(),
+                scope=self.settings.scope,
+                mlp=self.settings.mlp or ("rank" if self.settings.weights_only else "width"),
+                statistics=statistics,
+                step=self.settings.rank_step,
+                progress=True,
+            )
+            self._sensitivities.append(found)
+        return self._sensitivities[0]
 
     def train_split(self, purpose: str) -> Split:
         if self.splits.train is None:
@@ -171,15 +188,41 @@ def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> N
         on_main(run.accelerator, lambda: _initialize(run, plan, statistics))
 
 
-def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
+def factorised(run: Setting, dense: nn.Module, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
+    """A small model as the settings make it, on the CPU; by this process alone."""
     compensate = run.settings.compensate and not run.settings.weights_only
     batches = run.calibration_batches() if compensate else None
-    run.dense.to(run.accelerator.device)
-    small = compress(
-        run.dense, plan=plan, batches=batches, statistics=statistics, compensate=compensate, progress=True
+    dense.to(run.accelerator.device)
+    how = {"batches": batches, "statistics": statistics, "compensate": compensate, "progress": True}
+    return compress(dense, plan=plan, **how).cpu()
+
+
+def allocated(run: Setting, dense: nn.Module, reduction: float, statistics: Statistics | None) -> RankPlan:
+    """A plan as the settings make it, for any reduction; by this process alone."""
+    settings = run.settings
+    dense.to(run.accelerator.device)
+    measures = settings.strategy in MEASURING
+    # One reduction measures what it needs by itself; several share it.
+    shared = {"sensitivities": run.sensitivities(dense, statistics)} if measures and settings.sweep_reductions else {}
+    return allocate_ranks(
+        dense,
+        reduction,
+        scope=settings.scope,
+        metric=settings.metric,
+        strategy=settings.strategy,
+        mlp=settings.mlp or ("rank" if settings.weights_only else None),
+        statistics=statistics,
+        batches=run.calibration_batches() if measures else None,
+        step=settings.rank_step,
+        progress=True,
+        **shared,
     )
+
+
+def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
+    small = factorised(run, run.dense, plan, statistics)
     with whole_folder(run.artefacts.initial) as folder:
-        small.cpu().save_pretrained(folder)
+        small.save_pretrained(folder)
         run.processor.save_pretrained(folder)
     run.finish("initialize")
 
@@ -195,21 +238,7 @@ def _make_plan(run: Setting, statistics: Statistics | None, interruption: Interr
     made: list[RankPlan] = []
 
     def make() -> None:
-        mlp = settings.mlp or ("rank" if settings.weights_only else None)
-        made.append(
-            allocate_ranks(
-                run.dense.to(run.accelerator.device),
-                settings.reduction,
-                scope=settings.scope,
-                metric=settings.metric,
-                strategy=settings.strategy,
-                mlp=mlp,
-                statistics=statistics,
-                batches=run.calibration_batches() if settings.strategy in MEASURING else None,
-                step=settings.rank_step,
-                progress=True,
-            )
-        )
+        made.append(allocated(run, run.dense, settings.reduction, statistics))
 
     on_main(run.accelerator, make)
     # One process decides: what each measures for itself might differ.

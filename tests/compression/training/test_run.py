@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -113,6 +113,73 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, C
     return folder, run(base, folder)
 
 
+@pytest.fixture(scope="module")
+def swept(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompressResult]:
+    """A run that measures other reductions, and trains nothing."""
+    folder = tmp_path_factory.mktemp("swept") / "out"
+    stages = "calibrate,allocate,initialize,evaluate,export"
+    return folder, run(base, folder, stages=stages, sweep="0.2, 0.6")
+
+
+class TestASweep:
+    def test_measures_what_a_run_of_that_reduction_measures(self, base, swept, tmp_path):
+        folder, result = swept
+        assert [point.reduction for point in result.sweep] == [0.2, 0.6]
+        assert all(0 <= point.reached - point.reduction <= 0.005 for point in result.sweep)
+        alone = run(base, tmp_path / "out", stages="calibrate,allocate,initialize,evaluate", reduction=0.6)
+        assert result.sweep[1].top1 == alone.metrics["initial"]["top1"]
+        assert result.sweep[1].top5 == alone.metrics["initial"]["top5"]
+        written = json.loads((folder / "sweep_results.json").read_text())["points"]
+        assert [point["top1"] for point in written] == [point.top1 for point in result.sweep]
+
+    def test_leaves_the_runs_own_result_as_it_was(self, base, swept, tmp_path):
+        folder, _ = swept
+        run(base, tmp_path / "out", stages="calibrate,allocate,initialize,export")
+        assert same(folder, tmp_path / "out")
+        assert not (folder / ".sweep").exists()
+
+    def test_stands_in_the_report(self, swept):
+        folder, result = swept
+        page = (folder / "report.html").read_text()
+        for point in result.sweep:
+            assert f"{point.reached:.2%}" in page
+        assert "before fine-tuning" not in page
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"sweep": "0.3,x"}, "--sweep must be shares above 0 and below 1"),
+            ({"sweep": "30"}, "--sweep must be shares above 0 and below 1"),
+            ({"sweep": "0.3", "strategy": "search"}, "--sweep .* got --strategy search"),
+            ({"sweep": "0.999"}, "out of reach"),
+        ],
+    )
+    def test_that_cannot_be_measured_is_said(self, base, tmp_path, changes, says):
+        with pytest.raises((InvalidValueError, BudgetError), match=says):
+            run(base, tmp_path / "out", stages="calibrate,allocate,initialize,evaluate", **changes)
+
+
+class TestWithoutImages:
+    NONE: ClassVar = {"train_file": None, "validation_file": None, "weights_only": True, "strategy": "uniform"}
+
+    def test_weights_alone_make_a_model_and_a_report(self, base, tmp_path):
+        result = run(base, tmp_path / "out", stages="allocate,initialize,evaluate,export", **self.NONE)
+        assert not result.metrics
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        dense = AutoModelForImageClassification.from_pretrained(base / "vit")
+        expected = comcat_hf.compress(dense, plan=result.plan.plan).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+        assert f"{count_parameters(model):,}" in (tmp_path / "out" / "report.html").read_text()
+
+    @pytest.mark.parametrize(
+        "changes", [{"weights_only": False}, {"strategy": "sensitivity"}, {"stages": "allocate,initialize,finetune"}]
+    )
+    def test_what_needs_images_asks_for_them(self, base, tmp_path, changes):
+        given = {"stages": "allocate,initialize,export"} | self.NONE | changes
+        with pytest.raises(InvalidValueError, match="Give one of --dataset_name, --train_file, --train_dir"):
+            run(base, tmp_path / "out", **given)
+
+
 class TestAWholeRun:
     def test_leaves_a_model_that_auto_model_opens(self, base, whole):
         folder, result = whole
@@ -130,6 +197,17 @@ class TestAWholeRun:
         assert all(found["samples"] == 48 for found in result.metrics.values())
         assert json.loads((folder / "eval_results.json").read_text()) == result.metrics
         assert f"{result.metrics['final']['top1']:.2%}" in (folder / "README.md").read_text()
+
+    def test_leaves_a_report_and_a_picture_for_the_card(self, whole):
+        folder, result = whole
+        page = (folder / "report.html").read_text()
+        dense, small = result.plan.parameters
+        for text in (f"{dense:,}", f"{small:,}", f"{result.metrics['final']['top1']:.2%}", "classifier"):
+            assert text in page
+        assert page.count("data:image/svg+xml;base64,") == 2
+        with Images.open(folder / "ranks.png") as picture:
+            assert picture.format == "PNG"
+        assert "](ranks.png)" in (folder / "README.md").read_text()
 
     def test_leaves_nothing_half_written(self, whole):
         assert [path.name for path in whole[0].rglob("*.tmp")] == []

@@ -1,0 +1,74 @@
+"""Other reductions of the same model, measured without fine-tuning: what a run's own result is compared with."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from ...native import plan_of
+from ...transport import write_json_atomic
+from ..statistics import Statistics
+from .artefacts import whole_folder
+from .models import load_classifier
+from .stages import Setting, allocated, factorised, on_main
+
+
+__all__ = ["SweepPoint", "measure_sweep"]
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One reduction.
+
+    Attributes:
+        reduction: the share that was asked to be removed.
+        reached: the share that the plan removes.
+        top1, top5: accuracies on the validation images.
+    """
+
+    reduction: float
+    reached: float
+    top1: float
+    top5: float
+
+
+def measure_sweep(
+    run: Setting,
+    dense: nn.Module,
+    statistics: Statistics | None,
+    evaluate: Callable[[nn.Module, str], Mapping[str, float]],
+) -> tuple[SweepPoint, ...]:
+    """Compress the dense model by each of `sweep_reductions` and evaluate it; all processes call it together.
+
+    Nothing is kept but the figures.
+
+    Args:
+        run: the run.
+        dense: its dense model, with the weights it had at first.
+        statistics: of it, where factors are fitted to data.
+        evaluate: called with a model and its name.
+
+    Raises:
+        BudgetError: a reduction out of reach.
+    """
+    points = []
+    for reduction in run.settings.sweep_reductions:
+        run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
+        on_main(run.accelerator, lambda share=reduction: _make(run, dense, share, statistics))
+        small = load_classifier(run.artefacts.sweep, "--output_dir")
+        found = evaluate(small, f"{reduction:.0%} less")
+        points.append(SweepPoint(reduction, plan_of(small).reached, found["top1"], found["top5"]))
+
+    def finish() -> None:
+        shutil.rmtree(run.artefacts.sweep, ignore_errors=True)
+        write_json_atomic(run.artefacts.sweep_results, {"points": [asdict(point) for point in points]})
+
+    on_main(run.accelerator, finish)
+    return tuple(points)
+
+
+def _make(run: Setting, dense: nn.Module, reduction: float, statistics: Statistics | None) -> None:
+    plan = allocated(run, dense, reduction, statistics)
+    with whole_folder(run.artefacts.sweep) as folder:
+        factorised(run, dense, plan, statistics).save_pretrained(folder)
