@@ -31,6 +31,7 @@ FLOORS = {
     "compression": 4,
     "customization": 4,
     "original": 4.5,
+    "app": 5,
     "demo": 5.5,
     "demo_customize": 5.75,
     "cli": 6,

@@ -1,6 +1,7 @@
 """The command line: `comcat <command>`. Everything that prints is here."""
 
 # Each module adds its commands to the app.
+from . import app as app_command  # noqa: F401
 from . import compress as compress
 from . import convert as convert
 from . import demo as demo

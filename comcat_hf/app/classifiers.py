@@ -1,0 +1,210 @@
+"""A dense and a compressed image classifier on the same image: what they say, and how long they take."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoImageProcessor
+
+from ..compression.counting import count_macs, count_parameters
+from ..compression.training.models import load_classifier
+from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..native import plan_of
+from .devices import best_device, wait_for
+from .sources import expanded, needed
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["MOST_REPEATS", "Answer", "Classifier", "Pair", "classify", "load_pair"]
+
+MOST_REPEATS = 200
+_SHOWN = 5
+_WARM_UP = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """An image classifier, ready to run.
+
+    Attributes:
+        source: folder or Hub id.
+        model: in eval mode, on the device that it runs on.
+        processor: what makes its inputs from images.
+        parameters: by `numel`.
+        macs: multiply-accumulates of one image, `None` where they cannot be counted.
+    """
+
+    source: str
+    model: nn.Module
+    processor: Any
+    parameters: int
+    macs: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A dense classifier and a compressed one. Nothing changes them, so a copy is the pair itself."""
+
+    dense: Classifier
+    compressed: Classifier
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pair":
+        return self
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a classifier says of an image.
+
+    Attributes:
+        labels: the most probable ones, each with its probability; labels of the same name carry their number.
+        latency: median seconds of the forward pass for this one image.
+    """
+
+    labels: tuple[tuple[str, float], ...]
+    latency: float
+
+
+def load_pair(dense: str, compressed: str) -> Pair:
+    """Read both classifiers and their image processors.
+
+    Args:
+        dense: folder or Hub id; empty for the base that the compressed model names.
+        compressed: folder or Hub id. Where it has no image processor, the dense one's is used.
+
+    Returns:
+        the pair.
+
+    Raises:
+        CheckpointError: a model or a processor that does not load.
+        InvalidValueError: a source that is missing.
+    """
+    compressed = needed(compressed, "compressed model")
+    small = _read(compressed, "compressed model")
+    dense = (dense or "").strip() or _base_of(small, compressed)
+    large = _read(dense, "dense model")
+    processor = _processor(dense)
+    own = _processor(compressed) or processor
+    if own is None:
+        raise CheckpointError(
+            f"{compressed}: expected an image processor beside the compressed or the dense model, found none that "
+            "loads. Save one there (processor.save_pretrained)."
+        )
+    return Pair(_classifier(dense, large, processor or own), _classifier(compressed, small, own))
+
+
+def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tuple[Answer, Answer]:
+    """Show an image to both classifiers; they are timed in turns, so that a busy machine slows both.
+
+    Args:
+        pair: the classifiers.
+        image: a Pillow image.
+        repeats: timed runs of each.
+
+    Returns:
+        the answers of the dense and of the compressed one.
+
+    Raises:
+        InvalidValueError: no classifiers, no image, or repeats out of range.
+        ComCATError: a classifier does not take what its image processor makes.
+    """
+    if pair is None:
+        raise InvalidValueError("Expected a dense and a compressed model, found none; load them first.")
+    if image is None:
+        raise InvalidValueError("Expected an image, found none; drop one into the field.")
+    if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+        raise InvalidValueError(f"repeats: expected a whole number from 1 to {MOST_REPEATS}, found {repeats!r}.")
+    both = (pair.dense, pair.compressed)
+    inputs = [_inputs(classifier, image) for classifier in both]
+    runs = [lambda c=c, x=x: c.model(x).logits for c, x in zip(both, inputs, strict=True)]
+    with torch.inference_mode():
+        logits = [_logits(classifier, run) for classifier, run in zip(both, runs, strict=True)]
+        latencies = _latencies(runs, [x.device for x in inputs], repeats)
+    return tuple(
+        Answer(_most_probable(classifier.model, scores), latency)
+        for classifier, scores, latency in zip(both, logits, latencies, strict=True)
+    )
+
+
+def _inputs(classifier: Classifier, image: "Image") -> Tensor:
+    values = classifier.processor(image.convert("RGB"), return_tensors="pt").pixel_values
+    weight = next(classifier.model.parameters())
+    return values.to(weight.device, weight.dtype)
+
+
+def _logits(classifier: Classifier, run: Callable[[], Tensor]) -> Tensor:
+    try:
+        return run()[0]
+    except (ValueError, RuntimeError) as error:
+        raise ComCATError(
+            f"{classifier.source}: expected a model that takes what its image processor makes, found an error "
+            f"({error}). Save the processor that it was trained with beside it."
+        ) from error
+
+
+def _latencies(runs: list[Callable[[], Tensor]], devices: list[torch.device], repeats: int) -> list[float]:
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(-_WARM_UP, repeats):
+        for place, (run, device) in enumerate(zip(runs, devices, strict=True)):
+            wait_for(device)
+            started = time.perf_counter()
+            run()
+            wait_for(device)
+            if turn >= 0:
+                times[place].append(time.perf_counter() - started)
+    return [median(values) for values in times]
+
+
+def _most_probable(model: nn.Module, scores: Tensor) -> tuple[tuple[str, float], ...]:
+    probabilities, places = scores.float().softmax(-1).topk(min(_SHOWN, len(scores)))
+    names = {int(number): str(name) for number, name in model.config.id2label.items()}
+    often = Counter(names.values())
+    found = zip(places.tolist(), probabilities.tolist(), strict=True)
+
+    def shown(place: int) -> str:
+        name = names.get(place, str(place))
+        return f"{name} ({place})" if often[name] > 1 else name
+
+    return tuple((shown(place), probability) for place, probability in found)
+
+
+def _read(source: str, what: str) -> nn.Module:
+    try:
+        return load_classifier(expanded(source), what)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{source}: expected whole safetensors files of the {what}, found {error}. One was cut short or is "
+            "damaged; download or save the model again."
+        ) from error
+
+
+def _base_of(model: nn.Module, source: str) -> str:
+    base = plan_of(model).base_model_name_or_path
+    if not base:
+        raise InvalidValueError(
+            f"{source}: expected the name of its base in the compressed model, found none; give the dense model too."
+        )
+    return base
+
+
+def _processor(source: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(expanded(source), backend="pil")
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def _classifier(source: str, model: nn.Module, processor: Any) -> Classifier:
+    try:
+        macs = count_macs(model)
+    except ComCATError:
+        macs = None
+    return Classifier(source, model.to(best_device()), processor, count_parameters(model), macs)

@@ -1,0 +1,353 @@
+"""A text-to-image pipeline and its adapters: loaded, listed, and the same image drawn without and with them."""
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
+from ..errors import CheckpointError, ComCATError, InvalidValueError
+from .devices import best_device, wait_for
+from .sources import expanded, needed
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["LARGEST", "DrawSettings", "Drawing", "Studio", "adapter_name"]
+
+LARGEST = 2048  # side of an image
+_MULTIPLE = 8
+_NATIVE = 512  # where the pipeline does not say
+_MOST_STEPS, _MOST_SEED = 1000, 2**32 - 1
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError),
+    # A part's class that is not installed or not known to this version.
+    *(AttributeError, ImportError, SafetensorError),
+)
+_CALLED_WITH = ("prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator")
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """What is drawn.
+
+    Attributes:
+        prompt: the caption.
+        seed: of the noise; the same for both images.
+        steps: of denoising.
+        guidance: scale of classifier-free guidance.
+        height, width: of the image; by default the pipeline's own.
+    """
+
+    prompt: str
+    seed: int = 0
+    steps: int = 30
+    guidance: float = 7.5
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One prompt and seed, drawn twice.
+
+    Attributes:
+        before, after: Pillow images without adapters and with them.
+        seconds_before, seconds_after: what they took.
+        blackened: the pipeline's own safety checker replaced one of them.
+    """
+
+    before: "Image"
+    after: "Image"
+    seconds_before: float
+    seconds_after: float
+    blackened: bool = False
+
+
+class Studio:
+    """One pipeline and the adapters in it.
+
+    A copy (`copy.deepcopy`) has modules, adapters and a scheduler of its own over the same frozen weights: whoever
+    opens the app gets one, at no cost in memory.
+    """
+
+    def __init__(self) -> None:
+        self._pipeline: Any = None
+        self._source = ""
+        self._adapters: dict[str, str] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Studio":
+        models = [part for part in self._components().values() if isinstance(part, nn.Module)]
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        memo |= {id(tensor): tensor for tensor in tensors}
+        other = Studio()
+        other._pipeline = copy.deepcopy(self._pipeline, memo)
+        other._source, other._adapters = self._source, dict(self._adapters)
+        return other
+
+    @property
+    def source(self) -> str:
+        """Folder or Hub id of the pipeline; empty while none is loaded."""
+        return self._source
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters, in the order in which they were added."""
+        return tuple(self._adapters)
+
+    def load(self, source: str) -> None:
+        """Read a pipeline in place of the present one and its adapters, which stay if it cannot be read.
+
+        Args:
+            source: folder or Hub id.
+
+        Raises:
+            CheckpointError: there is none that loads.
+            InvalidValueError: it does not draw from text alone, or takes no adapters.
+            ComCATError: diffusers is not installed.
+        """
+        source = needed(source, "pipeline")
+        pipeline = _read(source)
+        _check_kind(pipeline, source)
+        pipeline.set_progress_bar_config(disable=True)
+        self._pipeline, self._source, self._adapters = pipeline, source, {}
+
+    def add(self, name: str, source: str) -> str:
+        """Load a ComCAT adapter beside those that are there.
+
+        Args:
+            name: what to call it; empty for the last word of its source.
+            source: folder or Hub id.
+
+        Returns:
+            the name that it got.
+
+        Raises:
+            CheckpointError: there is no ComCAT adapter, or it is damaged.
+            InvalidValueError: no pipeline is loaded, the name is taken, or the adapter is for another base.
+        """
+        pipeline, source = self._loaded(), needed(source, "adapter")
+        name = name.strip() or adapter_name(source)
+        if name in self._adapters:
+            raise InvalidValueError(
+                f"{name}: expected a name of its own for the adapter {source}, found one that {self._adapters[name]} "
+                "has; choose another, or remove that adapter first."
+            )
+        load_comcat_weights(pipeline, expanded(source), name)
+        self._adapters[name] = source
+        return name
+
+    def remove(self, name: str) -> None:
+        """Take an adapter away; without the last one the pipeline is as it was loaded.
+
+        Args:
+            name: which.
+
+        Raises:
+            InvalidValueError: there is none of that name.
+        """
+        self._check_names([name])
+        pipeline, left = self._loaded(), [other for other in self._adapters if other != name]
+        if left:
+            # Removed while active, it would be deactivated with a warning.
+            pipeline.set_adapters(left)
+            pipeline.delete_adapters(name)
+        else:
+            unload_comcat_weights(pipeline)
+        del self._adapters[name]
+
+    def draw(
+        self,
+        settings: DrawSettings,
+        scales: Mapping[str, float] | None = None,
+        report: Callable[[float], None] = lambda share: None,
+    ) -> Drawing:
+        """Draw the same prompt and noise without adapters and with them.
+
+        Args:
+            settings: what to draw.
+            scales: of adapters by name, 1 for those not named. At 0 an adapter is left out; if all are, the second
+                image is the first.
+            report: is told after every step which share of the work is done.
+
+        Returns:
+            both images.
+
+        Raises:
+            InvalidValueError: nothing is loaded, or a setting or a scale cannot be used.
+            ComCATError: the pipeline stops with an error.
+        """
+        pipeline = self._loaded()
+        _check(settings)
+        scales = {**dict.fromkeys(self._adapters, 1.0), **(scales or {})}
+        self._check_names(scales)
+        for name, scale in scales.items():
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+                raise InvalidValueError(f"{name}: expected a number as its scale, found {scale!r}.")
+        active = {name: float(scale) for name, scale in scales.items() if scale}
+        if self._adapters:
+            pipeline.disable_lora()
+        try:
+            images = [self._image(settings, report, (0.0, 0.5 if active else 1.0))]
+        finally:
+            if self._adapters:
+                pipeline.enable_lora()
+        if active:
+            pipeline.set_adapters(list(active), list(active.values()))
+            images.append(self._image(settings, report, (0.5, 1.0)))
+        (before, spent, black), (after, spent_after, black_after) = images[0], images[-1]
+        return Drawing(before, after, spent, spent_after, black or black_after)
+
+    def native_size(self) -> tuple[int, int]:
+        """Height and width that the pipeline was trained for."""
+        parts = self._components()
+        config = getattr(parts.get("unet") or parts.get("transformer"), "config", None)
+        size = getattr(config, "sample_size", None)
+        if not size:
+            return _NATIVE, _NATIVE
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        factor = getattr(self._pipeline, "vae_scale_factor", _MULTIPLE)
+        return height * factor, width * factor
+
+    def describe(self) -> str:
+        """One line on the pipeline."""
+        if self._pipeline is None:
+            return "No pipeline is loaded."
+        height, width = self.native_size()
+        return f"{type(self._pipeline).__name__}, made for {width} × {height}, on {self._pipeline.device}"
+
+    def _components(self) -> dict[str, Any]:
+        return {} if self._pipeline is None else self._pipeline.components
+
+    def _loaded(self) -> Any:
+        if self._pipeline is None:
+            raise InvalidValueError("Expected a pipeline, found none; load one first.")
+        return self._pipeline
+
+    def _check_names(self, names: Any) -> None:
+        unknown = [name for name in names if name not in self._adapters]
+        if unknown:
+            raise InvalidValueError(
+                f"{unknown[0]}: expected the name of an adapter of this pipeline, which has "
+                f"{', '.join(self._adapters) or 'none'}; add it first."
+            )
+
+    def _image(
+        self, settings: DrawSettings, report: Callable[[float], None], span: tuple[float, float]
+    ) -> tuple[Any, float, bool]:
+        """An image, the seconds that it took, and whether the safety checker replaced it."""
+        pipeline, (first, last) = self._pipeline, span
+        native = self.native_size()
+        height, width = settings.height or native[0], settings.width or native[1]
+        done = 0
+
+        def step(pipeline: Any, index: int, timestep: Any, values: dict) -> dict:
+            nonlocal done
+            # Some schedulers take a step more than asked.
+            done = min(done + 1, settings.steps)
+            report(first + (last - first) * done / settings.steps)
+            return values
+
+        watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
+        started = time.perf_counter()
+        try:
+            output = pipeline(
+                settings.prompt,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                height=height,
+                width=width,
+                # On the CPU whatever draws, so that a seed means the same image on every machine.
+                generator=torch.Generator("cpu").manual_seed(settings.seed),
+                **({"callback_on_step_end": step} if watched else {}),
+            )
+        except torch.OutOfMemoryError as error:
+            raise ComCATError(
+                f"{self._source}: expected {pipeline.device} to hold an image of {width} × {height}, found too little "
+                "memory; draw a smaller one."
+            ) from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ComCATError(
+                f"{self._source}: expected {type(pipeline).__name__} to draw {width} × {height} in {settings.steps} "
+                f"steps, found an error ({error}); try other settings."
+            ) from error
+        wait_for(pipeline.device)
+        flags = getattr(output, "nsfw_content_detected", None) or [False]
+        return output.images[0], time.perf_counter() - started, bool(flags[0])
+
+
+def adapter_name(source: str) -> str:
+    """A name for an adapter from where it lies: the last word of the path, with what names may hold."""
+    last = Path(source.strip()).name
+    return "".join(sign if sign.isalnum() or sign in "-_" else "_" for sign in last) or "adapter"
+
+
+def _read(source: str) -> Any:
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise ComCATError(
+            "Pipelines need diffusers, which is not installed. Install what the app needs with: "
+            "pip install 'comcat_hf[app]'"
+        ) from error
+    device = best_device()
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    try:
+        return DiffusionPipeline.from_pretrained(expanded(source), dtype=dtype).to(device)
+    except ComCATError:
+        raise
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{source}: expected a folder or Hub id of a pipeline of diffusers, found none that loads ({error}). "
+            "Check the path, the files and the network."
+        ) from error
+
+
+def _check_kind(pipeline: Any, source: str) -> None:
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    missing = [name for name in _CALLED_WITH if name not in taken]
+    required = [
+        name
+        for name, parameter in taken.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    others = [name for name in required if name not in ("self", *_CALLED_WITH)]
+    if missing or others:
+        found = f"does not take {', '.join(missing)}" if missing else f"needs {', '.join(others)}"
+        raise InvalidValueError(
+            f"{source}: expected a pipeline that draws from text, found {type(pipeline).__name__}, which {found}; "
+            "load a text-to-image pipeline."
+        )
+    if not hasattr(pipeline, "set_adapters"):
+        raise InvalidValueError(
+            f"{source}: expected a pipeline that takes adapters, found {type(pipeline).__name__}, which has no "
+            "set_adapters; load one that has."
+        )
+
+
+def _check(settings: DrawSettings) -> None:
+    sides = {"height": settings.height, "width": settings.width}
+    sides = {name: side for name, side in sides.items() if side is not None}
+    limits = {
+        "steps": (settings.steps, 1, _MOST_STEPS),
+        "seed": (settings.seed, 0, _MOST_SEED),
+        **{name: (side, _MULTIPLE, LARGEST) for name, side in sides.items()},
+    }
+    for name, (value, low, high) in limits.items():
+        if type(value) is not int or not low <= value <= high:
+            raise InvalidValueError(f"{name}: expected a whole number from {low} to {high}, found {value!r}.")
+    for name, side in sides.items():
+        if side % _MULTIPLE:
+            raise InvalidValueError(f"{name}: expected a multiple of {_MULTIPLE}, found {side}.")
+    guidance = settings.guidance
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+        raise InvalidValueError(f"guidance: expected a number, found {guidance!r}.")
