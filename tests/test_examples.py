@@ -1,0 +1,160 @@
+"""The examples of the README and of docs/: Python runs, commands are ones that there are."""
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import typer.main
+from transformers import ViTConfig, ViTForImageClassification
+
+from comcat_hf import cli
+from tests.compression.training.test_recipes import wrong_flags
+from tests.customization.pipelines import tiny_sd
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$|^## (.+?)$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """An example: the heading of its section, its language, its text, and what the page says that it prints."""
+
+    section: str
+    language: str
+    text: str
+    printed: str | None = None
+
+
+def blocks(page: Path) -> list[Block]:
+    found, section = [], ""
+    for language, text, heading in FENCE.findall(page.read_text(encoding="utf-8")):
+        if heading:
+            section = heading
+        elif language == "text":
+            last = found.pop()
+            assert last.language == "python", f"{page.name}: output that no Python stands above: {text}"
+            found.append(Block(last.section, last.language, last.text, text))
+        else:
+            found.append(Block(section, language, text))
+    return found
+
+
+def commands() -> list[tuple[str, str]]:
+    """Commands of all pages, a line each, with continued lines joined and comments gone."""
+    lines = []
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash":
+                joined = re.sub(r"\\\n\s*", " ", block.text)
+                lines += [(page.stem, re.sub(r"\s+#.*", "", line)) for line in joined.splitlines() if line.strip()]
+    return lines
+
+
+def python_pages() -> list[Path]:
+    return [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+
+
+def deit_small(**changes):
+    """A model with the configuration of facebook/deit-small-patch16-224, or smaller, and random weights."""
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 1000}
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**(sizes | changes)))
+
+
+# Where no size is printed.
+SHORT = {"num_hidden_layers": 1, "image_size": 112, "num_labels": 10}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A working folder in which the names of the examples are folders, as they may be in place of Hub ids."""
+    monkeypatch.chdir(tmp_path)
+    tiny_sd(tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
+    return tmp_path
+
+
+def prepare(page, folder):
+    """What a page takes for granted: models by their Hub ids, images, an adapter of somebody's."""
+    from diffusers import UNet2DConditionModel
+
+    import comcat_hf
+
+    dense = folder / "facebook" / "deit-small-patch16-224"
+    deit_small(**({} if page.stem == "README" else SHORT)).save_pretrained(dense)
+    unet = UNet2DConditionModel.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="unet")
+    unet.add_adapter(comcat_hf.ComCATConfig(mode="customize", qk_rank=1, vo_rank=1), adapter_name="style")
+    comcat_hf.save_comcat_weights({"unet": unet}, folder / "user" / "watercolour", "style")
+
+
+def given():
+    """Names that every section of a page starts with: a model that an example may change in place, and images."""
+    torch.manual_seed(1)
+    images = [{"pixel_values": torch.randn(2, 3, SHORT["image_size"], SHORT["image_size"])} for _ in range(2)]
+    return {"vit": deit_small(**SHORT).eval(), "loader": images}
+
+
+@pytest.mark.parametrize("page", python_pages(), ids=lambda page: page.stem)
+def test_python_runs_and_prints_what_the_page_says(page, hub):
+    prepare(page, hub)
+    names, section = {"__name__": "__main__"}, None
+    for block in (block for block in blocks(page) if block.language == "python"):
+        if block.section != section:
+            names |= given()
+            section = block.section
+        said = io.StringIO()
+        code = compile(ast.parse(block.text), f"{page.name}, {block.section}", "exec")
+        with contextlib.redirect_stdout(said):
+            exec(code, names)
+        if block.printed is not None:
+            assert said.getvalue() == block.printed, f"{page.name}, {block.section}"
+        if page.stem == "README":
+            # Its examples go on with models of their own.
+            names |= given()
+
+
+def test_the_readme_shows_what_is_printed():
+    assert any(block.printed for block in blocks(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_example_says_what_it_is(page):
+    languages = {block.language for block in blocks(page) if not block.text.startswith("comcat_hf/\n")}
+    assert languages <= {"python", "bash"}
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_are_there_and_take_these_options(page, line):
+    words = shlex.split(line)
+    if words[0] == "comcat":
+        parse(words[1:])
+    elif words[:2] == ["accelerate", "launch"]:
+        assert wrong_flags(line) == set()
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    else:
+        assert words[:2] == ["pip", "install"], f"{page}: nobody knows how to check {line!r}"
+
+
+def parse(words):
+    """Read a command line without running it; what is wrong with it is raised."""
+    command = typer.main.get_command(cli.app)
+    context = click.Context(command, info_name="comcat")
+    while hasattr(command, "resolve_command"):
+        name, command, words = command.resolve_command(context, words)
+        assert command is not None, f"there is no command {name}"
+    command.make_context("comcat", list(words))
+
+
+@pytest.mark.parametrize("words", [["nonesuch"], ["compress", "a", "b", "--nonesuch", "1"], ["ranks", "plot", "a"]])
+def test_the_reader_of_commands_sees_what_is_wrong(words):
+    with pytest.raises(Exception, match=r"No such|[Mm]issing"):
+        parse(words)
