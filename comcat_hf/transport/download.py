@@ -1,15 +1,15 @@
 """From a local folder or the Hub: one file, or everything a repository holds, checked before it is written."""
 
 import contextlib
-import hashlib
+import json
 import os
-import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -27,10 +28,14 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import CheckpointError, ComCATError
+from .checks import changed_files, check_names, check_size, check_sizes, forget, is_sound
+from .failures import NOT_THE_HUB, detail_of, without_secrets
 from .retries import is_passing, retrying
 
 
 __all__ = ["pull_folder", "resolve_file"]
+
+_Answer = TypeVar("_Answer")
 
 # The first kind that fits is taken, so subclasses stand before their bases.
 _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
@@ -48,8 +53,10 @@ _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     ),
     (EntryNotFoundError, "the repository has no such file; check that it holds a comcat_hf result"),
     (HFValidationError, "it is neither a local folder nor a Hub id; a Hub id reads `user/name`"),
-    (FileMetadataError, "what answered does not speak as the Hub does; check HF_ENDPOINT, proxy and network"),
+    (FileMetadataError, NOT_THE_HUB),
+    (json.JSONDecodeError, NOT_THE_HUB),
     (CorruptedCacheException, "the local cache is damaged; delete the repository's folder there and try again"),
+    (HfHubHTTPError, "the Hub refused it or could not answer; try again or give a local folder"),
     (HTTPError, "the Hub could not answer; try again or give a local folder"),
     (OSError, "the file could not be fetched; check the network and the free space, or give a local folder"),
 )
@@ -66,32 +73,28 @@ def resolve_file(
     local_files_only: bool | None = None,
 ) -> Path:
     """Return the local path of `filename` in a folder or a Hub repository; the path of a file stands for itself."""
-    local = Path(name_or_path).expanduser()
+    local = _expanded(name_or_path)
     if local.is_file():
         return local
     if local.is_dir():
         return _file_in_folder(local / subfolder if subfolder else local, filename)
     if _is_local_path(name_or_path):
+        shown = without_secrets(str(name_or_path))
         raise CheckpointError(
-            f"{name_or_path}: expected a folder with {filename}, found no such file or folder; check the path"
+            f"{shown}: expected a folder with {filename}, found no such file or folder; check the path"
         )
     wanted = f"{subfolder}/{filename}" if subfolder else filename
-    return _asking(
+    download = partial(
+        hf_hub_download,
         str(name_or_path),
-        wanted,
-        revision,
-        lambda: Path(
-            hf_hub_download(
-                str(name_or_path),
-                filename,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                subfolder=subfolder,
-                local_files_only=bool(local_files_only),
-            )
-        ),
+        filename,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        subfolder=subfolder,
+        local_files_only=bool(local_files_only),
     )
+    return _asking(str(name_or_path), wanted, revision, token, lambda: _download_sound(download))
 
 
 def pull_folder(
@@ -127,11 +130,12 @@ def pull_folder(
         CheckpointError: nothing is there, the Hub did not give it, a name leads out of the folder, the files do not
             fit on the disk, or what came is not what the Hub announced.
     """
-    local = Path(name_or_path).expanduser()
+    local = _expanded(name_or_path)
     if local.is_dir():
         source = local
     elif local.is_file() or _is_local_path(name_or_path):
-        raise CheckpointError(f"{name_or_path}: expected a folder or a Hub id, found neither; check the path")
+        shown = without_secrets(str(name_or_path))
+        raise CheckpointError(f"{shown}: expected a folder or a Hub id, found neither; check the path")
     else:
         download = partial(
             snapshot_download,
@@ -147,6 +151,7 @@ def pull_folder(
             str(name_or_path),
             "its files",
             revision,
+            token,
             lambda: Path(download(local_files_only=True)) if offline else _download_checked(download),
         )
     if local_dir is None:
@@ -154,6 +159,24 @@ def pull_folder(
     names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
     chosen = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
     return _place_files(source, chosen, Path(local_dir).expanduser())
+
+
+def _download_sound(download: partial) -> Path:
+    """Call `download`, a partial of `hf_hub_download`, again where what came is damaged."""
+    if not (download.keywords["local_files_only"] or constants.HF_HUB_OFFLINE):
+        # What cannot be asked now is said by the download, or is in the cache.
+        with contextlib.suppress(HTTPError, OSError):
+            asked = download(dry_run=True)
+            if asked.will_download and asked.file_size is not None:
+                check_size(*download.args, asked.file_size, _cache(download))
+    path = Path(retrying(download, attempts=3))
+    if not is_sound(path):
+        forget(path)
+        path = Path(retrying(download, attempts=3))
+    if not is_sound(path):
+        forget(path)
+        raise _damaged(*download.args)
+    return path
 
 
 def _download_checked(download: partial) -> Path:
@@ -169,7 +192,8 @@ def _download_checked(download: partial) -> Path:
             folder = Path(download(local_files_only=True))
         except LocalEntryNotFoundError:
             raise error from None
-        warnings.warn(f"{repo_id}: the Hub could not answer ({error}); the copy in the cache is used.", stacklevel=4)
+        detail = without_secrets(detail_of(error), wanted["token"])
+        warnings.warn(f"{repo_id}: the Hub could not answer ({detail}); the copy in the cache is used.", stacklevel=4)
         return folder
     tree = retrying(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
     files = [entry for entry in tree if isinstance(entry, RepoFile)]
@@ -178,80 +202,35 @@ def _download_checked(download: partial) -> Path:
     patterns = {key: wanted[key] for key in ("allow_patterns", "ignore_patterns")}
     names = set(filter_repo_objects([file.path for file in files], **patterns))
     files = [file for file in files if file.path in names]
-    check_sizes(repo_id, files, Path(wanted["cache_dir"] or constants.HF_HUB_CACHE))
+    check_sizes(repo_id, {file.path: file.size for file in files}, _cache(download))
     # The commit, not its name: that may stand for another one by now.
-    folder = Path(retrying(partial(download, revision=commit), attempts=2))
-    if _changed(folder, files):
-        folder = Path(download(revision=commit, force_download=True))
-    if changed := _changed(folder, files):
-        for name in changed:
-            _forget(folder / name)
-        raise CheckpointError(
-            f"{repo_id}: expected the contents that the Hub announced, found others in {', '.join(changed)}; "
-            "the download was damaged on its way: try again, without a proxy if there is one"
-        )
+    download = partial(download, revision=commit)
+    folder = Path(retrying(download, attempts=3))
+    if changed := changed_files(folder, files):
+        _forget_all(folder, changed)
+        folder = Path(retrying(download, attempts=3))
+    if changed := changed_files(folder, files):
+        _forget_all(folder, changed)
+        raise _damaged(repo_id, changed)
     # So that the cache knows the name while offline.
     with contextlib.suppress(HTTPError, OSError):
         api.resolve_revision(repo_id, revision=wanted["revision"], cache_dir=wanted["cache_dir"])
     return folder
 
 
-def check_names(repo_id: str, names: Sequence[str]) -> None:
-    """Refuse names that could be written outside the folder that they belong to."""
-    for name in names:
-        parts = name.split("/")
-        if re.search(r"[\\:\0]", name) or any(part in ("", ".", "..") for part in parts):
-            raise CheckpointError(
-                f"{repo_id}: expected names of files inside the repository, found {name!r}, which may lead out of it; "
-                "nothing was downloaded: do not use this repository, and report it to the Hub"
-            )
-
-
-def check_sizes(repo_id: str, files: Sequence[RepoFile], cache: Path) -> None:
-    """Refuse files that would not fit on the disk of the cache, going by the sizes that the Hub declares."""
-    folder = next((parent for parent in (cache, *cache.parents) if parent.exists()), Path("/"))
-    free = shutil.disk_usage(folder).free
-    total = sum(file.size for file in files)
-    if any(file.size < 0 for file in files) or total > free:
-        largest = max(files, key=lambda file: abs(file.size))
-        raise CheckpointError(
-            f"{repo_id}: expected files that fit into the {free:,} bytes free at {folder}, found {total:,} bytes "
-            f"declared ({largest.path}: {largest.size:,}); nothing was downloaded: free some space, set `cache_dir`, "
-            "or leave files out with `ignore_patterns`"
-        )
-
-
-def _changed(folder: Path, files: Sequence[RepoFile]) -> list[str]:
-    return [file.path for file in files if not _is_as_announced(folder / file.path, file)]
-
-
-def _is_as_announced(path: Path, file: RepoFile) -> bool:
-    """Whether a file's content has the hash that the Hub gave: SHA-256 of large files, git's own of small ones."""
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    digest = hashlib.sha1(f"blob {file.size}\0".encode()) if file.lfs is None else hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest() == (file.blob_id if file.lfs is None else file.lfs.sha256)
-
-
-def _forget(path: Path) -> None:
-    """Remove a file of the cache with the blob that it points to, so that the next download fetches it."""
-    blob = path.resolve()
-    path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
-
-
 def _place_files(source: Path, names: Sequence[str], target: Path) -> Path:
-    """Copy files next to the target first, so that a full disk leaves it as it was, and then move them in."""
+    """Copy files to the target's disk first, so that a full one leaves it as it was, and then move them in."""
     if source.resolve() == target.resolve():
         return target
     if not names:
         raise CheckpointError(f"{source}: expected files to copy, found none that fit; check the patterns")
+    # A folder may be a link to another disk, or one that is mounted: files cannot be moved in from beside it.
+    beside = target if target.is_dir() else target.parent
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
+        if in_the_way := [name for name in names if not _is_free(target, name)]:
+            raise OSError(f"folders or files in the place of {', '.join(in_the_way)}")
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{target.name}.") as staging:
             for name in names:
                 copy = Path(staging, name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +247,31 @@ def _place_files(source: Path, names: Sequence[str], target: Path) -> Path:
     return target
 
 
-def _asking(repo_id: str, wanted: str, revision: str | None, ask: Callable[[], Path]) -> Path:
+def _is_free(target: Path, name: str) -> bool:
+    place = target / name
+    return not place.is_dir() and not any(folder.is_file() for folder in list(place.parents)[: name.count("/") + 1])
+
+
+def _cache(download: partial) -> Path:
+    return Path(download.keywords["cache_dir"] or constants.HF_HUB_CACHE)
+
+
+def _forget_all(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        forget(folder / name)
+
+
+def _damaged(repo_id: str, names: Sequence[str] | str) -> CheckpointError:
+    found = names if isinstance(names, str) else ", ".join(names)
+    return CheckpointError(
+        f"{repo_id}: expected the contents that the Hub announced, found others in {found}; the download was damaged "
+        "on its way: try again, without a proxy if there is one"
+    )
+
+
+def _asking(
+    repo_id: str, wanted: str, revision: str | None, token: str | bool | None, ask: Callable[[], _Answer]
+) -> _Answer:
     """The answer of the Hub or its cache; a failure becomes one error that says what to do."""
     try:
         return ask()
@@ -276,9 +279,23 @@ def _asking(repo_id: str, wanted: str, revision: str | None, ask: Callable[[], P
         raise
     except tuple(kind for kind, _ in _HUB_FAILURES) as error:
         reason = next(text for kind, text in _HUB_FAILURES if isinstance(error, kind))
+        said = f"{repo_id}: expected to find {wanted} (revision {revision or 'main'}), but {reason}"
+        if type(error) is HfHubHTTPError:
+            said += f" ({detail_of(error)})"
+        raise CheckpointError(without_secrets(said, token)) from error
+
+
+def _expanded(name_or_path: str | os.PathLike) -> Path:
+    try:
+        path = Path(name_or_path).expanduser()
+        path.is_dir()
+    # No such user behind ~, a name that is too long, a NUL.
+    except (RuntimeError, OSError, ValueError) as error:
+        shown = without_secrets(repr(str(name_or_path))[:200])
         raise CheckpointError(
-            f"{repo_id}: expected to find {wanted} (revision {revision or 'main'}), but {reason}"
+            f"{shown}: expected a folder or a Hub id, found text that can be neither; check the path"
         ) from error
+    return path
 
 
 def _is_local_path(name_or_path: str | os.PathLike) -> bool:
