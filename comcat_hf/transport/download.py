@@ -6,60 +6,26 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    CorruptedCacheException,
-    EntryNotFoundError,
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import CheckpointError, ComCATError
 from .checks import changed_files, check_names, check_size, check_sizes, forget, is_sound
-from .failures import NOT_THE_HUB, detail_of, without_secrets
+from .failures import asking, detail_of, without_secrets
+from .files import read_json
+from .found import kind_of, sizes_in, sizes_on_the_hub, tree_on_the_hub
 from .retries import is_passing, retrying
 
 
-__all__ = ["pull_folder", "resolve_file"]
+__all__ = ["list_files", "pull_folder", "resolve_file"]
 
-_Answer = TypeVar("_Answer")
-
-# The first kind that fits is taken, so subclasses stand before their bases.
-_HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
-    (GatedRepoError, "the repository is gated; ask for access on its page, then pass `token=` or run `hf auth login`"),
-    (
-        RepositoryNotFoundError,
-        "there is no such folder here and no such repository on the Hub; check the spelling, or pass `token=` if it "
-        "is private",
-    ),
-    (RevisionNotFoundError, "the repository has no such revision; give an existing branch, tag or commit"),
-    (
-        LocalEntryNotFoundError,
-        "there is no such folder here, the file is not in the local cache and the Hub was not reached "
-        "(HF_HUB_OFFLINE, `local_files_only` or no network); load it once while online or give a local folder",
-    ),
-    (EntryNotFoundError, "the repository has no such file; check that it holds a comcat_hf result"),
-    (HFValidationError, "it is neither a local folder nor a Hub id; a Hub id reads `user/name`"),
-    (FileMetadataError, NOT_THE_HUB),
-    (json.JSONDecodeError, NOT_THE_HUB),
-    (CorruptedCacheException, "the local cache is damaged; delete the repository's folder there and try again"),
-    (HfHubHTTPError, "the Hub refused it or could not answer; try again or give a local folder"),
-    (HTTPError, "the Hub could not answer; try again or give a local folder"),
-    (OSError, "the file could not be fetched; check the network and the free space, or give a local folder"),
-)
+# Files that say what lies beside them: without them, something else does.
+_MARKS = ("comcat_adapter.json", "comcat_ranks.json")
 
 
 def resolve_file(
@@ -75,7 +41,7 @@ def resolve_file(
     """Return the local path of `filename` in a folder or a Hub repository; the path of a file stands for itself."""
     local = _expanded(name_or_path)
     if local.is_file():
-        return local
+        return _same_kind(local, filename)
     if local.is_dir():
         return _file_in_folder(local / subfolder if subfolder else local, filename)
     if _is_local_path(name_or_path):
@@ -94,7 +60,15 @@ def resolve_file(
         subfolder=subfolder,
         local_files_only=bool(local_files_only),
     )
-    return _asking(str(name_or_path), wanted, revision, token, lambda: _download_sound(download))
+    try:
+        return asking(str(name_or_path), wanted, revision, token, lambda: _download_sound(download))
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, RemoteEntryNotFoundError) or filename not in _MARKS:
+            raise
+        other = _other_kind(download)
+        if other is None:
+            raise
+        raise CheckpointError(f"{name_or_path}: expected to find {wanted}, found {other}") from error.__cause__
 
 
 def pull_folder(
@@ -147,7 +121,7 @@ def pull_folder(
             ignore_patterns=ignore_patterns,
         )
         offline = bool(local_files_only) or constants.HF_HUB_OFFLINE
-        source = _asking(
+        source = asking(
             str(name_or_path),
             "its files",
             revision,
@@ -159,6 +133,29 @@ def pull_folder(
     names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
     chosen = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
     return _place_files(source, chosen, Path(local_dir).expanduser())
+
+
+def list_files(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, int]:
+    """The files of a folder or a Hub repository with their sizes; nothing is downloaded.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        revision: branch, tag or commit; default: `main`.
+        token: for private repositories; default: the one that is logged in.
+
+    Returns:
+        sizes in bytes by name.
+
+    Raises:
+        CheckpointError: nothing is there, or the Hub did not say.
+    """
+    local = _expanded(name_or_path)
+    if local.is_dir():
+        return sizes_in(local)
+    repo_id = str(name_or_path)
+    return asking(repo_id, "its files", revision, token, lambda: sizes_on_the_hub(repo_id, revision, token))
 
 
 def _download_sound(download: partial) -> Path:
@@ -195,8 +192,7 @@ def _download_checked(download: partial) -> Path:
         detail = without_secrets(detail_of(error), wanted["token"])
         warnings.warn(f"{repo_id}: the Hub could not answer ({detail}); the copy in the cache is used.", stacklevel=4)
         return folder
-    tree = retrying(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
-    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    files = tree_on_the_hub(api, repo_id, commit)
     # All names, also those that nobody wants: a repository with such a name is not to be trusted.
     check_names(repo_id, [file.path for file in files])
     patterns = {key: wanted[key] for key in ("allow_patterns", "ignore_patterns")}
@@ -256,6 +252,34 @@ def _cache(download: partial) -> Path:
     return Path(download.keywords["cache_dir"] or constants.HF_HUB_CACHE)
 
 
+def _same_kind(path: Path, filename: str) -> Path:
+    """A file that stands for itself, unless it holds weights where JSON is wanted."""
+    if filename.endswith(".json") and path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+        raise CheckpointError(
+            f"{path}: expected {filename} or the folder that holds it, found a file of weights; give that folder "
+            "(LoRA weights are loaded with pipe.load_lora_weights)"
+        )
+    return path
+
+
+def _other_kind(download: partial) -> str | None:
+    """What a repository without a wanted file holds in its place; `None` where that is not known."""
+    (repo_id, _), where = download.args, download.keywords
+    inside = f"{where['subfolder']}/" if where["subfolder"] else ""
+    try:
+        sizes = sizes_on_the_hub(repo_id, where["revision"], where["token"])
+        names = [name.removeprefix(inside) for name in sizes if name.startswith(inside)]
+        kind = kind_of(names, lambda name: read_json(_download_sound(partial(download.func, repo_id, name, **where))))
+    except (ComCATError, HTTPError, OSError, json.JSONDecodeError):
+        return None
+    return kind and _said(kind)
+
+
+def _said(kind: tuple[str, str]) -> str:
+    what, how = kind
+    return f"{what}; load it with {how}"
+
+
 def _forget_all(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         forget(folder / name)
@@ -267,22 +291,6 @@ def _damaged(repo_id: str, names: Sequence[str] | str) -> CheckpointError:
         f"{repo_id}: expected the contents that the Hub announced, found others in {found}; the download was damaged "
         "on its way: try again, without a proxy if there is one"
     )
-
-
-def _asking(
-    repo_id: str, wanted: str, revision: str | None, token: str | bool | None, ask: Callable[[], _Answer]
-) -> _Answer:
-    """The answer of the Hub or its cache; a failure becomes one error that says what to do."""
-    try:
-        return ask()
-    except ComCATError:
-        raise
-    except tuple(kind for kind, _ in _HUB_FAILURES) as error:
-        reason = next(text for kind, text in _HUB_FAILURES if isinstance(error, kind))
-        said = f"{repo_id}: expected to find {wanted} (revision {revision or 'main'}), but {reason}"
-        if type(error) is HfHubHTTPError:
-            said += f" ({detail_of(error)})"
-        raise CheckpointError(without_secrets(said, token)) from error
 
 
 def _expanded(name_or_path: str | os.PathLike) -> Path:
@@ -317,6 +325,8 @@ def _file_in_folder(folder: Path, filename: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder with {filename}, found no such folder; check `subfolder`")
     names = sorted(entry.name for entry in folder.iterdir())
+    if filename in _MARKS and (kind := kind_of(names, lambda name: read_json(folder / name))):
+        raise CheckpointError(f"{folder}: expected the file {filename}, found {_said(kind)}")
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     raise CheckpointError(
         f"{folder}: expected the file {filename}, found {shown or 'an empty folder'}; "
