@@ -89,6 +89,58 @@ def test_every_kind_comes_back_byte_for_byte_and_is_used(hub, client, tmp_path, 
     assert client(USE[kind]) is True
 
 
+# As users of each library push, in place of a folder.
+PUSH = {
+    "plan": ('plan.push_to_hub("user/repo", private=True, revision="v1")', MAKE["plan"]),
+    "model": ('small.push_to_hub("user/repo", private=True, revision="v1")', MAKE["model"]),
+    "model, saving": (
+        'small.save_pretrained(folder + "2", push_to_hub=True, repo_id="user/repo", private=True, revision="v1")',
+        MAKE["model"],
+    ),
+    "vit adapter": ('model.push_to_hub("user/repo", private=True, revision="v1")', MAKE["vit adapter"]),
+    "pipeline adapter": (
+        'comcat_hf.save_comcat_weights({"unet": unet}, folder, push_to_hub=True, repo_id="user/repo", private=True)',
+        MAKE["pipeline adapter"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PUSH)
+def test_every_kind_is_pushed_as_its_library_does_it(hub, client, tmp_path, unet_folder, kind):
+    push, make = PUSH[kind]
+    names = (
+        f"folder, cache, unet_folder = {str(tmp_path / 'out')!r}, {str(tmp_path / 'cache')!r}, {str(unet_folder)!r}"
+    )
+    client(f"{START}{names}{make}")
+    hub.repositories.clear()
+    client(push)
+    assert hub.repositories["user/repo"].private
+    revision = "main" if kind == "pipeline adapter" else "v1"
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    pushed = {name.split("/")[-1]: content for name, content in hub.files("user/repo", revision).items()}
+    # PEFT's own card is written anew.
+    assert {name: pushed[name] for name in written if name != "README.md"} == {
+        name: content for name, content in written.items() if name != "README.md"
+    }
+    use = USE[kind.split(",")[0]].replace("cache_dir=cache", f"cache_dir=cache, revision={revision!r}")
+    assert client(use) is True
+
+
+def test_only_the_adapter_is_pushed_from_a_folder_that_holds_more(hub, client, tmp_path, unet_folder):
+    write(tmp_path / "out", {"optimizer.pt": b"x", "m.txt": b"x", "old/adapter_config.json": b"{}", "README.md": b"m"})
+    client(f"{START}folder, unet_folder = {str(tmp_path / 'out')!r}, {str(unet_folder)!r}{MAKE['pipeline adapter']}")
+    hub.repositories.clear()
+    save = 'comcat_hf.save_comcat_weights({"unet": unet}, folder, push_to_hub=True, '
+    client(f'{save}commit_message="Mine")')
+    adapter = {"comcat_adapter.json", "unet/adapter_config.json", "unet/adapter_model.safetensors"}
+    assert set(hub.files("user/out")) == adapter | {"README.md", ".gitattributes"}
+    assert hub.repositories["user/out"].messages[-1] == "Mine"
+    with pytest.raises(ClientError, match="has no argument privat; for an upload it takes private"):
+        client(f"{save}privat=True)")
+    with pytest.raises(ClientError, match=r"other/dog: expected to upload 4 files, but"):
+        client(f"{save}repo_id='other/dog')")
+
+
 OTHERS = {
     "lora": (
         {"adapter_config.json": b'{"peft_type": "LORA"}'},
