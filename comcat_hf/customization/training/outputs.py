@@ -85,6 +85,7 @@ def push_outputs(settings: CustomizeSettings, parts: Iterable[str]) -> str:
         return push_folder(
             staging,
             settings.hub_model_id or folder.resolve().name,
+            private=settings.hub_private or None,
             commit_message="Train with comcat_hf",
             token=settings.hub_token,
         )
