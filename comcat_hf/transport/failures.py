@@ -51,7 +51,7 @@ _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (OSError, "the file could not be fetched; check the network and the free space, or give a local folder"),
 )
 # Tokens, names and passwords in addresses, and signatures behind them.
-_SECRETS = re.compile(r"\bhf_\w{8,}|(?<=://)[^/@\s]+(?=@)|(?<=Bearer )\S+|(?<=\?)[^\s'\"]*(?=['\"]?)")
+_SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)|(?<=Bearer )\S+|(?<=\?)[\w.~%-]+=[^\s'\"]*")
 
 
 def detail_of(error: Exception) -> str:
