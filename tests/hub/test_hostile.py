@@ -217,6 +217,12 @@ def test_a_target_on_another_disk_and_one_where_something_is_in_the_way(hub, cli
     assert {path.parent for path in tmp_path.rglob(".*")} <= {tmp_path / "cache"}
 
 
+def test_a_commit_while_a_repository_is_pulled_does_not_mix_with_it(hub, client, tmp_path):
+    hub.put("user/repo", FILES)
+    hub.faults.append(Fault("GET", "/tree/", lambda: hub.put("user/repo", {"config.json": b"another"})))
+    assert read(pull(client, tmp_path)) == FILES
+
+
 def test_two_pulls_into_one_folder_at_once(hub, client, tmp_path):
     hub.put("user/repo", FILES)
     hub.faults.append(Fault("GET", "/resolve/", lambda: time.sleep(0.05), times=1000))
