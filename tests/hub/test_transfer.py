@@ -174,8 +174,9 @@ def test_a_push_gets_over_a_passing_fault_with_one_commit(hub, client, folder, m
     assert hub.faults[0].times == 0
 
 
-def test_a_conflict_with_another_commit_passes(hub, client, folder):
-    hub.faults.append(Fault("POST", "/commit/", 409))
+@pytest.mark.parametrize("action", [408, 409])
+def test_a_conflict_with_another_commit_and_one_that_took_too_long_pass(hub, client, folder, action):
+    hub.faults.append(Fault("POST", "/commit/", action))
     push(client, folder)
     assert hub.files("user/repo")["config.json"] == FILES["config.json"]
 
