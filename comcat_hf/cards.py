@@ -1,9 +1,10 @@
 """Model cards: what was measured, as the Hub reads it, beside whatever a person has written."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,12 +15,13 @@ from .errors import CheckpointError
 from .transport import write_text_atomic
 
 
-__all__ = ["CARD_NAME", "CardFacts", "Measured", "markdown_table", "shown_base", "write_card"]
+__all__ = ["CARD_NAME", "CardFacts", "Measured", "markdown_table", "quoted", "shown_base", "write_card"]
 
 CARD_NAME = "README.md"
-# What stands between these is ours, and is replaced when a card is written again.
+# What stands between these is ours, and is replaced when a card is written again. Of two beginnings the second counts:
+# behind the first somebody may have taken the end away and written.
 _BEGIN, _END = "<!-- comcat_hf: begin -->", "<!-- comcat_hf: end -->"
-_OURS = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+_OURS = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ def write_card(folder: str | Path, facts: CardFacts) -> Path:
     """
     path = Path(folder) / CARD_NAME
     ours = f"{_BEGIN}\n{_text(facts)}{_END}"
+    line_break = "\n"
     if path.is_file():
-        card = _read(path)
-        text = card.text.strip("\n")
-        written = _OURS.sub(lambda _: ours, text) if _OURS.search(text) else f"{text}\n\n{ours}"
+        card, line_break = _read(path)
+        written = _put(ours, card.text.strip("\n"))
         kept = {name: value for name, value in card.data.to_dict().items() if name not in ("tags", "model-index")}
         data = _metadata(facts, card.data.get("tags") or ())
         # What says what the files are is ours to say; the rest is kept.
@@ -104,32 +106,62 @@ def write_card(folder: str | Path, facts: CardFacts) -> Path:
     else:
         written, content = ours, _metadata(facts).to_dict()
     head = ModelCardData(**_as_arguments(content)).to_yaml()
-    return write_text_atomic(path, f"---\n{head}\n---\n\n{written.strip()}\n")
+    return write_text_atomic(path, f"---\n{head}\n---\n\n{written.strip()}\n".replace("\n", line_break))
 
 
 def shown_base(base: str | None) -> str:
     """A base model as a card names it: a Hub id as it is, of a folder the last part."""
-    return "an unnamed model" if not base else base if _is_hub_id(base) else Path(base).name
+    if not base or _is_hub_id(base):
+        return base or "an unnamed model"
+    # Windows' rules know both kinds of slashes.
+    name = PureWindowsPath(base).name
+    return name if name.strip(".") else Path(base).expanduser().resolve().name
+
+
+def quoted(text: str) -> str:
+    """A text as a string of Python in double quotes, for snippets."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a table, the first one its head; nothing for no rows."""
     if not rows:
         return ""
+    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in rows]
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
+def _put(ours: str, text: str) -> str:
+    """A card's text with our part in its place, or below; copies of it go."""
+    first = _OURS.search(text)
+    if first is None:
+        return f"{text}\n\n{ours}"
+    return text[: first.start()] + ours + _OURS.sub("", text[first.end() :])
+
+
 def _text(facts: CardFacts) -> str:
-    parts = [f"# {facts.title}\n\n{facts.summary}\n", f"```python\n{facts.snippet.strip()}\n```\n"]
+    parts = [f"# {_line(facts.title)}\n\n{facts.summary}\n", _fenced(facts.snippet, "python")]
     if facts.table:
         parts.append(markdown_table(facts.table))
-    parts += [f"![{caption}]({name})\n" for caption, name in facts.pictures]
+    parts += [f"![{_line(caption)}]({name})\n" for caption, name in facts.pictures]
     if facts.gallery:
         parts.append("<Gallery />\n")
     if facts.details:
-        parts.append(f"## How it was made\n\n```\n{facts.details.strip()}\n```\n")
-    return "\n".join(parts)
+        parts.append(f"## How it was made\n\n{_fenced(facts.details)}")
+    text = "\n".join(parts)
+    return text.replace(_BEGIN, "(comcat_hf: begin)").replace(_END, "(comcat_hf: end)")
+
+
+def _line(text: str) -> str:
+    """A text, such as a prompt, on one line, where it opens no tag and no comment."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _fenced(text: str, language: str = "") -> str:
+    text = text.strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}\n"
 
 
 def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
@@ -167,9 +199,12 @@ def _as_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if value is not None}
 
 
-def _read(path: Path) -> ModelCard:
+def _read(path: Path) -> tuple[ModelCard, str]:
+    """A card, and how its lines end."""
     try:
-        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+        content = path.read_bytes().decode("utf-8-sig")
+        line_break = "\r\n" if "\r\n" in content else "\n"
+        return ModelCard(content.replace(line_break, "\n"), ignore_metadata_errors=False), line_break
     # The Hub's client raises what its YAML parser raises, too.
     except Exception as error:
         raise CheckpointError(

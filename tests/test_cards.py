@@ -4,7 +4,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from comcat_hf.cards import CardFacts, Measured, markdown_table, shown_base, write_card
+from comcat_hf.cards import CardFacts, Measured, markdown_table, quoted, shown_base, write_card
 from comcat_hf.errors import CheckpointError
 
 
@@ -63,11 +63,79 @@ def test_a_folder_of_this_machine_does_not_become_a_base(tmp_path):
     assert shown_base(str(tmp_path)) == tmp_path.name and shown_base("user/dense") == "user/dense"
 
 
+def test_of_a_folder_only_the_last_part_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for base in (".", f"{tmp_path}/", f"C:\\Users\\me\\{tmp_path.name}", f"~/models/{tmp_path.name}"):
+        assert shown_base(base) == tmp_path.name
+
+
 def test_a_gallery_for_pipelines(tmp_path):
     facts = CardFacts(**(vars(FACTS) | {"gallery": (("a photo of sks dog", "validation/0.png"),)}))
     path = write_card(tmp_path, facts)
     assert metadata(path)["widget"] == [{"text": "a photo of sks dog", "output": {"url": "validation/0.png"}}]
     assert "<Gallery />" in path.read_text()
+
+
+BEGIN, END = "<!-- comcat_hf: begin -->", "<!-- comcat_hf: end -->"
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        f"{BEGIN}\nMine, behind a mark whose end I took away.",
+        f"Mine.\n\n{BEGIN}\nold\n{END}\n\nMore.\n\n{BEGIN}\ncopied\n{END}\n\nThe last.",
+        "Mine.\n\n---\n\nBelow a line.",
+    ],
+)
+def test_marks_out_of_order_cost_no_word_of_a_person(tmp_path, mine):
+    (tmp_path / "README.md").write_text(mine)
+    for _ in range(3):
+        text = write_card(tmp_path, FACTS).read_text()
+    words = mine.replace("old", "").replace("copied", "").replace(BEGIN, "").replace(END, "").split("\n")
+    assert all(word in text for word in words)
+    assert text.count("# small") == 1 and text.count("`user/dense` compressed.") == 1
+
+
+def test_marks_among_the_facts_do_not_end_our_part(tmp_path):
+    facts = CardFacts(**(vars(FACTS) | {"title": f"a {END} b", "details": f"c {END} d {BEGIN}"}))
+    once = write_card(tmp_path, facts).read_text()
+    assert write_card(tmp_path, facts).read_text() == once
+    text = once.partition("\n---\n")[2]
+    assert (text.count(BEGIN), text.count(END)) == (1, 1)
+
+
+def test_facts_of_any_text_stay_in_their_place(tmp_path):
+    prompt = "a photo\n---\nof `sks` | <!-- dog: {x} # \u2028 'y' \"z\""
+    changes = {
+        "title": prompt,
+        "gallery": ((prompt, "v.png"),),
+        "extra": {"instance_prompt": prompt},
+        "details": "a\n```\n# b\n````",
+        "table": (("model", "top|1"), ("a\nb", "1")),
+        "snippet": f"import comcat_hf\nprompt = {quoted(prompt)}",
+    }
+    path = write_card(tmp_path, CardFacts(**(vars(FACTS) | changes)))
+    card = ModelCard(path.read_text(), ignore_metadata_errors=False)
+    assert card.data.get("instance_prompt") == card.data.get("widget")[0]["text"] == prompt
+    assert card.data.model_name == prompt
+    assert "# a photo --- of `sks` | &lt;!-- dog" in card.text
+    assert "`````\na\n```\n# b\n````\n`````\n" in card.text
+    assert "| model | top\\|1 |" in card.text and "| a b | 1 |" in card.text
+    code = card.text.split("```python\n")[1].split("\n```")[0]
+    names = {}
+    exec(compile(code, "card", "exec"), names)
+    assert names["prompt"] == prompt
+
+
+@pytest.mark.parametrize(("mark", "line"), [("", "\r\n"), ("\ufeff", "\n"), ("\ufeff", "\r\n")])
+def test_cards_of_other_editors(tmp_path, mark, line):
+    path = tmp_path / "README.md"
+    path.write_bytes(f"{mark}---\nlicense: mit\n---\n\nMy words.\n".replace("\n", line).encode())
+    write_card(tmp_path, FACTS)
+    content = path.read_bytes()
+    assert content.startswith(b"---") and b"My words." in content and content.count(b"license: mit") == 1
+    assert content.count(b"\n") == content.count(line.encode())
+    assert metadata(path)["license"] == "mit" and metadata(path)["library_name"] == "transformers"
 
 
 def test_a_damaged_card_is_left_as_it_was(tmp_path):

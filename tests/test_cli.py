@@ -17,6 +17,7 @@ from comcat_hf import ComCATConfig, RankPlan, cli
 from comcat_hf.cli import demo as demo_commands
 from comcat_hf.cli import shell
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.transport import write_json_atomic
 from tests.customization.pipelines import tiny_unet
 from tests.helpers import small_vit
 from tests.original.test_vit import HEADS, release_files
@@ -205,10 +206,12 @@ def test_pull_copies_a_folder_and_push_says_what_is_missing(tmp_path):
 def test_info_says_what_a_folder_holds(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
-    comcat_hf.compress(vit, 0.4).save_pretrained(tmp_path / "model")
+    small = comcat_hf.compress(vit, 0.4)
+    small.save_pretrained(tmp_path / "model")
     result = run("info", str(tmp_path / "model"))
     assert result.exit_code == 0, result.output
     for words in (
+        f"parameters: {small.num_parameters():,}\n",
         "kind: compressed model",
         "ViTForImageClassification",
         "of the params of the model",
@@ -233,9 +236,26 @@ def test_info_refuses_what_is_not_ours_by_name(tmp_path):
     get_peft_model(vit, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     result = run("info", str(tmp_path / "lora"))
     assert result.exit_code == 1
-    assert "found an adapter of the method LORA" in result.stderr
+    assert "found an adapter of PEFT of the method LORA; load it with PeftModel.from_pretrained" in result.stderr
     (tmp_path / "empty").mkdir()
-    assert "found a model or folder of another kind" in run("info", str(tmp_path / "empty")).stderr
+    assert "found none of these" in run("info", str(tmp_path / "empty")).stderr
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc", "unet/x"])
+def test_info_reads_nothing_outside_of_the_folder(tmp_path, name):
+    for folder in ("outside", "in"):
+        write_json_atomic(tmp_path / folder / "adapter_config.json", {"qk_rank": 77})
+    write_json_atomic(tmp_path / "in" / "comcat_adapter.json", {"parts": {name: {}}})
+    result = run("info", str(tmp_path / "in"))
+    assert result.exit_code == 1
+    assert "expected 'parts' by their names" in result.stderr and "77" not in result.output
+
+
+def test_info_counts_parameters_and_names_a_file_that_it_cannot_read(tmp_path):
+    plan = save_plan(tmp_path / "plan")
+    assert "parameters" not in run("info", plan).stdout
+    (tmp_path / "plan" / "model.safetensors").write_bytes(b"x")
+    assert "parameters: unknown, as model.safetensors cannot be read" in run("info", plan).stdout
 
 
 def test_a_plan_is_drawn_by_what_lies_beside_it_or_by_a_base(tmp_path):

@@ -343,9 +343,9 @@ def test_a_push_while_saving_takes_the_rank_file_too(saved, tmp_path, monkeypatc
     model.save_pretrained(tmp_path / "name", push_to_hub=False)
     assert uploads == []
     model.save_pretrained(tmp_path / "name", push_to_hub=True, private=True, commit_message="x", max_shard_size="1GB")
-    model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="user/other")
+    model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="user/other", revision="v1")
     model.save_pretrained(tmp_path / "name", False, push_to_hub=True)
-    assert uploads == [("name", {"private": True, "commit_message": "x"}), ("user/other", {})]
+    assert uploads == [("name", {"private": True, "commit_message": "x"}), ("user/other", {"revision": "v1"})]
 
 
 def test_other_processes_than_the_first_write_nothing(saved, tmp_path):

@@ -15,6 +15,7 @@ from comcat_hf.transport import (
     write_json_atomic,
     write_text_atomic,
 )
+from comcat_hf.transport.failures import without_secrets
 
 
 def names_in(folder):
@@ -157,6 +158,21 @@ def test_an_upload_that_fails(tmp_path, repo_id, reason):
     write_text_atomic(tmp_path / "a.json", "{}")
     with pytest.raises(ComCATError, match=reason):
         push_folder(tmp_path, repo_id)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("is it there? no: hf_internal_testing_tiny/x, https://hf.co/a?b", None),
+        ("see https://me:hunter2@hf.co/x", "see https://***@hf.co/x"),
+        ("'https://s3.co/a?X-Amz-Signature=abc&y=1'", "'https://s3.co/a?***'"),
+        ("hf_abcdefghijklmnopqrst and mine", "*** and mine"),
+    ],
+)
+def test_secrets_are_taken_out_of_errors_and_nothing_else(text, shown):
+    assert without_secrets(text) == (shown or text)
+    assert without_secrets(text + " token0") == (shown or text) + " token0"
+    assert without_secrets(text + " token0", "token0") == (shown or text) + " ***"
 
 
 def test_the_tests_are_offline():

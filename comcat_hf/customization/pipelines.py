@@ -18,7 +18,7 @@ from ..attention import attention_views, replace_module
 from ..attention.residuals import rows_in
 from ..configs import ComCATConfig
 from ..errors import CheckpointError, InvalidValueError
-from ..transport import read_json, resolve_file, write_bytes_atomic, write_json_atomic
+from ..transport import push_folder, read_json, resolve_file, write_bytes_atomic, write_json_atomic
 from ..tuners.customize import CustomizeLayer
 from ..tuners.layer import ComCATLayer
 from ..tuners.model import remember
@@ -51,6 +51,9 @@ def save_comcat_weights(
     dtype: torch.dtype | None = None,
     base_model_name_or_path: str | None = None,
     revision: str | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    **kwargs: Any,
 ) -> Path:
     """Write one adapter of a pipeline: a folder per adapted part, and an index beside them.
 
@@ -63,13 +66,22 @@ def save_comcat_weights(
         adapter_name: which adapter.
         dtype: of the weights in the file; by default that which they have.
         base_model_name_or_path, revision: what the adapter belongs to; by default where the pipeline came from.
+        push_to_hub: upload the adapter then, with the card of the folder if it has one.
+        repo_id: where to; by default the name of the folder.
+        **kwargs: `private`, `commit_message`, `create_pr` and `token`, as of [`push_folder`].
 
     Returns:
         the folder.
 
     Raises:
-        InvalidValueError: no part has an adapter of that name.
+        InvalidValueError: no part has an adapter of that name, or an argument is unknown.
+        ComCATError: the Hub refused the upload or was not reached; the folder is written.
     """
+    if unknown := sorted(set(kwargs) - {"private", "commit_message", "create_pr", "token"}):
+        raise InvalidValueError(
+            f"save_comcat_weights has no argument {', '.join(unknown)}; for an upload it takes private, "
+            "commit_message, create_pr and token."
+        )
     adapted = {name: model for name, model in _parts(pipeline).items() if adapter_name in _configs(model)}
     if not adapted:
         known = sorted({found for model in _parts(pipeline).values() for found in _configs(model)})
@@ -94,6 +106,10 @@ def save_comcat_weights(
         write_json_atomic(folder / name / CONFIG, fields)
         index["parts"][name] = {"class": type(model).__name__, "base_sizes": _sizes(model)}
     write_json_atomic(folder / INDEX, index)
+    if push_to_hub:
+        # What else lies in the folder is not the adapter's.
+        own = [INDEX, "README.md", *(f"{name}/{file}" for name in adapted for file in (CONFIG, WEIGHTS))]
+        push_folder(folder, repo_id or folder.resolve().name, allow_patterns=own, **kwargs)
     return folder
 
 

@@ -28,6 +28,8 @@ from .current import current_plan
 __all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
 
 QUANT_METHOD = "comcat"
+# Arguments of save_pretrained that are meant for the upload.
+_OF_THE_HUB = ("commit_message", "commit_description", "create_pr", "private", "revision", "tags", "token")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -125,7 +127,7 @@ def _save_pretrained(
     if adapted or plan is None:
         save(push_to_hub, **kwargs)
         return
-    hub = {key: kwargs.pop(key) for key in ("commit_message", "create_pr", "token", "private") if key in kwargs}
+    hub = {key: kwargs.pop(key) for key in _OF_THE_HUB if key in kwargs}
     repo_id = kwargs.pop("repo_id", Path(save_directory).name)
     # Joined tensors cannot be taken apart by rank: such models are written under the names of their modules.
     kwargs.setdefault("save_original_format", not _joins_tensors(model))

@@ -1,58 +1,31 @@
 """From a local folder or the Hub: one file, or everything a repository holds, checked before it is written."""
 
 import contextlib
-import hashlib
+import json
 import os
-import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    CorruptedCacheException,
-    EntryNotFoundError,
-    FileMetadataError,
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import CheckpointError, ComCATError
+from .checks import changed_files, check_names, check_size, check_sizes, forget, is_sound
+from .failures import asking, detail_of, without_secrets
+from .files import read_json
+from .found import kind_of, sizes_in, sizes_on_the_hub, tree_on_the_hub
 from .retries import is_passing, retrying
 
 
-__all__ = ["pull_folder", "resolve_file"]
+__all__ = ["list_files", "pull_folder", "resolve_file"]
 
-# The first kind that fits is taken, so subclasses stand before their bases.
-_HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
-    (GatedRepoError, "the repository is gated; ask for access on its page, then pass `token=` or run `hf auth login`"),
-    (
-        RepositoryNotFoundError,
-        "there is no such folder here and no such repository on the Hub; check the spelling, or pass `token=` if it "
-        "is private",
-    ),
-    (RevisionNotFoundError, "the repository has no such revision; give an existing branch, tag or commit"),
-    (
-        LocalEntryNotFoundError,
-        "there is no such folder here, the file is not in the local cache and the Hub was not reached "
-        "(HF_HUB_OFFLINE, `local_files_only` or no network); load it once while online or give a local folder",
-    ),
-    (EntryNotFoundError, "the repository has no such file; check that it holds a comcat_hf result"),
-    (HFValidationError, "it is neither a local folder nor a Hub id; a Hub id reads `user/name`"),
-    (FileMetadataError, "what answered does not speak as the Hub does; check HF_ENDPOINT, proxy and network"),
-    (CorruptedCacheException, "the local cache is damaged; delete the repository's folder there and try again"),
-    (HTTPError, "the Hub could not answer; try again or give a local folder"),
-    (OSError, "the file could not be fetched; check the network and the free space, or give a local folder"),
-)
+# Files that say what lies beside them: without them, something else does.
+_MARKS = ("comcat_adapter.json", "comcat_ranks.json")
 
 
 def resolve_file(
@@ -66,32 +39,36 @@ def resolve_file(
     local_files_only: bool | None = None,
 ) -> Path:
     """Return the local path of `filename` in a folder or a Hub repository; the path of a file stands for itself."""
-    local = Path(name_or_path).expanduser()
+    local = _expanded(name_or_path)
     if local.is_file():
-        return local
+        return _same_kind(local, filename)
     if local.is_dir():
         return _file_in_folder(local / subfolder if subfolder else local, filename)
     if _is_local_path(name_or_path):
+        shown = without_secrets(str(name_or_path))
         raise CheckpointError(
-            f"{name_or_path}: expected a folder with {filename}, found no such file or folder; check the path"
+            f"{shown}: expected a folder with {filename}, found no such file or folder; check the path"
         )
     wanted = f"{subfolder}/{filename}" if subfolder else filename
-    return _asking(
+    download = partial(
+        hf_hub_download,
         str(name_or_path),
-        wanted,
-        revision,
-        lambda: Path(
-            hf_hub_download(
-                str(name_or_path),
-                filename,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                subfolder=subfolder,
-                local_files_only=bool(local_files_only),
-            )
-        ),
+        filename,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        subfolder=subfolder,
+        local_files_only=bool(local_files_only),
     )
+    try:
+        return asking(str(name_or_path), wanted, revision, token, lambda: _download_sound(download))
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, RemoteEntryNotFoundError) or filename not in _MARKS:
+            raise
+        other = _other_kind(download)
+        if other is None:
+            raise
+        raise CheckpointError(f"{name_or_path}: expected to find {wanted}, found {other}") from error.__cause__
 
 
 def pull_folder(
@@ -127,11 +104,12 @@ def pull_folder(
         CheckpointError: nothing is there, the Hub did not give it, a name leads out of the folder, the files do not
             fit on the disk, or what came is not what the Hub announced.
     """
-    local = Path(name_or_path).expanduser()
+    local = _expanded(name_or_path)
     if local.is_dir():
         source = local
     elif local.is_file() or _is_local_path(name_or_path):
-        raise CheckpointError(f"{name_or_path}: expected a folder or a Hub id, found neither; check the path")
+        shown = without_secrets(str(name_or_path))
+        raise CheckpointError(f"{shown}: expected a folder or a Hub id, found neither; check the path")
     else:
         download = partial(
             snapshot_download,
@@ -143,10 +121,11 @@ def pull_folder(
             ignore_patterns=ignore_patterns,
         )
         offline = bool(local_files_only) or constants.HF_HUB_OFFLINE
-        source = _asking(
+        source = asking(
             str(name_or_path),
             "its files",
             revision,
+            token,
             lambda: Path(download(local_files_only=True)) if offline else _download_checked(download),
         )
     if local_dir is None:
@@ -154,6 +133,47 @@ def pull_folder(
     names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
     chosen = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
     return _place_files(source, chosen, Path(local_dir).expanduser())
+
+
+def list_files(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, int]:
+    """The files of a folder or a Hub repository with their sizes; nothing is downloaded.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        revision: branch, tag or commit; default: `main`.
+        token: for private repositories; default: the one that is logged in.
+
+    Returns:
+        sizes in bytes by name.
+
+    Raises:
+        CheckpointError: nothing is there, or the Hub did not say.
+    """
+    local = _expanded(name_or_path)
+    if local.is_dir():
+        return sizes_in(local)
+    repo_id = str(name_or_path)
+    return asking(repo_id, "its files", revision, token, lambda: sizes_on_the_hub(repo_id, revision, token))
+
+
+def _download_sound(download: partial) -> Path:
+    """Call `download`, a partial of `hf_hub_download`, again where what came is damaged."""
+    if not (download.keywords["local_files_only"] or constants.HF_HUB_OFFLINE):
+        # What cannot be asked now is said by the download, or is in the cache.
+        with contextlib.suppress(HTTPError, OSError):
+            asked = download(dry_run=True)
+            if asked.will_download and asked.file_size is not None:
+                check_size(*download.args, asked.file_size, _cache(download))
+    path = Path(retrying(download, attempts=3))
+    if not is_sound(path):
+        forget(path)
+        path = Path(retrying(download, attempts=3))
+    if not is_sound(path):
+        forget(path)
+        raise _damaged(*download.args)
+    return path
 
 
 def _download_checked(download: partial) -> Path:
@@ -169,89 +189,44 @@ def _download_checked(download: partial) -> Path:
             folder = Path(download(local_files_only=True))
         except LocalEntryNotFoundError:
             raise error from None
-        warnings.warn(f"{repo_id}: the Hub could not answer ({error}); the copy in the cache is used.", stacklevel=4)
+        detail = without_secrets(detail_of(error), wanted["token"])
+        warnings.warn(f"{repo_id}: the Hub could not answer ({detail}); the copy in the cache is used.", stacklevel=4)
         return folder
-    tree = retrying(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
-    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    files = tree_on_the_hub(api, repo_id, commit)
     # All names, also those that nobody wants: a repository with such a name is not to be trusted.
     check_names(repo_id, [file.path for file in files])
     patterns = {key: wanted[key] for key in ("allow_patterns", "ignore_patterns")}
     names = set(filter_repo_objects([file.path for file in files], **patterns))
     files = [file for file in files if file.path in names]
-    check_sizes(repo_id, files, Path(wanted["cache_dir"] or constants.HF_HUB_CACHE))
+    check_sizes(repo_id, {file.path: file.size for file in files}, _cache(download))
     # The commit, not its name: that may stand for another one by now.
-    folder = Path(retrying(partial(download, revision=commit), attempts=2))
-    if _changed(folder, files):
-        folder = Path(download(revision=commit, force_download=True))
-    if changed := _changed(folder, files):
-        for name in changed:
-            _forget(folder / name)
-        raise CheckpointError(
-            f"{repo_id}: expected the contents that the Hub announced, found others in {', '.join(changed)}; "
-            "the download was damaged on its way: try again, without a proxy if there is one"
-        )
+    download = partial(download, revision=commit)
+    folder = Path(retrying(download, attempts=3))
+    if changed := changed_files(folder, files):
+        _forget_all(folder, changed)
+        folder = Path(retrying(download, attempts=3))
+    if changed := changed_files(folder, files):
+        _forget_all(folder, changed)
+        raise _damaged(repo_id, changed)
     # So that the cache knows the name while offline.
     with contextlib.suppress(HTTPError, OSError):
         api.resolve_revision(repo_id, revision=wanted["revision"], cache_dir=wanted["cache_dir"])
     return folder
 
 
-def check_names(repo_id: str, names: Sequence[str]) -> None:
-    """Refuse names that could be written outside the folder that they belong to."""
-    for name in names:
-        parts = name.split("/")
-        if re.search(r"[\\:\0]", name) or any(part in ("", ".", "..") for part in parts):
-            raise CheckpointError(
-                f"{repo_id}: expected names of files inside the repository, found {name!r}, which may lead out of it; "
-                "nothing was downloaded: do not use this repository, and report it to the Hub"
-            )
-
-
-def check_sizes(repo_id: str, files: Sequence[RepoFile], cache: Path) -> None:
-    """Refuse files that would not fit on the disk of the cache, going by the sizes that the Hub declares."""
-    folder = next((parent for parent in (cache, *cache.parents) if parent.exists()), Path("/"))
-    free = shutil.disk_usage(folder).free
-    total = sum(file.size for file in files)
-    if any(file.size < 0 for file in files) or total > free:
-        largest = max(files, key=lambda file: abs(file.size))
-        raise CheckpointError(
-            f"{repo_id}: expected files that fit into the {free:,} bytes free at {folder}, found {total:,} bytes "
-            f"declared ({largest.path}: {largest.size:,}); nothing was downloaded: free some space, set `cache_dir`, "
-            "or leave files out with `ignore_patterns`"
-        )
-
-
-def _changed(folder: Path, files: Sequence[RepoFile]) -> list[str]:
-    return [file.path for file in files if not _is_as_announced(folder / file.path, file)]
-
-
-def _is_as_announced(path: Path, file: RepoFile) -> bool:
-    """Whether a file's content has the hash that the Hub gave: SHA-256 of large files, git's own of small ones."""
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    digest = hashlib.sha1(f"blob {file.size}\0".encode()) if file.lfs is None else hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest() == (file.blob_id if file.lfs is None else file.lfs.sha256)
-
-
-def _forget(path: Path) -> None:
-    """Remove a file of the cache with the blob that it points to, so that the next download fetches it."""
-    blob = path.resolve()
-    path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
-
-
 def _place_files(source: Path, names: Sequence[str], target: Path) -> Path:
-    """Copy files next to the target first, so that a full disk leaves it as it was, and then move them in."""
+    """Copy files to the target's disk first, so that a full one leaves it as it was, and then move them in."""
     if source.resolve() == target.resolve():
         return target
     if not names:
         raise CheckpointError(f"{source}: expected files to copy, found none that fit; check the patterns")
+    # A folder may be a link to another disk, or one that is mounted: files cannot be moved in from beside it.
+    beside = target if target.is_dir() else target.parent
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
+        if in_the_way := [name for name in names if not _is_free(target, name)]:
+            raise OSError(f"folders or files in the place of {', '.join(in_the_way)}")
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{target.name}.") as staging:
             for name in names:
                 copy = Path(staging, name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -268,17 +243,67 @@ def _place_files(source: Path, names: Sequence[str], target: Path) -> Path:
     return target
 
 
-def _asking(repo_id: str, wanted: str, revision: str | None, ask: Callable[[], Path]) -> Path:
-    """The answer of the Hub or its cache; a failure becomes one error that says what to do."""
-    try:
-        return ask()
-    except ComCATError:
-        raise
-    except tuple(kind for kind, _ in _HUB_FAILURES) as error:
-        reason = next(text for kind, text in _HUB_FAILURES if isinstance(error, kind))
+def _is_free(target: Path, name: str) -> bool:
+    place = target / name
+    return not place.is_dir() and not any(folder.is_file() for folder in list(place.parents)[: name.count("/") + 1])
+
+
+def _cache(download: partial) -> Path:
+    return Path(download.keywords["cache_dir"] or constants.HF_HUB_CACHE)
+
+
+def _same_kind(path: Path, filename: str) -> Path:
+    """A file that stands for itself, unless it holds weights where JSON is wanted."""
+    if filename.endswith(".json") and path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(
-            f"{repo_id}: expected to find {wanted} (revision {revision or 'main'}), but {reason}"
+            f"{path}: expected {filename} or the folder that holds it, found a file of weights; give that folder "
+            "(LoRA weights are loaded with pipe.load_lora_weights)"
+        )
+    return path
+
+
+def _other_kind(download: partial) -> str | None:
+    """What a repository without a wanted file holds in its place; `None` where that is not known."""
+    (repo_id, _), where = download.args, download.keywords
+    inside = f"{where['subfolder']}/" if where["subfolder"] else ""
+    try:
+        sizes = sizes_on_the_hub(repo_id, where["revision"], where["token"])
+        names = [name.removeprefix(inside) for name in sizes if name.startswith(inside)]
+        kind = kind_of(names, lambda name: read_json(_download_sound(partial(download.func, repo_id, name, **where))))
+    except (ComCATError, HTTPError, OSError, json.JSONDecodeError):
+        return None
+    return kind and _said(kind)
+
+
+def _said(kind: tuple[str, str]) -> str:
+    what, how = kind
+    return f"{what}; load it with {how}"
+
+
+def _forget_all(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        forget(folder / name)
+
+
+def _damaged(repo_id: str, names: Sequence[str] | str) -> CheckpointError:
+    found = names if isinstance(names, str) else ", ".join(names)
+    return CheckpointError(
+        f"{repo_id}: expected the contents that the Hub announced, found others in {found}; the download was damaged "
+        "on its way: try again, without a proxy if there is one"
+    )
+
+
+def _expanded(name_or_path: str | os.PathLike) -> Path:
+    try:
+        path = Path(name_or_path).expanduser()
+        path.is_dir()
+    # No such user behind ~, a name that is too long, a NUL.
+    except (RuntimeError, OSError, ValueError) as error:
+        shown = without_secrets(repr(str(name_or_path))[:200])
+        raise CheckpointError(
+            f"{shown}: expected a folder or a Hub id, found text that can be neither; check the path"
         ) from error
+    return path
 
 
 def _is_local_path(name_or_path: str | os.PathLike) -> bool:
@@ -300,6 +325,8 @@ def _file_in_folder(folder: Path, filename: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder with {filename}, found no such folder; check `subfolder`")
     names = sorted(entry.name for entry in folder.iterdir())
+    if filename in _MARKS and (kind := kind_of(names, lambda name: read_json(folder / name))):
+        raise CheckpointError(f"{folder}: expected the file {filename}, found {_said(kind)}")
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     raise CheckpointError(
         f"{folder}: expected the file {filename}, found {shown or 'an empty folder'}; "

@@ -1,7 +1,9 @@
 """To the Hub: a folder or files in one commit, without what belongs to a training run only."""
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -15,16 +17,26 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import ComCATError, InvalidValueError
+from .failures import NOT_THE_HUB, detail_of, without_secrets
 from .retries import retrying
 
 
 __all__ = ["NOT_UPLOADED", "push_folder"]
 
-# What a run leaves beside its result: states to go on from, statistics of somebody's images, logs.
+# What a run leaves beside its result: states to go on from, statistics of somebody's images, logs, paths of this
+# machine, the model before it was fine-tuned.
 NOT_UPLOADED = (
-    *("checkpoint-*/*", "*/checkpoint-*/*", "statistics/*", "runs/*", "logs/*", "*events.out.tfevents.*"),
+    *("checkpoint-*/*", "*/checkpoint-*/*", "statistics/*", "initial/*", "runs/*", "logs/*", "wandb/*", "*.log"),
+    *(
+        "*events.out.tfevents.*",
+        "training_log.jsonl",
+        "comcat_stages.json",
+        "*training_state.json",
+        "*search_state.pt",
+    ),
     *("*optimizer*.bin", "*optimizer*.pt", "*scheduler*.bin", "*scheduler*.pt", "*scaler.pt", "*sampler*.bin"),
-    *("*random_states_*", "*training_args.bin", "*.pkl", "*.tmp", "*.incomplete", "*__pycache__/*"),
+    *("*optim_states.pt", "*.distcp", "*rng_state*.pth", "*random_states_*", "*training_args.bin", "*.pkl"),
+    *("*.tmp", "*.incomplete", "*__pycache__/*"),
 )
 _NO_TOKEN = "there is no token; run `hf auth login`, or pass `token=`"
 _UPLOAD_FAILURES: tuple[tuple[type[Exception], str], ...] = (
@@ -32,7 +44,13 @@ _UPLOAD_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (LocalTokenNotFoundError, _NO_TOKEN),
     (RepositoryNotFoundError, "there is no such user or organisation, or the token may not write there"),
     (HTTPError, "the Hub refused it or could not answer; check that the token may write there, and try again"),
-    (OSError, "the Hub was not reached (HF_HUB_OFFLINE or no network); the files are where they were, try again"),
+    (
+        ConnectionError,
+        "the Hub was not reached (HF_HUB_OFFLINE or no network); the files are where they were, try again",
+    ),
+    (OSError, "a file could not be read; check it and its permissions, and try again"),
+    (json.JSONDecodeError, NOT_THE_HUB),
+    (ValueError, "a file cannot be sent as it is; check it, and try again"),
 )
 
 
@@ -51,13 +69,15 @@ def push_folder(
     """Upload a folder, a file or several files (under their own names) in one commit.
 
     The repository is made if it is absent. A commit takes all files or none. Requests that fail on the Hub's side are
-    made again; a pull request is asked for once, since a second one could be opened.
+    made again; a pull request is asked for once, since a second one could be opened. Links are followed inside the
+    folder only.
 
     Args:
         source: what to upload. Of a folder, hidden files and those that fit [`NOT_UPLOADED`] stay where they are.
         repo_id: `user/name`, or a name under the user who is logged in.
-        private: make a new repository private (default: as the account's owner has set).
-        revision: branch to commit to, made if it is absent; default: `main`.
+        private: make a new repository private (default: as the account's owner has set); refuse one that is there
+            and is not.
+        revision: branch to commit to, made if it is absent, or a pull request (`refs/pr/1`); default: `main`.
         commit_message: default: "Upload with comcat_hf".
         create_pr: open a pull request instead of committing.
         token: default: the one that is logged in.
@@ -68,45 +88,62 @@ def push_folder(
         the address of the commit or of the pull request.
 
     Raises:
-        InvalidValueError: nothing to upload.
+        InvalidValueError: nothing to upload, a link out of the folder, a public repository where a private one is
+            asked for.
         ComCATError: the Hub was not reached, or refused it.
     """
     ignored = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or ())
     files = _files_to_upload(source, repo_id, allow_patterns, [*NOT_UPLOADED, *ignored])
     api = HfApi(token=token)
-
-    def upload() -> str:
-        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(full_id, branch=revision, exist_ok=True)
-        # Made anew for each attempt: the client marks them while it works.
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()]
-        try:
-            commit = api.create_commit(
-                full_id,
-                operations,
-                commit_message=commit_message or "Upload with comcat_hf",
-                revision=revision,
-                create_pr=create_pr,
-            )
-        except RuntimeError as error:
-            # A large file's upload: what happened to the request stands behind it.
-            if isinstance(error.__cause__, HTTPError):
-                raise error.__cause__ from None
-            raise
-        return commit.pr_url or commit.commit_url
-
+    commit = partial(_commit, files=files, message=commit_message, revision=revision, create_pr=create_pr)
     try:
-        return upload() if create_pr else retrying(upload)
+        full_id = retrying(lambda: _prepare(api, repo_id, private, None if create_pr else revision))
+        return commit(api, full_id) if create_pr else retrying(lambda: commit(api, full_id))
+    except ComCATError:
+        raise
     except tuple(kind for kind, _ in _UPLOAD_FAILURES) as error:
         reason = next(text for kind, text in _UPLOAD_FAILURES if isinstance(error, kind))
         unknown = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
         if unknown and (token is False or (token in (None, True) and get_token() is None)):
             reason = _NO_TOKEN
-        detail = str(error).strip().splitlines()
-        raise ComCATError(
-            f"{repo_id}: expected to upload {len(files)} files, but {reason}" + (f" ({detail[0]})." if detail else ".")
-        ) from error
+        detail = detail_of(error)
+        said = f"{repo_id}: expected to upload {len(files)} files, but {reason}" + (f" ({detail})." if detail else ".")
+        raise ComCATError(without_secrets(said, token)) from error
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool | None, branch: str | None) -> str:
+    """Make the repository and the branch where they are absent; returns the full name."""
+    full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(full_id).private:
+        raise InvalidValueError(
+            f"{full_id}: expected a private repository, found one that everybody can read; nothing was uploaded. Make "
+            "it private on its page, or push without asking for a private one."
+        )
+    # That of a pull request cannot be made so, and is there.
+    if branch is not None and not branch.startswith("refs/"):
+        api.create_branch(full_id, branch=branch, exist_ok=True)
+    return full_id
+
+
+def _commit(
+    api: HfApi, full_id: str, *, files: Mapping[str, Path], message: str | None, revision: str | None, create_pr: bool
+) -> str:
+    # Made anew for each attempt: the client marks them while it works.
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()]
+    try:
+        commit = api.create_commit(
+            full_id,
+            operations,
+            commit_message=message or "Upload with comcat_hf",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except RuntimeError as error:
+        # A large file's upload: what happened to the request stands behind it.
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+    return commit.pr_url or commit.commit_url
 
 
 def _files_to_upload(
@@ -117,9 +154,11 @@ def _files_to_upload(
 ) -> dict[str, Path]:
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         root = Path(source)
-        found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+        found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*"))}
+        found = {name: path for name, path in found.items() if path.is_file() or path.is_symlink()}
         kept = filter_repo_objects(found, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         files = {name: found[name] for name in kept if not _is_hidden(name)}
+        _check_links(root, files)
     else:
         paths = [Path(item) for item in ([source] if isinstance(source, str | os.PathLike) else source)]
         files = {path.name: path for path in paths}
@@ -132,6 +171,22 @@ def _files_to_upload(
     if not files:
         raise InvalidValueError(f"{repo_id}: expected something to upload, found no file in {source}; save first")
     return files
+
+
+def _check_links(root: Path, files: Mapping[str, Path]) -> None:
+    """Refuse links out of a folder, which may be somebody else's, and links that would silently be left out."""
+    inside = [root.resolve()]
+    if root.parent.name == "snapshots":
+        # The cache of huggingface_hub keeps contents there.
+        inside.append(root.resolve().parent.parent / "blobs")
+    for name, path in files.items():
+        target = path.resolve()
+        if path.is_symlink() and not (path.is_file() and any(target.is_relative_to(place) for place in inside)):
+            raise InvalidValueError(
+                f"{path}: expected a file inside {root}, found a link to "
+                f"{'nothing' if not path.exists() else target}; nothing was uploaded. Put a copy in its place, or "
+                f"leave it out with `ignore_patterns` ({name})."
+            )
 
 
 def _is_hidden(name: str) -> bool:

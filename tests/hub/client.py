@@ -12,13 +12,19 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Runs one text of code after the other; the last expression's value is what a text gives back.
+# Runs one text of code after the other; the last expression's value is what a text gives back. Waits between attempts
+# are cut short, and kept for the tests to look at.
 _LOOP = """
-import ast, json, sys, traceback
+import ast, json, sys, time, traceback
 answers = sys.stdout
 sys.stdout = sys.stderr
 import comcat_hf
-names = {"comcat_hf": comcat_hf}
+waits, sleep = [], time.sleep
+def wait(seconds):
+    waits.append(seconds)
+    sleep(min(seconds, 0.01))
+time.sleep = wait
+names = {"comcat_hf": comcat_hf, "waits": waits}
 for line in sys.stdin:
     tree = ast.parse(json.loads(line))
     try:
@@ -76,5 +82,7 @@ class Client:
 
     def close(self) -> None:
         self._process.stdin.close()
+        # It has nothing left to do, and takes seconds to unload its libraries.
+        self._process.kill()
         self._process.wait(timeout=60)
         self._process.stdout.close()

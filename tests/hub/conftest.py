@@ -1,18 +1,19 @@
-"""A server and a client for the tests of a module."""
+"""A server and a client for all tests: to start one takes longer than most of them."""
 
 import pytest
 
 from .client import Client
+from .folders import FILES, write
 from .server import HubServer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
     with HubServer() as running:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(server, tmp_path_factory):
     running = Client(server.endpoint, tmp_path_factory.mktemp("home"))
     yield running
@@ -28,3 +29,8 @@ def hub(server):
     server.requests.clear()
     server.sizes.clear()
     return server
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "out", FILES)

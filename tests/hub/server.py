@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -28,10 +28,14 @@ class Fault:
 
     method: str
     path: str
-    action: int | str
+    action: int | str | Callable[[], None]
     """A status code; `drop` (close without an answer), `half` (close in the middle of the body), `stale` (send another
-    body of the same length) or `late` (do what was asked and close without an answer)."""
+    body of the same length), `late` (do what was asked and close without an answer), `page` (answer with a web page,
+    as a proxy does), or a function that is called before the request is answered as ever."""
     times: int = 1
+    message: str = "A fault."
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Both are sent with a status code."""
 
 
 @dataclass
@@ -94,24 +98,27 @@ class HubServer:
         repository = self.repositories.setdefault(repo_id, Repository(**options))
         return repository.commit(ref, files, "put")
 
-    def fault(self, method: str, path: str) -> int | str | None:
+    def fault(self, method: str, path: str) -> Fault | None:
         with self._lock:
             for fault in self.faults:
                 if fault.times and fault.method == method and re.search(fault.path, path):
                     fault.times -= 1
-                    return fault.action
+                    return fault
         return None
 
 
 class _Stop(Exception):
-    def __init__(self, status: int, message: str = "", code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str = "", code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
         routes = (
             ("POST", r"/api/repos/create", "create"),
             ("GET", r"/api/whoami-v2", "whoami"),
@@ -135,13 +142,19 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if self.headers.get("Transfer-Encoding") == "chunked":
                 self.body = self.chunks()
             hub.requests.append(f"{self.command} {parts.path}")
-            self.action = hub.fault(self.command, parts.path)
+            fault = hub.fault(self.command, parts.path)
+            self.action = fault.action if fault else None
             if self.action == "drop":
                 self.hang_up()
                 return
+            if callable(self.action):
+                self.action()
             try:
+                if self.action == "page":
+                    self.send(200, b"<html>Please log in to the network.</html>", {"Content-Type": "text/html"})
+                    return
                 if isinstance(self.action, int):
-                    raise _Stop(self.action, "A fault.")
+                    raise _Stop(self.action, fault.message, headers=fault.headers)
                 for method, pattern, name in self.routes:
                     if method == self.command and (match := re.fullmatch(pattern, parts.path)):
                         groups = {key: unquote(value) for key, value in match.groupdict().items()}
@@ -150,6 +163,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 raise _Stop(404, f"This server does not know {self.command} {parts.path}.")
             except _Stop as stop:
                 headers = {"X-Error-Message": stop.message} | ({"X-Error-Code": stop.code} if stop.code else {})
+                headers |= stop.headers
                 self.send(stop.status, {"error": stop.message}, headers)
 
         do_GET = do_HEAD = do_POST = do_PUT = answer
@@ -334,6 +348,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             content = files[path]
             etag = hashlib.sha256(content).hexdigest() if path.endswith(LARGE) else blob_id(content)
             headers["ETag"] = f'"{etag}"'
+            if path in hub.sizes:
+                headers["X-Linked-Size"] = str(hub.sizes[path])
             if self.action == "stale":
                 content = bytes(255 - byte for byte in content)
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")

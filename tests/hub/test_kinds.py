@@ -3,6 +3,8 @@
 import pytest
 
 from tests.customization.pipelines import tiny_unet
+from tests.hub.client import ClientError
+from tests.hub.folders import write
 
 
 MAKE = {
@@ -87,17 +89,106 @@ def test_every_kind_comes_back_byte_for_byte_and_is_used(hub, client, tmp_path, 
     assert client(USE[kind]) is True
 
 
-def test_an_adapter_of_another_method_is_refused_by_name(hub, client, tmp_path, unet_folder):
-    lora = b'{"peft_type": "LORA", "r": 4}'
-    hub.put("user/lora", {"adapter_config.json": lora, "adapter_model.safetensors": b"x"})
-    result = client(
-        START
-        + f"unet = UNet2DConditionModel.from_pretrained({str(unet_folder)!r})\n"
-        + "try:\n"
-        + f"    comcat_hf.load_comcat_weights({{'unet': unet}}, 'user/lora', cache_dir={str(tmp_path)!r})\n"
-        + "    said = 'nothing'\n"
-        + "except comcat_hf.ComCATError as error:\n"
-        + "    said = str(error)\n"
-        + "said"
+# As users of each library push, in place of a folder.
+PUSH = {
+    "plan": ('plan.push_to_hub("user/repo", private=True, revision="v1")', MAKE["plan"]),
+    "model": ('small.push_to_hub("user/repo", private=True, revision="v1")', MAKE["model"]),
+    "model, saving": (
+        'small.save_pretrained(folder + "2", push_to_hub=True, repo_id="user/repo", private=True, revision="v1")',
+        MAKE["model"],
+    ),
+    "vit adapter": ('model.push_to_hub("user/repo", private=True, revision="v1")', MAKE["vit adapter"]),
+    "pipeline adapter": (
+        'comcat_hf.save_comcat_weights({"unet": unet}, folder, push_to_hub=True, repo_id="user/repo", private=True)',
+        MAKE["pipeline adapter"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PUSH)
+def test_every_kind_is_pushed_as_its_library_does_it(hub, client, tmp_path, unet_folder, kind):
+    push, make = PUSH[kind]
+    names = (
+        f"folder, cache, unet_folder = {str(tmp_path / 'out')!r}, {str(tmp_path / 'cache')!r}, {str(unet_folder)!r}"
     )
-    assert "user/lora: expected to find comcat_adapter.json" in result
+    client(f"{START}{names}{make}")
+    hub.repositories.clear()
+    client(push)
+    assert hub.repositories["user/repo"].private
+    revision = "main" if kind == "pipeline adapter" else "v1"
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    pushed = {name.split("/")[-1]: content for name, content in hub.files("user/repo", revision).items()}
+    # PEFT's own card is written anew.
+    assert {name: pushed[name] for name in written if name != "README.md"} == {
+        name: content for name, content in written.items() if name != "README.md"
+    }
+    use = USE[kind.split(",")[0]].replace("cache_dir=cache", f"cache_dir=cache, revision={revision!r}")
+    assert client(use) is True
+
+
+def test_only_the_adapter_is_pushed_from_a_folder_that_holds_more(hub, client, tmp_path, unet_folder):
+    write(tmp_path / "out", {"optimizer.pt": b"x", "m.txt": b"x", "old/adapter_config.json": b"{}", "README.md": b"m"})
+    client(f"{START}folder, unet_folder = {str(tmp_path / 'out')!r}, {str(unet_folder)!r}{MAKE['pipeline adapter']}")
+    hub.repositories.clear()
+    save = 'comcat_hf.save_comcat_weights({"unet": unet}, folder, push_to_hub=True, '
+    client(f'{save}commit_message="Mine")')
+    adapter = {"comcat_adapter.json", "unet/adapter_config.json", "unet/adapter_model.safetensors"}
+    assert set(hub.files("user/out")) == adapter | {"README.md", ".gitattributes"}
+    assert hub.repositories["user/out"].messages[-1] == "Mine"
+    with pytest.raises(ClientError, match="has no argument privat; for an upload it takes private"):
+        client(f"{save}privat=True)")
+    with pytest.raises(ClientError, match=r"other/dog: expected to upload 4 files, but"):
+        client(f"{save}repo_id='other/dog')")
+
+
+OTHERS = {
+    "lora": (
+        {"adapter_config.json": b'{"peft_type": "LORA"}'},
+        "an adapter of PEFT of the method LORA; load it with Peft",
+    ),
+    "vit": ({"adapter_config.json": b'{"peft_type": "COMCAT", "mode": "compress"}'}, "method COMCAT, mode compress;"),
+    "diffusers": (
+        {"pytorch_lora_weights.safetensors": b"x", "README.md": b""},
+        r"LoRA weights of diffusers; load it with pipe\.load_lora_weights",
+    ),
+    "model": ({"config.json": b"{}", "comcat_ranks.json": b"{}"}, "a compressed model; load it with AutoModel"),
+    "plan": ({"comcat_ranks.json": b"{}"}, r"a rank plan; load it with comcat_hf\.RankPlan"),
+    "dense": ({"config.json": b"{}", "model.safetensors": b"x"}, "a model; load it with the library that wrote it"),
+    "pipeline": ({"model_index.json": b"{}", "unet/config.json": b"{}"}, "a whole pipeline; load it with Diffusion"),
+    "adapter": ({"comcat_adapter.json": b"{}"}, r"a pipeline adapter of ComCAT; load it with comcat_hf\.load_comcat"),
+    "damaged": ({"adapter_config.json": b"{"}, r"expected"),
+    "unknown": ({"x.json": b"{}"}, "comcat_adapter.json|comcat_ranks.json"),
+}
+
+
+@pytest.mark.parametrize("place", ["hub", "folder"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_of_another_kind_is_said_by_name(hub, client, tmp_path, place, kind):
+    files, says = OTHERS[kind]
+    hub.put("user/other", files)
+    write(tmp_path / "other", files)
+    source = "user/other" if place == "hub" else str(tmp_path / "other")
+    acts = {"load_comcat_weights({'unet': torch.nn.Linear(1, 1)}, ": kind != "adapter"}
+    acts["RankPlan.from_pretrained("] = kind not in ("model", "plan")
+    for act in (act for act, wrong in acts.items() if wrong):
+        hub.requests.clear()
+        with pytest.raises(ClientError, match=says) as caught:
+            client(f"import torch\ncomcat_hf.{act}{source!r}, cache_dir={str(tmp_path / 'cache')!r})")
+        assert caught.value.kind == "CheckpointError"
+        assert source in caught.value.text
+        assert not [request for request in hub.requests if "GET" in request and request.endswith(".safetensors")]
+
+
+def test_weights_alone_are_said_to_be_so(client, tmp_path):
+    write(tmp_path, {"dog.safetensors": b"x"})
+    with pytest.raises(ClientError, match=r"dog\.safetensors: expected comcat_adapter\.json or the folder"):
+        client(f"comcat_hf.load_comcat_weights({{}}, {str(tmp_path / 'dog.safetensors')!r})")
+
+
+def test_in_a_subfolder_of_a_repository_too(hub, client, tmp_path):
+    hub.put("user/other", {"comcat_adapter.json": b"{}", "dog/pytorch_lora_weights.safetensors": b"x"})
+    with pytest.raises(ClientError, match=r"expected to find dog/comcat_adapter\.json, found LoRA weights"):
+        client(f"comcat_hf.load_comcat_weights({{}}, 'user/other', subfolder='dog', cache_dir={str(tmp_path)!r})")
+    hub.put("user/empty", {"README.md": b""})
+    with pytest.raises(ClientError, match=r"user/empty: .*the repository has no such file"):
+        client(f"comcat_hf.load_comcat_weights({{}}, 'user/empty', cache_dir={str(tmp_path)!r})")

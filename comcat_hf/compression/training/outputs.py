@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...cards import CardFacts, Measured, shown_base, write_card
+from ...cards import CardFacts, Measured, quoted, shown_base, write_card
 from ...transport import push_folder, write_json_atomic
 from .planning import CompressPlan
 from .reporting import Metrics, comparison
@@ -20,7 +20,7 @@ _SNIPPET = """
 import comcat_hf
 from transformers import pipeline
 
-classify = pipeline("image-classification", "{repository}")
+classify = pipeline("image-classification", {repository})
 """
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 _PUSHED = (".safetensors", ".json", ".md", ".png", ".html")
@@ -70,7 +70,7 @@ def write_model_card(
             relation="finetune",
             library="transformers",
             task="image-classification",
-            snippet=_SNIPPET.format(repository=name),
+            snippet=_SNIPPET.format(repository=quoted(name)),
             tags=("model-compression",),
             dataset=settings.dataset_name if settings.dataset_name and "/" in settings.dataset_name else None,
             measured=[Measured("accuracy", _METRICS[key], final[key]) for key in _METRICS if key in final],

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...cards import CardFacts, shown_base, write_card
+from ...cards import CardFacts, quoted, shown_base, write_card
 from ...transport import push_folder
 from ..pipelines import save_comcat_weights
 from .planning import CustomizePlan
@@ -19,9 +19,9 @@ _SNIPPET = """
 import comcat_hf
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
-comcat_hf.load_comcat_weights(pipe, "{repository}")
-image = pipe({prompt!r}).images[0]
+pipe = DiffusionPipeline.from_pretrained({base})
+comcat_hf.load_comcat_weights(pipe, {repository})
+image = pipe({prompt}).images[0]
 """
 
 
@@ -54,7 +54,7 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
             relation="adapter",
             library="diffusers",
             task="text-to-image",
-            snippet=_SNIPPET.format(base=base, repository=repository, prompt=prompt),
+            snippet=_SNIPPET.format(base=quoted(base), repository=quoted(repository), prompt=quoted(prompt)),
             tags=("diffusers", "peft"),
             gallery=[(settings.validation_prompt or prompt, path.relative_to(folder).as_posix()) for path in drawn],
             details=plan.describe(),
@@ -85,6 +85,7 @@ def push_outputs(settings: CustomizeSettings, parts: Iterable[str]) -> str:
         return push_folder(
             staging,
             settings.hub_model_id or folder.resolve().name,
+            private=settings.hub_private or None,
             commit_message="Train with comcat_hf",
             token=settings.hub_token,
         )

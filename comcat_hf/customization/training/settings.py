@@ -121,6 +121,7 @@ class CustomizeSettings:
     push_to_hub: bool = _flag(False, "Upload the adapter when it is trained.")
     hub_model_id: str | None = _flag(None, "Repository to upload to; default: the name of output_dir.")
     hub_token: str | None = _flag(None, "Token for the upload.")
+    hub_private: bool = _flag(False, "Make the repository private.")
     dry_run: bool = _flag(False, "Say what would be trained, and stop before.")
 
     def __post_init__(self) -> None:

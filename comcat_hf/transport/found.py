@@ -1,0 +1,62 @@
+"""What a folder or a repository holds: its files with their sizes, and whose kind they are."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
+
+from .retries import retrying
+
+
+__all__ = ["kind_of", "sizes_in", "sizes_on_the_hub", "tree_on_the_hub"]
+
+# By a file that only this kind has, most telling first: what it is, and how it is loaded.
+_KINDS: Mapping[str, tuple[str, str]] = {
+    "comcat_adapter.json": ("a pipeline adapter of ComCAT", "comcat_hf.load_comcat_weights(pipe, ...)"),
+    "pytorch_lora_weights.safetensors": ("LoRA weights of diffusers", "pipe.load_lora_weights(...)"),
+    "pytorch_lora_weights.bin": ("LoRA weights of diffusers", "pipe.load_lora_weights(...)"),
+    "adapter_config.json": ("an adapter of PEFT", "PeftModel.from_pretrained(model, ...)"),
+    "model_index.json": ("a whole pipeline", "DiffusionPipeline.from_pretrained(...)"),
+    "comcat_ranks.json": ("a rank plan", "comcat_hf.RankPlan.from_pretrained(...)"),
+    "config.json": ("a model", "the library that wrote it (AutoModel....from_pretrained)"),
+}
+
+
+def kind_of(names: Collection[str], read: Callable[[str], Mapping[str, Any]]) -> tuple[str, str] | None:
+    """What files are together, and how it is loaded; `None` for what is not known.
+
+    Args:
+        names: of the files.
+        read: gives the content of one that holds JSON.
+    """
+    mark = next((name for name in _KINDS if name in names), None)
+    if mark is None:
+        return None
+    what, how = _KINDS[mark]
+    if mark == "adapter_config.json":
+        fields = read(mark)
+        method = fields.get("peft_type")
+        what = f"{what} of the method {method}" + (f", mode {fields.get('mode')}" if method == "COMCAT" else "")
+        how += " or pipe.load_lora_weights(...)" if method == "LORA" else ""
+    if mark == "comcat_ranks.json" and "config.json" in names:
+        return "a compressed model", "AutoModel....from_pretrained after import comcat_hf"
+    return what, how
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """The sizes of all files in a folder, by their names in it."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+
+
+def tree_on_the_hub(api: HfApi, repo_id: str, revision: str | None) -> list[RepoFile]:
+    """All files of a repository, as the Hub declares them; errors are those of its client."""
+    tree = retrying(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
+    return [entry for entry in tree if isinstance(entry, RepoFile)]
+
+
+def sizes_on_the_hub(repo_id: str, revision: str | None, token: str | bool | None) -> dict[str, int]:
+    """Their sizes by name."""
+    return {file.path: file.size for file in tree_on_the_hub(HfApi(token=token), repo_id, revision)}
