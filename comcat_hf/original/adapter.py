@@ -13,7 +13,7 @@ from ..configs import ComCATConfig
 from ..customization import save_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..transport import write_bytes_atomic
-from .files import read_pickle, take_tensor
+from .files import check_sizes, read_pickle, take_tensor
 
 
 if TYPE_CHECKING:
@@ -42,13 +42,16 @@ def convert_original_adapter(
 
     Raises:
         CheckpointError: a file that is not safe to read, damaged, or of another base.
-        InvalidValueError: an alpha that is not finite.
+        InvalidValueError: an alpha that is no positive number.
     """
-    if not math.isfinite(alpha):
-        raise InvalidValueError(f"alpha: expected a finite number, found {alpha}")
+    if not alpha > 0 or not 0 < alpha * alpha < math.inf:
+        raise InvalidValueError(
+            f"alpha: expected a positive number whose square is one too, found {alpha}; give the alpha of drawing"
+        )
     content = read_pickle(file)
     if not isinstance(content, list | tuple) or not all(isinstance(tensor, Tensor) for tensor in content):
         raise CheckpointError(f"{file}: expected a list of tensors, found {type(content).__name__}; check the file")
+    check_sizes(content, file)
     unet, name = (
         (_load_unet(base), str(base)) if isinstance(base, str | Path) else (base, str(base.config._name_or_path))
     )

@@ -1,5 +1,6 @@
 """`ranks.txt` of the original release: one line of numbers that only their order names."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from ..transport import write_text_atomic
 
 __all__ = ["read_original_ranks", "write_original_ranks"]
 
+# Of any model that could be; Python itself refuses to read numbers of thousands of digits.
+_RANK = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PLACES = ("QK", "VO", "fc1", "fc2")
 
 
@@ -37,7 +40,7 @@ def read_original_ranks(path: str | Path, layers: int) -> list[int]:
     ranks = []
     for position, word in enumerate(text.strip().strip(",").split(",")):
         word = word.strip()
-        if not word.isdecimal() or int(word) < 1:
+        if not _RANK.fullmatch(word):
             raise CheckpointError(
                 f"{path}: expected positive whole numbers with commas between, found {word[:20]!r} at position "
                 f"{position}; download the file again"

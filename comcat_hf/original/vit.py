@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..configs import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..native import attach_plan, plan_of
 from ..transport import write_bytes_atomic
-from .files import read_pickle, take_tensor
+from .files import check_sizes, read_pickle, take_tensor
 from .ranks import read_original_ranks, write_original_ranks
 
 
@@ -51,6 +52,9 @@ def read_original_vit(folder: str | Path, *, heads: int | None = None) -> ViTFor
     tensors = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{source}: expected the weights under the key 'model', found none; check the file")
+    if not all(isinstance(name, str) for name in tensors):
+        raise CheckpointError(f"{source}: expected tensors by their names, found other keys; check the file")
+    check_sizes(tensors.values(), source)
     reader = _Reader(dict(tensors), source)
     config = reader.config(heads)
     state, ranks = reader.state(config)
@@ -86,9 +90,10 @@ class _Reader:
         position = take_tensor(self.tensors, "pos_embed", (1, None, None), self.source)
         patches, width = position.shape[1] - 1, position.shape[2]
         kernel = take_tensor(self.tensors, "patch_embed.proj.weight", (width, None, None, None), self.source)
-        side = round(patches**0.5)
-        layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
-        if side * side != patches or kernel.shape[2] != kernel.shape[3] or layers != set(range(len(layers))):
+        side = math.isqrt(max(patches, 0))
+        layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.([0-9]{1,4})\.", name))}
+        square = side * side == patches and kernel.shape[2] == kernel.shape[3]
+        if not square or min(patches, *kernel.shape[1:]) < 1 or layers != set(range(len(layers))):
             raise CheckpointError(
                 f"{self.source}: expected square patches of a square image and blocks numbered from 0, found "
                 f"{patches} patches of {kernel.shape[2]} × {kernel.shape[3]} and the blocks {sorted(layers)}"

@@ -147,7 +147,7 @@ def test_bases_and_alphas_that_cannot_be(tmp_path, unet):
     torch.save(random_weights(unet), tmp_path / "w.pt")
     with pytest.raises(ComCATError, match="expected the folder or Hub id of a pipeline or of its UNet"):
         convert_original_adapter(tmp_path / "w.pt", tmp_path / "adapter", tmp_path)
-    with pytest.raises(InvalidValueError, match="alpha: expected a finite number"):
+    with pytest.raises(InvalidValueError, match="alpha: expected a positive number"):
         convert_original_adapter(tmp_path / "w.pt", tmp_path / "adapter", unet, alpha=float("nan"))
 
 
