@@ -78,9 +78,8 @@ def find_sites(model: nn.Module, scope: str = "model", *, width: bool = False) -
     if scope not in _FINDERS:
         raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
     sites = {site.name: site for finder in _FINDERS[scope] for site in finder(model) if width or site.kind != "mlp"}
-    if not sites:
-        check_not_quantised(model)
     if not sites and scope in SCOPES:
+        check_not_quantised(model)
         raise UnsupportedModuleError(
             f"{class_path(type(model))} has nothing to factorise in scope {scope!r}: no known attention module was "
             "found, or all are low-rank already. Models whose attention modules are known are listed in "

@@ -39,8 +39,9 @@ def float_weight(linear: nn.Module) -> Tensor:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is of a class of its own, or of whole numbers or eight bits."""
-    return type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _PLAIN_DTYPES
+    """Whether a weight is of a library's own class, or of whole numbers or eight bits."""
+    # Classes of torch itself split a weight over processes, or have none yet.
+    return type(weight).__module__.partition(".")[0] != "torch" or weight.dtype not in _PLAIN_DTYPES
 
 
 def kind_of_weight(linear: nn.Module) -> str:
