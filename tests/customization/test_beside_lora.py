@@ -149,3 +149,17 @@ def test_in_the_other_order_after_unloading(folder, alone):
     pipe.load_lora_weights(folder / "style", adapter_name="style")
     pipe.set_adapters(["style"], [0.5])
     assert_same(draw(pipe), alone["style"])
+
+
+def test_what_was_fused_before_a_refusal_is_taken_back(folder):
+    pipe = pipeline(folder)
+    config = LoraConfig(r=2, target_modules=r".*mid_block.*attn1\.to_q", init_lora_weights=False)
+    pipe.unet.add_adapter(config, "style")
+    load_comcat_weights(pipe, folder / "dog", "dog")
+    pipe.set_adapters(["style", "dog"])
+    both = draw(pipe)
+    with pytest.raises(UnsupportedModuleError, match=r"mid_block\..*to_q carries the adapter style"):
+        pipe.fuse_lora(adapter_names=["dog"])
+    pipe.unfuse_lora()
+    assert_same(draw(pipe), both)
+    assert not any(getattr(module, "merged_adapters", None) for module in pipe.unet.modules())
