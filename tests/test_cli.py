@@ -186,6 +186,10 @@ def test_files_of_the_release_are_converted(tmp_path):
     assert result.exit_code == 1
     assert result.stderr.startswith("comcat convert vit: ")
     assert not (tmp_path / "no").exists()
+    for place in ("release/ranks.txt", "release/ranks.txt/below"):
+        result = run("convert", "vit", str(tmp_path / "release"), str(tmp_path / place), "--heads", str(HEADS))
+        assert result.exit_code == 1
+        assert "expected a folder to write to, found the file" in result.stderr
     result = run("convert", "adapter", str(tmp_path / "none.pt"), str(tmp_path / "no"), "--base", str(tmp_path))
     assert result.exit_code == 1
     assert result.stderr.startswith("comcat convert adapter: ")

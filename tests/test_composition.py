@@ -1,4 +1,12 @@
-"""A compressed model goes on being a model: adapters of other methods on it."""
+"""A compressed model goes on being a model, and an adapter one of several: with methods of other libraries."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +61,124 @@ def test_a_lora_is_trained_saved_loaded_and_merged_on_a_compressed_vit(small, tm
         torch.testing.assert_close(again(pixels).logits, trained, rtol=0, atol=1e-5)
         merged = again.merge_and_unload()
         torch.testing.assert_close(merged(pixels).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+TORCHAO = """
+import io, json, sys
+import torch
+import comcat_hf
+from comcat_hf import ComCATConfig, RankPlan
+from comcat_hf.errors import ComCATError
+from peft import get_peft_model
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForImageClassification, TorchAoConfig, ViTConfig, ViTForImageClassification
+
+torch.manual_seed(0)
+folder = sys.argv[1]
+config = ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32,
+                   patch_size=8, num_labels=5)
+dense = ViTForImageClassification(config).eval()
+ranks = {f"vit.layers.{i}.attention": {"qk": 8, "vo": 12} for i in range(2)}
+ranks |= {"vit.layers.0.mlp": {"width": 64}, "vit.layers.1.mlp.fc1": 24, "vit.layers.1.mlp.fc2": 24, "classifier": 3}
+small = comcat_hf.compress(dense, plan=RankPlan(ranks)).eval()
+small.save_pretrained(folder + "/small")
+pixels = torch.randn(64, 3, 32, 32)
+facts = {}
+
+def size(model):
+    payload = io.BytesIO()
+    torch.save(model.state_dict(), payload)
+    return payload
+
+with torch.no_grad():
+    expected = small(pixels).logits
+    before = len(size(small).getvalue())
+    quantize_(small, Int8WeightOnlyConfig())
+    found = small(pixels).logits
+    payload = size(small)
+    facts["share"] = len(payload.getvalue()) / before
+    linears = {name: module for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
+    facts["kinds"] = sorted({type(module).__name__ for module in linears.values()})
+    facts["floats"] = [n for n, m in linears.items() if type(m.weight) is torch.nn.Parameter]
+    facts["error"] = ((found - expected).norm() / expected.norm()).item()
+    facts["same"] = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    payload.seek(0)
+    again = AutoModelForImageClassification.from_pretrained(folder + "/small").eval()
+    again.load_state_dict(torch.load(payload, weights_only=True), assign=True)
+    facts["reloaded"] = torch.equal(again(pixels).logits, found)
+
+def refused(action):
+    try:
+        action()
+    except ValueError as error:
+        return isinstance(error, ComCATError), str(error)
+
+def load():
+    return AutoModelForImageClassification.from_pretrained(
+        folder + "/small", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+
+quantize_(dense, Int8WeightOnlyConfig())
+facts["refused"] = {
+    "save": refused(lambda: small.save_pretrained(folder + "/quantised")),
+    "compress": refused(lambda: comcat_hf.compress(dense, 0.4)),
+    "mlp": refused(lambda: comcat_hf.compress(dense, 0.4, scope="mlp")),
+    "again": refused(lambda: comcat_hf.compress(small, 0.1)),
+    "attention": refused(lambda: get_peft_model(dense, ComCATConfig(qk_rank=4, vo_rank=4))),
+    "linear": refused(lambda: get_peft_model(dense, ComCATConfig(linear_rank=4))),
+    "width": refused(lambda: get_peft_model(dense, ComCATConfig(mlp_width=64))),
+}
+facts["from_pretrained"] = refused(load)
+with torch.no_grad():
+    base = dense(pixels).logits
+    for core in (False, True):
+        options = ComCATConfig(mode="customize", qk_rank=2, vo_rank=2, core=core, init_weights=False)
+        model = get_peft_model(dense, options).eval()
+        adapted = model(pixels).logits
+        model.merge_adapter()
+        facts[f"customize {core}"] = [(adapted - base).norm().item(), (model(pixels).logits - adapted).norm().item()]
+        dense = model.unload()
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module")
+def torchao(tmp_path_factory):
+    beside = Path(sys.prefix) / "torchao"
+    if importlib.util.find_spec("torchao") is None and not (beside / "torchao").is_dir():
+        pytest.skip(f"torchao is neither installed nor in {beside}: pip install --target {beside} torchao")
+    root = Path(__file__).parents[1]
+    # Behind everything else: only what is nowhere else comes from there.
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")]), str(beside)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    folder = tmp_path_factory.mktemp("torchao")
+    done = subprocess.run(
+        [sys.executable, "-c", TORCHAO, str(folder)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_compressed_vit_in_int8_answers_as_before(torchao):
+    _, facts = torchao
+    # Eight bits per row round by at most 1/254 of the largest weight: under two percent after a few layers.
+    assert 0 < facts["error"] < 0.02
+    assert facts["same"] > 0.9
+    # Every linear layer, those of attention, of narrow MLPs and first factors; second factors stay as they are.
+    assert facts["floats"] == [] and facts["kinds"] == ["Linear", "NarrowLinear"]
+    assert facts["share"] < 0.65
+    assert facts["reloaded"]
+
+
+def test_what_int8_weights_cannot_do_is_refused_by_name(torchao):
+    folder, facts = torchao
+    for what, (ours, message) in facts["refused"].items():
+        assert ours and "torchao.quantization.Int8Tensor" in message, what
+        assert ("Save that one" if what == "save" else "Dequantise the model first") in message
+    assert not (folder / "quantised").exists()
+    assert re.search("quantized with ComCATQuantizationConfig.*TorchAoConfig", facts["from_pretrained"][1])
+
+
+def test_adapters_customize_int8_weights(torchao):
+    for core in (False, True):
+        effect, error = torchao[1][f"customize {core}"]
+        assert effect > 1e-2 and error < 1e-3 * effect, core

@@ -8,7 +8,14 @@ from ..errors import InvalidValueError, UnsupportedModuleError
 from .mlps import mlp_views
 from .modules import LowRankLinear
 from .sites import AttentionSite, LinearSite, MLPSite, Site, block_of
-from .views import attention_paths, attention_views, class_path, is_plain_linear, named_base_modules
+from .views import (
+    attention_paths,
+    attention_views,
+    check_not_quantised,
+    class_path,
+    is_plain_linear,
+    named_base_modules,
+)
 
 
 __all__ = ["SCOPES", "find_sites"]
@@ -65,12 +72,14 @@ def find_sites(model: nn.Module, scope: str = "model", *, width: bool = False) -
 
     Raises:
         InvalidValueError: unknown scope.
-        UnsupportedModuleError: the model has no attention that is known, or one that is not known.
+        UnsupportedModuleError: the model has no attention that is known, or one that is not known, or nothing but
+            quantised layers.
     """
     if scope not in _FINDERS:
         raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
     sites = {site.name: site for finder in _FINDERS[scope] for site in finder(model) if width or site.kind != "mlp"}
     if not sites and scope in SCOPES:
+        check_not_quantised(model)
         raise UnsupportedModuleError(
             f"{class_path(type(model))} has nothing to factorise in scope {scope!r}: no known attention module was "
             "found, or all are low-rank already. Models whose attention modules are known are listed in "

@@ -12,6 +12,7 @@ from ..core import head_basis
 from ..errors import InvalidValueError, UnsupportedModuleError
 from .sites import AttentionSite
 from .views import AttentionView, attention_views, base_module
+from .weights import float_weight
 
 
 __all__ = ["Core", "Residual", "ResidualSite", "find_residual_sites"]
@@ -188,7 +189,7 @@ def rows_in(linear: nn.Module, num_heads: int) -> Tensor:
     """The rows of an input projection by head, the bias as a further column: `(H, p, d)` or `(H, p, d + 1)`."""
     with align_module_device(base_module(linear)):
         linear = base_module(linear)
-        rows = linear.weight.detach()
+        rows = float_weight(linear)
         if linear.bias is not None:
             rows = torch.cat([rows, linear.bias.detach()[:, None]], dim=1)
         return rows.unflatten(0, (num_heads, -1)).clone()
@@ -198,4 +199,4 @@ def rows_out(view: AttentionView) -> Tensor:
     """The rows of the output projection by head: `(H, p, d)`."""
     linear = base_module(view.output)
     with align_module_device(linear):
-        return linear.weight.detach().T.unflatten(0, (view.num_heads, -1)).clone()
+        return float_weight(linear).T.unflatten(0, (view.num_heads, -1)).clone()

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InvalidValueError, UnsupportedModuleError
+from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
 
 
 __all__ = [
@@ -25,15 +25,10 @@ __all__ = [
     "register_attention_family",
 ]
 
-_PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
 
 Family = TypeVar("Family")
-
-
-def class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -342,12 +337,18 @@ def _view(
 def _check_plain(path: str, linear: nn.Module) -> None:
     check_no_adapter(path, linear)
     if not is_plain_linear(linear):
-        weight = getattr(linear, "weight", None)
-        found = f" with weights of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise UnsupportedModuleError(
-            f"{path} is a {class_path(type(linear))}{found}; expected a plain nn.Linear in floating point. "
-            "Dequantise the model first (`model.dequantize()`)."
+            f"{path} is a {class_path(type(linear))}{kind_of_weight(linear)}; expected a plain nn.Linear in floating "
+            "point. Dequantise the model first (`model.dequantize()`), or compress the model as it was before and "
+            "quantise what comes of it."
         )
+
+
+def check_not_quantised(model: nn.Module) -> None:
+    """Raise for the first linear layer whose weights are quantised."""
+    for path, module, _ in named_base_modules(model):
+        if isinstance(module, nn.Linear) and not is_plain_linear(module) and is_quantised(module.weight):
+            _check_plain(path, module)
 
 
 def check_no_adapter(path: str, module: nn.Module) -> None:
@@ -356,11 +357,6 @@ def check_no_adapter(path: str, module: nn.Module) -> None:
             f"{path} carries an adapter of {type(module).__module__}; the weights below it cannot be factorised. "
             "Merge or unload that adapter first (`model.merge_and_unload()`)."
         )
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    # Quantised weights may be tensors of their own class which pass for floating point.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype in _PLAIN_DTYPES
 
 
 def _check_unshared(views: dict[str, AttentionView]) -> None:

@@ -61,5 +61,6 @@ def adapter(
 
 
 def _check_output(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InvalidValueError(f"{out}: expected a folder to write to, found a file; give another path")
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InvalidValueError(f"{out}: expected a folder to write to, found the file {there}; give another path")

@@ -15,7 +15,7 @@ from torch import nn
 from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
-from .current import current_plan
+from .current import check_saveable, current_plan
 
 
 __all__ = ["attach", "is_model", "recorded", "register"]
@@ -87,6 +87,7 @@ def _save_pretrained(
     variant: str | None = None,
     **kwargs: Any,
 ) -> None:
+    check_saveable(model)
     # Named, since a pipeline asks which of these its parts take.
     kwargs |= {"safe_serialization": safe_serialization, "variant": variant}
     plan = current_plan(model, recorded(model))

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
-from .current import current_plan
+from .current import check_saveable, current_plan
 
 
 __all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
@@ -119,6 +119,8 @@ def _save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
+    if state_dict is None:
+        check_saveable(model)
     save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process, state_dict)
     plan, adapted = current_plan(model, recorded(model)), getattr(model, "_hf_peft_config_loaded", False)
     if not adapted:

@@ -2,18 +2,20 @@
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..attention.views import base_module
 from ..configs import ComCATConfig
 from ..customization import save_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..transport import write_bytes_atomic
-from .files import read_pickle, take_tensor
+from ..tuners.model import remember
+from .files import check_sizes, read_pickle, take_tensor
 
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_original_adapter", "write_original_adapter"]
 
+# Of the adapter while it is in the UNet; not one that somebody would choose.
+_NAME = "comcat_hf_original"
 _NAMES = ("query", "key", "value", "output")
 
 
@@ -42,58 +46,42 @@ def convert_original_adapter(
 
     Raises:
         CheckpointError: a file that is not safe to read, damaged, or of another base.
-        InvalidValueError: an alpha that is not finite.
+        InvalidValueError: an alpha that is no positive number.
     """
-    if not math.isfinite(alpha):
-        raise InvalidValueError(f"alpha: expected a finite number, found {alpha}")
+    if not alpha > 0 or not 0 < alpha * alpha < math.inf:
+        raise InvalidValueError(
+            f"alpha: expected a positive number whose square is one too, found {alpha}; give the alpha of drawing"
+        )
     content = read_pickle(file)
     if not isinstance(content, list | tuple) or not all(isinstance(tensor, Tensor) for tensor in content):
         raise CheckpointError(f"{file}: expected a list of tensors, found {type(content).__name__}; check the file")
+    check_sizes(content, file)
     unet, name = (
         (_load_unet(base), str(base)) if isinstance(base, str | Path) else (base, str(base.config._name_or_path))
     )
-    modules = dict(release_attentions(unet))
-    if len(content) != 4 * len(modules):
-        raise CheckpointError(
-            f"{file}: expected {4 * len(modules)} tensors, 4 for each of {len(modules)} attention modules of {name}, "
-            f"found {len(content)}; give the base that it was trained on"
-        )
-    tensors = {f"number {position}": tensor for position, tensor in enumerate(content)}
-    values: dict[str, dict[str, Tensor]] = {}
-    ranks: dict[str, dict[str, int]] = {}
-    for place, (path, module) in enumerate(modules.items()):
-        given = [f"number {4 * place + offset}" for offset in range(4)]
-        query = take_tensor(tensors, given[0], (None, module.to_q.in_features), str(file))
-        key = take_tensor(tensors, given[1], (query.shape[0], module.to_k.in_features), str(file))
-        value = take_tensor(tensors, given[2], (None, module.to_v.in_features), str(file))
-        out = take_tensor(tensors, given[3], (module.to_out[0].out_features, value.shape[0]), str(file))
-        for number, rows in ((given[0], query.shape[0]), (given[2], value.shape[0])):
-            if rows == 0 or rows % module.heads:
-                raise CheckpointError(
-                    f"{file}: expected {number} to have as many rows for each of the {module.heads} heads of {path}, "
-                    f"found {rows}; give the base that it was trained on"
-                )
-        values[path] = dict(zip(_NAMES, (query, key, value, out), strict=True))
-        ranks[path] = {"qk": query.shape[0] // module.heads, "vo": value.shape[0] // module.heads}
+    values = _read_factors(content, unet, str(file), name)
+    ranks = {path: _ranks_of(factors, unet, path) for path, factors in values.items()}
     first = next(iter(ranks.values()))
     config = ComCATConfig(
         mode="customize",
         qk_rank=first["qk"],
         vo_rank=first["vo"],
         rank_pattern={path: entry for path, entry in ranks.items() if entry != first},
-        target_modules=None if set(modules) == set(_all_attentions(unet)) else list(modules),
+        target_modules=None if set(values) == set(_all_attentions(unet)) else list(values),
         scale=alpha**2,
     )
-    unet.add_adapter(config, adapter_name="original")
+    restore = remember(unet)
+    unet.add_adapter(config, adapter_name=_NAME)
     try:
         with torch.no_grad():
             for path, factors in values.items():
-                residual = unet.get_submodule(path).comcat_factors["original"]
+                residual = unet.get_submodule(path).comcat_factors[_NAME]
                 for part, tensor in factors.items():
                     getattr(residual, part).weight.copy_(tensor)
-        return save_comcat_weights({"unet": unet}, output, "original", base_model_name_or_path=name)
+        return save_comcat_weights({"unet": unet}, output, _NAME, base_model_name_or_path=name)
     finally:
-        unet.delete_adapters("original")
+        unet.delete_adapters(_NAME)
+        restore()
 
 
 def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapter_name: str = "default") -> float:
@@ -108,8 +96,8 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
         the alpha to give to the release.
 
     Raises:
-        InvalidValueError: an adapter that the format cannot say: cores, modules left out, several ranks, a negative
-            scale.
+        InvalidValueError: an adapter that the format cannot say: cores, modules left out, several ranks, a scale
+            that is not positive.
     """
     configs = getattr(unet, "peft_config", None) or {}
     if not isinstance(config := configs.get(adapter_name), ComCATConfig):
@@ -134,10 +122,10 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
         for path, module in _all_attentions(unet).items()
         if path not in released and adapter_name in getattr(module, "comcat_factors", {})
     ]
-    if others or len(ranks) > 1 or len(set(next(iter(ranks)))) > 1 or config.scale < 0:
+    if others or len(ranks) > 1 or len(set(next(iter(ranks)))) > 1 or config.scale <= 0:
         raise InvalidValueError(
             "expected one rank for all attention modules of down_blocks[:3], up_blocks[1:4] and mid_block and a scale "
-            f"of at least 0, found the ranks {sorted(ranks)}, the scale {config.scale}"
+            f"above 0, found the ranks {sorted(ranks)}, the scale {config.scale}"
             f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot say this"
         )
     payload = io.BytesIO()
@@ -158,6 +146,37 @@ def release_attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{stage}.attentions.{i}.transformer_blocks.{j}.{name}", getattr(transformer, name)
 
 
+def _read_factors(content: Sequence[Any], unet: nn.Module, file: str, base: str) -> dict[str, dict[str, Tensor]]:
+    """The factors by the paths of attention modules and by their names there, checked against the shapes."""
+    modules = {path: base_module(module) for path, module in release_attentions(unet)}
+    if not modules or len(content) != 4 * len(modules):
+        raise CheckpointError(
+            f"{file}: expected {4 * len(modules)} tensors, 4 for each of {len(modules)} attention modules of {base}, "
+            f"found {len(content)}; give the base that it was trained on"
+        )
+    tensors = {f"number {position}": tensor for position, tensor in enumerate(content)}
+    values: dict[str, dict[str, Tensor]] = {}
+    for place, (path, module) in enumerate(modules.items()):
+        given = [f"number {4 * place + offset}" for offset in range(4)]
+        query = take_tensor(tensors, given[0], (None, module.to_q.in_features), file)
+        key = take_tensor(tensors, given[1], (query.shape[0], module.to_k.in_features), file)
+        value = take_tensor(tensors, given[2], (None, module.to_v.in_features), file)
+        out = take_tensor(tensors, given[3], (module.to_out[0].out_features, value.shape[0]), file)
+        for number, rows in ((given[0], query.shape[0]), (given[2], value.shape[0])):
+            if rows == 0 or rows % module.heads:
+                raise CheckpointError(
+                    f"{file}: expected {number} to have as many rows for each of the {module.heads} heads of {path}, "
+                    f"found {rows}; give the base that it was trained on"
+                )
+        values[path] = dict(zip(_NAMES, (query, key, value, out), strict=True))
+    return values
+
+
+def _ranks_of(factors: dict[str, Tensor], unet: nn.Module, path: str) -> dict[str, int]:
+    heads = base_module(unet.get_submodule(path)).heads
+    return {"qk": factors["query"].shape[0] // heads, "vo": factors["value"].shape[0] // heads}
+
+
 def _all_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in unet.named_modules() if path.endswith((".attn1", ".attn2"))}
 
@@ -170,18 +189,31 @@ def _load_unet(base: str | Path) -> "UNet2DConditionModel":
             "Adapters need diffusers, which is not installed. Install it with: pip install 'comcat_hf[diffusers]'"
         ) from error
     folder = Path(base).expanduser()
-    bare = folder.is_dir() and not (folder / "unet").is_dir()
-    try:
-        if bare:
-            return UNet2DConditionModel.from_pretrained(folder)
+    places: list[tuple[str | Path, dict[str, str]]] = [(base, {"subfolder": "unet"})]
+    if folder.is_dir():
+        places = [(folder, {"subfolder": "unet"} if (folder / "unet").is_dir() else {})]
+    else:
+        places.append((base, {}))
+    reason: Exception | None = None
+    for place, where in places:
         try:
-            return UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-        except OSError:
-            if folder.is_dir():
-                raise
-            return UNet2DConditionModel.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ComCATError(
-            f"{base}: expected the folder or Hub id of a pipeline or of its UNet, found none that can be loaded "
-            f"({str(error).strip().splitlines()[0]}); check the name"
-        ) from error
+            found = UNet2DConditionModel.load_config(place, **where).get("_class_name")
+            if found not in (None, UNet2DConditionModel.__name__):
+                raise ComCATError(
+                    f"{base}: expected a pipeline with a UNet2DConditionModel or that model, found the class {found}; "
+                    "give the base that the weights were trained on"
+                )
+            unet, loading = UNet2DConditionModel.from_pretrained(place, output_loading_info=True, **where)
+        except (OSError, ValueError) as error:
+            reason = error
+            continue
+        if loading["missing_keys"]:
+            raise CheckpointError(
+                f"{base}: expected all weights of its UNet, found none of {', '.join(loading['missing_keys'][:3])}; "
+                "download or save the base again"
+            )
+        return unet
+    raise ComCATError(
+        f"{base}: expected the folder or Hub id of a pipeline or of its UNet, found none that can be loaded "
+        f"({str(reason).strip().splitlines()[0]}); check the name"
+    ) from reason

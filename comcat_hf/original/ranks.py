@@ -1,5 +1,6 @@
 """`ranks.txt` of the original release: one line of numbers that only their order names."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from ..transport import write_text_atomic
 
 __all__ = ["read_original_ranks", "write_original_ranks"]
 
+# Of any model that could be; Python itself refuses to read numbers of thousands of digits.
+_RANK = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PLACES = ("QK", "VO", "fc1", "fc2")
 
 
@@ -37,7 +40,7 @@ def read_original_ranks(path: str | Path, layers: int) -> list[int]:
     ranks = []
     for position, word in enumerate(text.strip().strip(",").split(",")):
         word = word.strip()
-        if not word.isdecimal() or int(word) < 1:
+        if not _RANK.fullmatch(word):
             raise CheckpointError(
                 f"{path}: expected positive whole numbers with commas between, found {word[:20]!r} at position "
                 f"{position}; download the file again"
@@ -55,7 +58,8 @@ def write_original_ranks(plan: RankPlan, path: str | Path, *, heads: int) -> Pat
     """Write a plan as a `ranks.txt`.
 
     Args:
-        plan: of a transformers ViT; every block with ranks for attention, fc1 and fc2, and the classifier with one.
+        plan: of a ViTForImageClassification or a DeiTForImageClassificationWithTeacher; every block with ranks for
+            attention, fc1 and fc2, and the classifier with one.
         path: file to write.
         heads: attention heads of a block; the file counts their ranks together.
 
@@ -65,18 +69,20 @@ def write_original_ranks(plan: RankPlan, path: str | Path, *, heads: int) -> Pat
     Raises:
         RankPlanError: a plan that the format cannot say: a layer that stays dense, an MLP with a width.
     """
+    distilled = any(name.startswith("deit.") for name in plan.ranks)
+    prefix, head = ("deit", "cls_classifier") if distilled else ("vit", "classifier")
     layers = 0
-    while any(name.startswith(f"vit.layers.{layers}.") for name in plan.ranks):
+    while any(name.startswith(f"{prefix}.layers.{layers}.") for name in plan.ranks):
         layers += 1
     ranks: list[int] = []
     for layer in range(layers):
-        attention = _entry(plan, f"vit.layers.{layer}.attention", ("qk", "vo"))
+        attention = _entry(plan, f"{prefix}.layers.{layer}.attention", ("qk", "vo"))
         ranks += [attention["qk"] * heads, attention["vo"] * heads]
-        ranks += [_entry(plan, f"vit.layers.{layer}.mlp.{name}")["rank"] for name in ("fc1", "fc2")]
-    ranks.append(_entry(plan, "classifier")["rank"])
-    if len(plan.ranks) != 3 * layers + 1:
+        ranks += [_entry(plan, f"{prefix}.layers.{layer}.mlp.{name}")["rank"] for name in ("fc1", "fc2")]
+    ranks.append(_entry(plan, head)["rank"])
+    if len(plan.ranks.keys() - {"distillation_classifier"}) != 3 * layers + 1:
         raise RankPlanError(
-            f"expected a plan of vit.layers.N.attention, .mlp.fc1, .mlp.fc2 and classifier, found others among "
+            f"expected a plan of {prefix}.layers.N.attention, .mlp.fc1, .mlp.fc2 and {head}, found others among "
             f"{', '.join(sorted(plan.ranks))}; the original format has no place for them"
         )
     return write_text_atomic(path, ",".join(map(str, ranks)) + "\n")

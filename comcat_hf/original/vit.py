@@ -2,21 +2,30 @@
 
 import argparse
 import io
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from ..attention.surgery import apply_ranks
 from ..configs import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..native import attach_plan, plan_of
 from ..transport import write_bytes_atomic
-from .files import read_pickle, take_tensor
+from .files import check_sizes, read_pickle, take_tensor
 from .ranks import read_original_ranks, write_original_ranks
 
 
@@ -25,10 +34,35 @@ __all__ = ["read_original_vit", "write_original_vit"]
 CHECKPOINT, RANKS = "checkpoint.pth", "ranks.txt"
 _HEAD_WIDTH = 64  # of every DeiT
 _LOW_RANK = "selected_rank_layer."
+_PATCHES = "embeddings.patch_embeddings.projection"
+_BUILT_IN = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
 _NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 
 
-def read_original_vit(folder: str | Path, *, heads: int | None = None) -> ViTForImageClassification:
+@dataclass(frozen=True)
+class _Kind:
+    """A class of transformers, and where it keeps what timm's DeiT has under other names."""
+
+    model: type[PreTrainedModel]
+    config: type[PreTrainedConfig]
+    prefix: str
+    tokens: dict[str, str]
+    heads: dict[str, str]
+
+
+_PLAIN = _Kind(ViTForImageClassification, ViTConfig, "vit", {"cls_token": "cls_token"}, {"head": "classifier"})
+_DISTILLED = _Kind(
+    DeiTForImageClassificationWithTeacher,
+    DeiTConfig,
+    "deit",
+    {"cls_token": "cls_token", "dist_token": "distillation_token"},
+    {"head": "cls_classifier", "head_dist": "distillation_classifier"},
+)
+
+
+def read_original_vit(
+    folder: str | Path, *, heads: int | None = None
+) -> ViTForImageClassification | DeiTForImageClassificationWithTeacher:
     """Make a compressed ViT of the files that the original release's training leaves.
 
     Every factor keeps its value; biases of keys fall away, since the softmax does not see them, those of values and
@@ -39,7 +73,8 @@ def read_original_vit(folder: str | Path, *, heads: int | None = None) -> ViTFor
         heads: attention heads of a block; default: width / 64.
 
     Returns:
-        the model in eval mode, in fp32, with its plan (`comcat_hf.plan_of`).
+        the model in eval mode, in fp32, with its plan (`comcat_hf.plan_of`); of a file with a distillation token one
+        that averages the logits of both heads, as timm does.
 
     Raises:
         CheckpointError: files that are missing, damaged, of another model or not safe to read.
@@ -51,16 +86,20 @@ def read_original_vit(folder: str | Path, *, heads: int | None = None) -> ViTFor
     tensors = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{source}: expected the weights under the key 'model', found none; check the file")
+    if not all(isinstance(name, str) for name in tensors):
+        raise CheckpointError(f"{source}: expected tensors by their names, found other keys; check the file")
+    check_sizes(tensors.values(), source)
     reader = _Reader(dict(tensors), source)
     config = reader.config(heads)
     state, ranks = reader.state(config)
-    reader.check_ranks(read_original_ranks(folder / RANKS, config.num_hidden_layers), config)
+    reader.check_ranks(read_original_ranks(folder / RANKS, config.num_hidden_layers))
     if reader.rest:
+        shown = ", ".join(name[:80] for name in reader.rest[:6])
         raise CheckpointError(
-            f"{source}: expected the names of a DeiT with low-rank layers, found besides {', '.join(reader.rest[:6])}"
-            f"{' and more' if len(reader.rest) > 6 else ''}; models with a distillation token are not read"
+            f"{source}: expected the names of a DeiT with low-rank layers, found besides {shown}"
+            f"{' and more' if len(reader.rest) > 6 else ''}; the file is of another model"
         )
-    model = ViTForImageClassification(config).eval()
+    model = reader.kind.model(config).eval()
     apply_ranks(model, ranks, initialize=False)
     model.load_state_dict(state)
     return attach_plan(model, RankPlan(architecture=type(model).__name__, ranks=ranks))
@@ -71,6 +110,7 @@ class _Reader:
 
     def __init__(self, tensors: dict[str, Any], source: str) -> None:
         self.tensors, self.source = tensors, source
+        self.kind = _DISTILLED if "dist_token" in tensors else _PLAIN
         self.found: list[int | None] = []
 
     @property
@@ -82,13 +122,14 @@ class _Reader:
         del self.tensors[name]
         return value
 
-    def config(self, heads: int | None) -> ViTConfig:
+    def config(self, heads: int | None) -> PreTrainedConfig:
         position = take_tensor(self.tensors, "pos_embed", (1, None, None), self.source)
-        patches, width = position.shape[1] - 1, position.shape[2]
+        patches, width = position.shape[1] - len(self.kind.tokens), position.shape[2]
         kernel = take_tensor(self.tensors, "patch_embed.proj.weight", (width, None, None, None), self.source)
-        side = round(patches**0.5)
-        layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
-        if side * side != patches or kernel.shape[2] != kernel.shape[3] or layers != set(range(len(layers))):
+        side = math.isqrt(max(patches, 0))
+        layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.([0-9]{1,4})\.", name))}
+        square = side * side == patches and kernel.shape[2] == kernel.shape[3]
+        if not square or min(patches, *kernel.shape[1:]) < 1 or layers != set(range(len(layers))):
             raise CheckpointError(
                 f"{self.source}: expected square patches of a square image and blocks numbered from 0, found "
                 f"{patches} patches of {kernel.shape[2]} × {kernel.shape[3]} and the blocks {sorted(layers)}"
@@ -102,7 +143,7 @@ class _Reader:
             take_tensor(self.tensors, self.last(name, ".bias"), (None,), self.source).shape[0]
             for name in ("blocks.0.mlp.fc1", "head")
         )
-        return ViTConfig(
+        return self.kind.config(
             hidden_size=width,
             num_hidden_layers=len(layers),
             num_attention_heads=heads,
@@ -119,25 +160,27 @@ class _Reader:
         low = f"{name}.{_LOW_RANK}last_factor{end}"
         return low if low in self.tensors else f"{name}{end}"
 
-    def state(self, config: ViTConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self, config: PreTrainedConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """State dict and ranks of the model."""
         width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
-        state: dict[str, Tensor] = {
-            "vit.embeddings.cls_token": self.take("cls_token", 1, 1, width),
-            "vit.embeddings.position_embeddings": self.take("pos_embed", 1, None, width),
+        prefix = self.kind.prefix
+        state = {
+            f"{prefix}.embeddings.{here}": self.take(there, 1, 1, width) for there, here in self.kind.tokens.items()
         }
+        state[f"{prefix}.embeddings.position_embeddings"] = self.take("pos_embed", 1, None, width)
         kernel = (width, config.num_channels, patch, patch)
-        state |= self.pair("vit.embeddings.patch_embeddings.projection", "patch_embed.proj", kernel)
+        state |= self.pair(f"{prefix}.{_PATCHES}", "patch_embed.proj", kernel)
         ranks: dict[str, Any] = {}
         for layer in range(config.num_hidden_layers):
-            there, here = f"blocks.{layer}", f"vit.layers.{layer}"
+            there, here = f"blocks.{layer}", f"{prefix}.layers.{layer}"
             for old, new in _NORMS.items():
                 state |= self.pair(f"{here}.{new}", f"{there}.{old}", (width,))
             self.attention(f"{here}.attention", f"{there}.attn", config, state, ranks)
             self.linear(f"{here}.mlp.fc1", f"{there}.mlp.fc1", (inner, width), state, ranks)
             self.linear(f"{here}.mlp.fc2", f"{there}.mlp.fc2", (width, inner), state, ranks)
-        state |= self.pair("vit.layernorm", "norm", (width,))
-        self.linear("classifier", "head", (config.num_labels, width), state, ranks)
+        state |= self.pair(f"{prefix}.layernorm", "norm", (width,))
+        for there, here in self.kind.heads.items():
+            self.linear(here, there, (config.num_labels, width), state, ranks)
         return state, ranks
 
     def pair(self, here: str, there: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -149,7 +192,7 @@ class _Reader:
         return self.take(name, size) if name in self.tensors else torch.zeros(size)
 
     def attention(
-        self, here: str, there: str, config: ViTConfig, state: dict[str, Tensor], ranks: dict[str, Any]
+        self, here: str, there: str, config: PreTrainedConfig, state: dict[str, Tensor], ranks: dict[str, Any]
     ) -> None:
         width, heads = config.hidden_size, config.num_attention_heads
         low = f"{there}.{_LOW_RANK}"
@@ -203,8 +246,9 @@ class _Reader:
         ranks[here] = rank
         self.found.append(rank)
 
-    def check_ranks(self, given: list[int], config: ViTConfig) -> None:
-        for position, (said, there) in enumerate(zip(given, self.found, strict=True)):
+    def check_ranks(self, given: list[int]) -> None:
+        # The file says nothing of a head for distillation, whose rank is the last that is found.
+        for position, (said, there) in enumerate(zip(given, self.found[: len(given)], strict=True)):
             if there not in (None, said):
                 block, place = divmod(position, 4)
                 last = position == len(given) - 1
@@ -215,8 +259,12 @@ class _Reader:
                 )
 
 
-def write_original_vit(model: ViTForImageClassification, folder: str | Path) -> Path:
+def write_original_vit(
+    model: ViTForImageClassification | DeiTForImageClassificationWithTeacher, folder: str | Path
+) -> Path:
     """Write a compressed ViT as `checkpoint.pth` and `ranks.txt` of the original release.
+
+    The files do not say how many heads there are; the release reads DeiTs, whose heads are 64 wide.
 
     Args:
         model: whose plan names attention, fc1 and fc2 of every block and the classifier.
@@ -227,25 +275,39 @@ def write_original_vit(model: ViTForImageClassification, folder: str | Path) -> 
 
     Raises:
         RankPlanError: a plan that the format cannot say; see [`write_original_ranks`].
-        InvalidValueError: another class of model.
+        InvalidValueError: another class of model, or settings that the release does not have.
     """
-    if not isinstance(model, ViTForImageClassification):
-        raise InvalidValueError(f"model: expected a ViTForImageClassification, found {type(model).__name__}")
-    folder = Path(folder).expanduser()
-    config, state = model.config, {key: value.detach().float().cpu() for key, value in model.state_dict().items()}
-    if config.layer_norm_eps != 1e-6:
+    kind = next((kind for kind in (_PLAIN, _DISTILLED) if isinstance(model, kind.model)), None)
+    if kind is None:
         raise InvalidValueError(
-            f"layer_norm_eps: expected 1e-6, which the original release has built in, found {config.layer_norm_eps}"
+            f"model: expected a ViTForImageClassification or a DeiTForImageClassificationWithTeacher, found "
+            f"{type(model).__name__}; the original format has no place for other models"
         )
-    write_original_ranks(plan_of(model), folder / RANKS, heads=config.num_attention_heads)
-    tensors = {
-        "cls_token": state["vit.embeddings.cls_token"],
-        "pos_embed": state["vit.embeddings.position_embeddings"],
-    }
-    names = {"patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "norm": "vit.layernorm"}
-    linear = {"head": "classifier"}
-    for layer in range(config.num_hidden_layers):
-        there, here = f"blocks.{layer}", f"vit.layers.{layer}"
+    folder = Path(folder).expanduser()
+    for name, built_in in _BUILT_IN.items():
+        if (found := getattr(model.config, name)) != built_in:
+            raise InvalidValueError(
+                f"{name}: expected {built_in}, which the original release has built in, found {found}; the original "
+                "format has no place for it"
+            )
+    write_original_ranks(plan_of(model), folder / RANKS, heads=model.config.num_attention_heads)
+    payload = io.BytesIO()
+    args = argparse.Namespace(model=model.config.model_type)
+    torch.save({"model": _tensors_of(model, kind), "args": args}, payload)
+    write_bytes_atomic(folder / CHECKPOINT, payload.getvalue())
+    return folder
+
+
+def _tensors_of(model: PreTrainedModel, kind: _Kind) -> dict[str, Tensor]:
+    """A model's weights under the names of the release."""
+    state = {key: value.detach().float().cpu() for key, value in model.state_dict().items()}
+    prefix = kind.prefix
+    tensors = {there: state[f"{prefix}.embeddings.{here}"] for there, here in kind.tokens.items()}
+    tensors["pos_embed"] = state[f"{prefix}.embeddings.position_embeddings"]
+    names = {"patch_embed.proj": f"{prefix}.{_PATCHES}", "norm": f"{prefix}.layernorm"}
+    linear = dict(kind.heads)
+    for layer in range(model.config.num_hidden_layers):
+        there, here = f"blocks.{layer}", f"{prefix}.layers.{layer}"
         names |= {f"{there}.{old}": f"{here}.{new}" for old, new in _NORMS.items()}
         linear |= {f"{there}.mlp.{name}": f"{here}.mlp.{name}" for name in ("fc1", "fc2")}
         low = f"{there}.attn.{_LOW_RANK}"
@@ -254,12 +316,14 @@ def write_original_vit(model: ViTForImageClassification, folder: str | Path) -> 
             # Zeros where there is none, so that the release's own flag for biases fits all four.
             bias = state.get(f"{here}.attention.{new}.bias", torch.zeros(weight.shape[0]))
             tensors |= {f"{low}{old}.weight": weight, f"{low}{old}.bias": bias}
+    for there, here in linear.items():
+        first = state.get(f"{here}.first_factor.weight")
+        if first is None:
+            # Only the head for distillation, of which ranks.txt says nothing.
+            names[there] = here
+            continue
+        tensors[f"{there}.{_LOW_RANK}first_factor.weight"] = first
+        tensors |= {f"{there}.{_LOW_RANK}last_factor.{end}": state[f"{here}.{end}"] for end in ("weight", "bias")}
     for there, here in names.items():
         tensors |= {f"{there}.{end}": state[f"{here}.{end}"] for end in ("weight", "bias")}
-    for there, here in linear.items():
-        tensors[f"{there}.{_LOW_RANK}first_factor.weight"] = state[f"{here}.first_factor.weight"]
-        tensors |= {f"{there}.{_LOW_RANK}last_factor.{end}": state[f"{here}.{end}"] for end in ("weight", "bias")}
-    payload = io.BytesIO()
-    torch.save({"model": tensors, "args": argparse.Namespace(model=model.config.model_type)}, payload)
-    write_bytes_atomic(folder / CHECKPOINT, payload.getvalue())
-    return folder
+    return tensors

@@ -1,5 +1,6 @@
 """The tuner layers: a dense module together with what adapters put in its place, or beside it."""
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -7,10 +8,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..attention import LowRankAttention
-from ..errors import InvalidValueError
+from ..errors import InvalidValueError, UnsupportedModuleError
 
 
 __all__ = ["ComCATLayer", "CompressLayer"]
+
+
+# Of LoRA, LoKr, LoHa, OFT and VeRA, in the names of what they add.
+_OF_ADAPTERS = re.compile(r"\.(lora|lokr|hada|oft|vera)_")
 
 
 class ComCATLayer(nn.Module, BaseTunerLayer):
@@ -50,6 +55,18 @@ class ComCATLayer(nn.Module, BaseTunerLayer):
             if safe_merge and not all(p.isfinite().all() for p in self.comcat_factors[name].parameters()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return names
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # PEFT puts no adapter into a tuner layer, and leaves what it found no place for at a warning.
+        for key in state_dict:
+            path = key.removeprefix(prefix)
+            if path != key and path.partition(".")[0] not in self._modules and _OF_ADAPTERS.search(path):
+                raise UnsupportedModuleError(
+                    f"{key}: expected a module that an adapter of another method was put into, found {prefix[:-1]} to "
+                    f"be a {type(self).__name__}, which must come after it. Call unload_comcat_weights(pipe), load "
+                    "that adapter, then load the ComCAT adapter again."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
         # An attention module has no weight of its own. No dtype: factors keep theirs, or loading with

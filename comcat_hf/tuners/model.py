@@ -14,6 +14,7 @@ from torch import nn
 from ..attention import Site, find_sites, named_base_modules, read_ranks, replace_module
 from ..attention.residuals import find_residual_sites
 from ..attention.sites import check_disjoint
+from ..attention.views import check_not_quantised
 from ..configs import ComCATConfig
 from ..errors import InvalidValueError, RankPlanError
 from ..native import attach_plan, is_native, plan_of
@@ -185,6 +186,7 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
         RankPlanError: a pattern that matches nothing, ranks that do not fit, an MLP with a width and a rank for one of
             its layers.
         InvalidValueError: nothing is targeted.
+        UnsupportedModuleError: nothing can be, since layers are quantised.
     """
     if config.mode == "customize":
         sites: Mapping[str, Site] = find_residual_sites(model, config.core)
@@ -198,6 +200,8 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
             if any(rank is not None for rank in ranks.values()):
                 targets[name] = (site, ranks)
     if not targets:
+        if not sites:
+            check_not_quantised(model)
         raise InvalidValueError(
             f"Target modules {config.target_modules} (excluded: {config.exclude_modules}) match nothing that has a "
             f"rank in {type(model).__name__}. Modules that can be targeted: {', '.join(list(sites)[:6])}, ..."

@@ -342,6 +342,17 @@ def test_quantised_linear_layers_are_no_sites(quantize):
         apply_ranks(model, {FC1: 4})
 
 
+def test_attention_is_factorised_beside_quantised_layers():
+    model, _ = small_vit()
+    for name, module in model.named_modules():
+        if name.endswith((".fc1", ".fc2")) or name == "classifier":
+            _tensor_subclass(module)
+    apply_ranks(model, {ATTENTION: {"qk": 4}})
+    assert read_ranks(model) == {ATTENTION: {"qk": 4}}
+    with pytest.raises(UnsupportedModuleError, match=r"fc1 is a .*QuantizedTensor; .*Dequantise"):
+        find_sites(model, "mlp")
+
+
 def test_torch_dynamic_quantisation_is_refused():
     class Dynamic(nn.Module):
         """`torch.ao.nn.quantized.dynamic.Linear` has a method where the weight should be."""

@@ -1,16 +1,19 @@
 """The diffusion weights of the original release against its formulas, written out."""
 
 import copy
-import os
+import shutil
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from comcat_hf import ComCATConfig, load_comcat_weights
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.original import convert_original_adapter, write_original_adapter
 from tests.customization.pipelines import tiny_sd
+from tests.helpers import assert_unchanged, classes_of, state_of
 
 
 RANK, ALPHA = 3, 0.7
@@ -128,27 +131,64 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, unet, chang
     assert not (tmp_path / "adapter").exists()
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, unet):
-    torch.save([Malicious(tmp_path / "run")], tmp_path / "comcat_weight.pt")
-    with pytest.raises(CheckpointError, match="nothing of it was run"):
-        convert_original_adapter(tmp_path / "comcat_weight.pt", tmp_path / "adapter", unet)
-    assert not (tmp_path / "run").exists()
-
-
-def test_bases_and_alphas_that_cannot_be(tmp_path, unet):
+def test_a_unet_is_left_as_it_was(tmp_path, base, unet):
     torch.save(random_weights(unet), tmp_path / "w.pt")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["ff.net.2"], init_lora_weights=False), "style")
+    unet.add_adapter(ComCATConfig(mode="customize", qk_rank=1, vo_rank=1, init_weights=False), "original")
+    unet.set_adapter(["style", "original"])
+    batch, state, classes = inputs(unet), state_of(unet), classes_of(unet)
+    expected = unet(*batch).sample
+    convert_original_adapter(tmp_path / "w.pt", tmp_path / "adapter", unet)
+    assert_unchanged(unet, state, classes)
+    assert torch.equal(unet(*batch).sample, expected)
+    assert list(unet.peft_config) == ["style", "original"]
+    fresh = UNet2DConditionModel.from_pretrained(base, subfolder="unet").eval()
+    classes = classes_of(fresh)
+    convert_original_adapter(tmp_path / "w.pt", tmp_path / "other", fresh)
+    assert classes_of(fresh) == classes and not hasattr(fresh, "peft_config")
+
+
+def damage_base(folder, change):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if change == "weights":
+        weights.unlink()
+    if change == "a weight":
+        state = load_file(weights)
+        del state["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+        save_file(state, weights, metadata={"format": "pt"})
+    if change == "half":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    if change == "config":
+        (folder / "unet" / "config.json").write_text("{")
+    return folder / "vae" if change == "vae" else folder
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("weights", "expected the folder or Hub id of a pipeline or of its UNet"),
+        ("a weight", r"expected all weights of its UNet, found none of mid_block\.attentions"),
+        ("half", "expected the folder or Hub id of a pipeline or of its UNet"),
+        ("config", "expected the folder or Hub id of a pipeline or of its UNet.*not a valid JSON"),
+        ("vae", "found the class AutoencoderKL"),
+    ],
+)
+def test_bases_that_cannot_be(tmp_path, base, unet, change, says):
+    torch.save(random_weights(unet), tmp_path / "w.pt")
+    folder = damage_base(shutil.copytree(base, tmp_path / "base"), change)
+    with pytest.raises(ComCATError, match=says):
+        convert_original_adapter(tmp_path / "w.pt", tmp_path / "adapter", folder)
     with pytest.raises(ComCATError, match="expected the folder or Hub id of a pipeline or of its UNet"):
         convert_original_adapter(tmp_path / "w.pt", tmp_path / "adapter", tmp_path)
-    with pytest.raises(InvalidValueError, match="alpha: expected a finite number"):
-        convert_original_adapter(tmp_path / "w.pt", tmp_path / "adapter", unet, alpha=float("nan"))
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -0.7, 1e200, 1e-200])
+def test_alphas_that_cannot_be(tmp_path, unet, alpha):
+    torch.save(random_weights(unet), tmp_path / "w.pt")
+    with pytest.raises(InvalidValueError, match="alpha: expected a positive number"):
+        convert_original_adapter(tmp_path / "w.pt", tmp_path / "adapter", unet, alpha=alpha)
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize(
@@ -159,6 +199,7 @@ def test_bases_and_alphas_that_cannot_be(tmp_path, unet):
         ({"qk_rank": 2, "vo_rank": 2, "target_modules": ["attn1"]}, r"attn2: expected full factors.*found none"),
         ({"qk_rank": 2, "vo_rank": 3}, "expected one rank"),
         ({"qk_rank": 2, "vo_rank": 2}, r"besides up_blocks\.0"),
+        ({"qk_rank": 2, "vo_rank": 2, "scale": 0.0, "exclude_modules": r"up_blocks\.0\..*"}, r"the scale 0\.0"),
     ],
 )
 def test_adapters_that_the_format_cannot_say_are_refused(tmp_path, unet, options, says):

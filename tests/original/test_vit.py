@@ -1,8 +1,6 @@
 """The ViT files of the original release against its formulas, written out."""
 
 import argparse
-import os
-import pickle
 
 import pytest
 import torch
@@ -20,15 +18,15 @@ HEAD_RANK = 5
 BIASES = ("attn", "first_factor")
 
 
-def release_files(folder, biases=BIASES, **changes):
-    """Random weights under the names of the release."""
+def release_files(folder, biases=BIASES, changes=(), distilled=False):
+    """Random weights under the names of the release; `changes` go over them, `None` takes away."""
 
     def rand(*shape):
         return torch.randn(*shape) / shape[-1] ** 0.5
 
     tensors = {
         "cls_token": rand(1, 1, WIDTH),
-        "pos_embed": rand(1, SIDE**2 + 1, WIDTH),
+        "pos_embed": rand(1, SIDE**2 + 1 + distilled, WIDTH),
         "patch_embed.proj.weight": rand(WIDTH, 3, PATCH, PATCH),
         "patch_embed.proj.bias": rand(WIDTH),
         "norm.weight": 1 + rand(WIDTH),
@@ -60,7 +58,10 @@ def release_files(folder, biases=BIASES, **changes):
         linear(f"{block}.mlp.fc1", INNER, WIDTH, fc1)
         linear(f"{block}.mlp.fc2", WIDTH, INNER, fc2)
     linear("head", CLASSES, WIDTH, HEAD_RANK)
-    tensors |= changes
+    if distilled:
+        tensors["dist_token"] = rand(1, 1, WIDTH)
+        linear("head_dist", CLASSES, WIDTH, HEAD_RANK - 2)
+    tensors |= dict(changes)
     folder.mkdir(exist_ok=True)
     content = {"model": {k: v for k, v in tensors.items() if v is not None}, "epoch": 3}
     torch.save(content | {"args": argparse.Namespace(lr=1e-4)}, folder / "checkpoint.pth")
@@ -72,6 +73,8 @@ def release_logits(t, images):
     """The release's forward, in its own names."""
 
     def linear(x, name):
+        if f"{name}.weight" in t:
+            return F.linear(x, t[f"{name}.weight"], t[f"{name}.bias"])
         name += ".selected_rank_layer"
         x = F.linear(x, t[f"{name}.first_factor.weight"], t.get(f"{name}.first_factor.bias"))
         return F.linear(x, t[f"{name}.last_factor.weight"], t[f"{name}.last_factor.bias"])
@@ -80,7 +83,8 @@ def release_logits(t, images):
         return F.layer_norm(x, (WIDTH,), t[f"{name}.weight"], t[f"{name}.bias"], 1e-6)
 
     x = F.conv2d(images, t["patch_embed.proj.weight"], t["patch_embed.proj.bias"], stride=PATCH).flatten(2).mT
-    x = torch.cat([t["cls_token"].expand(len(x), -1, -1), x], 1) + t["pos_embed"]
+    tokens = [t[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in t]
+    x = torch.cat([*tokens, x], 1) + t["pos_embed"]
     for i in range(LAYERS):
         y = norm(x, f"blocks.{i}.norm1")
         low = f"blocks.{i}.attn.selected_rank_layer"
@@ -93,7 +97,10 @@ def release_logits(t, images):
         x = x + F.linear(mixed, t[f"{low}.proj.weight"], t.get(f"{low}.proj.bias"))
         y = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
         x = x + linear(F.gelu(y), f"blocks.{i}.mlp.fc2")
-    return linear(norm(x, "norm")[:, 0], "head")
+    x = norm(x, "norm")
+    if "dist_token" in t:
+        return (linear(x[:, 0], "head") + linear(x[:, 1], "head_dist")) / 2
+    return linear(x[:, 0], "head")
 
 
 @pytest.fixture
@@ -131,14 +138,12 @@ def test_layers_may_be_dense(tmp_path, images):
         "blocks.1.attn.proj.bias": torch.randn(WIDTH),
     }
     dense |= {"head.weight": torch.randn(CLASSES, WIDTH), "head.bias": torch.randn(CLASSES)}
-    tensors = release_files(tmp_path, **gone, **dense)
+    tensors = release_files(tmp_path, changes=gone | dense)
     q, k, v = dense["blocks.1.attn.qkv.weight"].chunk(3)
     bq, bk, bv = dense["blocks.1.attn.qkv.bias"].chunk(3)
     same = {"w_qs.weight": q, "w_ks.weight": k, "w_vs.weight": v, "w_qs.bias": bq, "w_ks.bias": bk, "w_vs.bias": bv}
     same |= {f"proj.{e}": dense[f"blocks.1.attn.proj.{e}"] for e in ("weight", "bias")}
     tensors = tensors | {f"{low}.{name}": value for name, value in same.items()}
-    tensors["head.selected_rank_layer.first_factor.weight"] = torch.eye(WIDTH)
-    tensors |= {f"head.selected_rank_layer.last_factor.{e}": dense[f"head.{e}"] for e in ("weight", "bias")}
     model = read_original_vit(tmp_path, heads=HEADS)
     torch.testing.assert_close(model(images).logits, release_logits(tensors, images), rtol=0, atol=1e-5)
     assert set(comcat_hf.plan_of(model).ranks) == {
@@ -148,14 +153,57 @@ def test_layers_may_be_dense(tmp_path, images):
 
 
 @torch.no_grad()
-def test_there_and_back(tmp_path, images):
-    release_files(tmp_path / "a")
+@pytest.mark.parametrize("gone", ["w_qs", "w_ks", "w_vs", "proj"])
+def test_one_bias_of_attention_may_be_missing(tmp_path, images, gone):
+    tensors = release_files(tmp_path, changes={f"blocks.0.attn.selected_rank_layer.{gone}.bias": None})
+    found = read_original_vit(tmp_path, heads=HEADS)(images).logits
+    torch.testing.assert_close(found, release_logits(tensors, images), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_distillation_token(tmp_path, images, dense):
+    low = "head_dist.selected_rank_layer"
+    names = ("first_factor.weight", "first_factor.bias", "last_factor.weight", "last_factor.bias")
+    changes = {f"{low}.{name}": None for name in names} if dense else {}
+    changes |= (
+        {"head_dist.weight": torch.randn(CLASSES, WIDTH), "head_dist.bias": torch.ones(CLASSES)} if dense else {}
+    )
+    tensors = release_files(tmp_path, changes=changes, distilled=True)
+    model = read_original_vit(tmp_path, heads=HEADS)
+    assert type(model).__name__ == "DeiTForImageClassificationWithTeacher"
+    torch.testing.assert_close(model(images).logits, release_logits(tensors, images), rtol=0, atol=1e-5)
+    assert comcat_hf.plan_of(model).ranks.get("distillation_classifier") == (None if dense else HEAD_RANK - 2)
+    model.save_pretrained(tmp_path / "native")
+    again = type(model).from_pretrained(tmp_path / "native")
+    write_original_vit(again, tmp_path / "back")
+    assert (tmp_path / "back" / "ranks.txt").read_text().strip() == (tmp_path / "ranks.txt").read_text()
+    back = read_original_vit(tmp_path / "back", heads=HEADS)
+    assert torch.equal(back(images).logits, model(images).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("distilled", [False, True])
+def test_there_and_back(tmp_path, images, distilled):
+    release_files(tmp_path / "a", distilled=distilled)
     model = read_original_vit(tmp_path / "a", heads=HEADS)
     write_original_vit(model, tmp_path / "b")
     assert (tmp_path / "b" / "ranks.txt").read_text().strip() == (tmp_path / "a" / "ranks.txt").read_text()
     written = torch.load(tmp_path / "b" / "checkpoint.pth", weights_only=False)["model"]
     torch.testing.assert_close(release_logits(written, images), model(images).logits, rtol=0, atol=1e-5)
     assert torch.equal(read_original_vit(tmp_path / "b", heads=HEADS)(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("setting", [{"layer_norm_eps": 1e-5}, {"hidden_act": "relu"}])
+def test_settings_that_the_format_cannot_say_are_refused(tmp_path, setting):
+    release_files(tmp_path / "a")
+    model = read_original_vit(tmp_path / "a", heads=HEADS)
+    model.config.update(setting)
+    with pytest.raises(InvalidValueError, match=next(iter(setting))):
+        write_original_vit(model, tmp_path / "b")
+    with pytest.raises(InvalidValueError, match=r"expected a ViTForImageClassification .*found Linear"):
+        write_original_vit(torch.nn.Linear(1, 1), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_plans_that_the_format_cannot_say_are_refused(tmp_path):
@@ -165,23 +213,6 @@ def test_plans_that_the_format_cannot_say_are_refused(tmp_path):
     assert not (tmp_path / "ranks.txt").exists()
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, save):
-    release_files(tmp_path)
-    save({"model": {}, "args": Malicious(tmp_path / "run")}, tmp_path / "checkpoint.pth")
-    with pytest.raises(CheckpointError, match="nothing of it was run"):
-        read_original_vit(tmp_path, heads=HEADS)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -189,15 +220,23 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, save):
         ({"norm.bias": torch.zeros(3)}, r"expected norm\.bias to be 32 .*found 3"),
         ({"norm.bias": torch.zeros(WIDTH, dtype=torch.long)}, r"norm\.bias.*int64"),
         ({"norm.bias": "text"}, r"norm\.bias.*found str"),
-        ({"dist_token": torch.zeros(1)}, "found besides dist_token"),
+        ({"head_dist.weight": torch.zeros(1)}, r"found besides head_dist\.weight; the file is of another model"),
+        ({"dist_token": torch.zeros(1, 1, WIDTH)}, "found 8 patches"),
         ({"pos_embed": torch.zeros(1, 9, WIDTH)}, "found 8 patches"),
+        ({"pos_embed": torch.zeros(1, 1, WIDTH)}, "found 0 patches"),
+        ({"pos_embed": torch.zeros(1, 0, WIDTH)}, "found -1 patches"),
+        ({"patch_embed.proj.weight": torch.zeros(WIDTH, 3, 0, 0)}, "patches of 0 × 0"),
+        ({"patch_embed.proj.weight": torch.zeros(WIDTH, 0, 4, 4)}, "expected square patches"),
+        ({"blocks.7.norm1.weight": torch.zeros(WIDTH)}, r"the blocks \[0, 1, 7\]"),
+        ({f"blocks.{'9' * 5000}.norm1.weight": torch.zeros(WIDTH)}, "found besides blocks.99999"),
+        ({3: torch.zeros(1)}, "expected tensors by their names"),
         ({"blocks.0.attn.selected_rank_layer.w_ks.weight": torch.zeros(4, WIDTH)}, "w_ks.weight to be 8"),
         ({"blocks.0.attn.selected_rank_layer.w_qs.weight": torch.zeros(6, WIDTH)}, "same rows for each of 4 heads"),
         ({"blocks.0.mlp.fc1.selected_rank_layer.first_factor.weight": torch.zeros(3, WIDTH)}, "last_factor.weight"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, changes, says):
-    release_files(tmp_path, **changes)
+    release_files(tmp_path, changes=changes)
     with pytest.raises(CheckpointError, match=says):
         read_original_vit(tmp_path, heads=HEADS)
 
@@ -218,6 +257,11 @@ def test_heads_that_do_not_fit_the_width(tmp_path):
         ("8,12,10,9,4,16,12,8,5", "block 1, fc1 the rank 12 of ranks.txt, found 11"),
         ("8,12,10,9,4,16,11,8,6", "in the head the rank 6 of ranks.txt, found 5"),
         ("", "found '' at position 0"),
+        ("8,,12", "found '' at position 1"),
+        ("0,12", "found '0' at position 0"),
+        ("²,12", "found '²' at position 0"),
+        ("[8, 12]", r"found '\[8' at position 0"),
+        (f"{'8' * 5000},12", f"found '{'8' * 20}' at position 0"),
     ],
 )
 def test_ranks_that_are_not_the_models(tmp_path, text, says):
@@ -225,6 +269,14 @@ def test_ranks_that_are_not_the_models(tmp_path, text, says):
     (tmp_path / "ranks.txt").write_text(text)
     with pytest.raises(CheckpointError, match=says):
         read_original_vit(tmp_path, heads=HEADS)
+
+
+@pytest.mark.parametrize(
+    "text", ["8, 12,10 ,9,4,16,11,8,5\n", "8,12,10,9,4,16,11,8,5,", " 8,12,10,9,4,16,11,8,5 ,\r\n"]
+)
+def test_ranks_may_have_blanks_and_a_last_comma(tmp_path, text):
+    (tmp_path / "ranks.txt").write_text(text)
+    assert read_original_ranks(tmp_path / "ranks.txt", LAYERS) == [8, 12, 10, 9, 4, 16, 11, 8, 5]
 
 
 def test_files_that_are_not_there_or_damaged(tmp_path):
