@@ -7,8 +7,8 @@ With `--metric latency` the reductions are of the latency itself, by a table tha
 that the built model removes what the table predicts, to 0.05 of the dense latency. A reduction that the table does not
 reach is a row without figures.
 
-On a GPU (`--device cuda`) a small batch in half precision takes less time to run than to launch. With `--graph` both
-sides are also replayed as CUDA graphs, which leaves launching out.
+On a GPU (`--device cuda`) a small batch in half precision may take less time to run than to launch. With `--graph`
+both sides are also replayed as CUDA graphs, which leaves launching out.
 
 Both sides run with an allocator that keeps freed memory, as jemalloc and tcmalloc do: glibc returns a layer's large
 buffers to the kernel after every use, and the page faults to get them back cost both sides the same milliseconds,
