@@ -11,10 +11,10 @@ import torch
 from comcat_hf.compression.timing import device_name
 
 
-def environment() -> dict[str, object]:
-    """Hardware and versions that a timing depends on."""
+def environment(device: str = "cpu") -> dict[str, object]:
+    """Hardware and versions that a timing on `device` depends on."""
     info: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu" if device == "cpu" else device_name(torch.device(device)),
         "cpu": device_name(torch.device("cpu")),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -13,7 +13,8 @@ The claims, at 64×64 latents:
   float16 files. UNets are built from their configurations; SDXL's on the meta device.
 
 Weights are random: neither times nor bytes depend on their values. Memory is counted, not sampled: the bytes of all
-tensors that autograd keeps, each storage once, less parameters.
+tensors that autograd keeps, each storage once, less parameters. On a GPU (`--device cuda`) what a step allocates there
+at its peak is measured too, and `--graph` replays the inference as a CUDA graph as well, which leaves launching out.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from typing import Any
 
 import _report
 import torch
+from _measuring import Kept, captured, peak_bytes, wait
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 import comcat_hf
 from comcat_hf import ComCATConfig
@@ -100,32 +101,6 @@ class WrittenOut(nn.Module):
         return states.transpose(1, 2).flatten(2)
 
 
-class Kept:
-    """Bytes that autograd keeps for the backward pass, parameters apart."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._storages: dict[int, int] = {}
-
-    def __enter__(self) -> "Kept":
-        self._hooks = saved_tensors_hooks(self._keep, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())
-
-
 def attention(args: argparse.Namespace) -> dict[str, Any]:
     """Training steps of attention modules, fused against written out; the sums weigh shapes as the UNet has them."""
     rows = []
@@ -152,10 +127,12 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
             def step(side: nn.Module, states: Tensor = states, text: Tensor | None = text) -> None:
                 side(states, encoder_hidden_states=text).sum().backward()
 
-            seconds = interleave({name: lambda side=side: step(side) for name, side in sides.items()}, args)
+            calls = {name: lambda side=side: step(side) for name, side in sides.items()}
+            seconds = interleave(calls, args)
             kind = f"{tokens} tokens, {width} wide, {'cross' if cross else 'self'}"
             rows.append(
                 {"shape": kind, "count": count, "seconds": seconds, "kept_bytes": kept, "difference": difference}
+                | peaks(calls, args)
             )
             print(kind, f"{seconds['written out'] / seconds['fused']:.2f}x", flush=True)
     total = {
@@ -191,42 +168,57 @@ def inference(args: argparse.Namespace) -> dict[str, Any]:
     unet.add_adapter(full, adapter_name="full")
     unet.add_adapter(core, adapter_name="core")
 
-    def variant(name: str | None, merged: bool = False) -> Callable[[], None]:
-        def prepare() -> None:
-            unet.unfuse_lora()
-            unet.disable_adapters() if name is None else unet.enable_adapters()
-            if name is not None:
-                unet.set_adapter(name)
-            if merged:
-                unet.fuse_lora()
-            # Weights that were just written are slower to read, once.
-            run()
-
-        def run() -> None:
-            with torch.inference_mode():
-                unet(**inputs)
-
-        run.prepare = prepare
-        return run
-
-    sides = {
-        "base": variant(None),
-        "full": variant("full"),
-        "core": variant("core"),
-        "full, merged": variant("full", merged=True),
-        "core, merged": variant("core", merged=True),
-    }
-    rounds = interleave(sides, args, rounds=True)
     rows = []
-    for name in sides:
-        overhead = statistics.median(taken[name] / taken["base"] for taken in rounds) - 1
-        row = {"side": name, "seconds": statistics.median(taken[name] for taken in rounds), "overhead": overhead}
-        rows.append(row | ({"holds": overhead <= OVERHEAD[name]} if name in OVERHEAD else {}))
+    for way in ("launched", "graph") if args.graph else ("launched",):
+        sides = {
+            "base": Variant(unet, inputs, way),
+            "full": Variant(unet, inputs, way, "full"),
+            "core": Variant(unet, inputs, way, "core"),
+            "full, merged": Variant(unet, inputs, way, "full", merged=True),
+            "core, merged": Variant(unet, inputs, way, "core", merged=True),
+        }
+        rounds = interleave(sides, args, rounds=True)
+        for name in sides:
+            overhead = statistics.median(taken[name] / taken["base"] for taken in rounds) - 1
+            seconds = statistics.median(taken[name] for taken in rounds)
+            row = {"way": way, "side": name, "seconds": seconds, "overhead": overhead}
+            rows.append(row | ({"holds": overhead <= OVERHEAD[name]} if name in OVERHEAD else {}))
     _report.print_table(
-        [[row["side"], row["seconds"], f"{row['overhead']:+.1%}", row.get("holds", "")] for row in rows],
-        ["inference", "seconds", "overhead", "holds"],
+        [[row["way"], row["side"], row["seconds"], f"{row['overhead']:+.1%}", row.get("holds", "")] for row in rows],
+        ["way", "inference", "seconds", "overhead", "holds"],
     )
     return {"rows": rows}
+
+
+class Variant:
+    """The UNet with one adapter or none, merged or not, launched kernel by kernel or as a graph."""
+
+    def __init__(
+        self, unet: nn.Module, inputs: Mapping[str, Tensor], way: str, name: str | None = None, merged: bool = False
+    ) -> None:
+        self._unet, self._inputs, self._way, self._name, self._merged = unet, inputs, way, name, merged
+
+    def prepare(self) -> None:
+        unet = self._unet
+        # A graph holds on to the memory of what it computes with.
+        self._call = None
+        unet.unfuse_lora()
+        unet.disable_adapters() if self._name is None else unet.enable_adapters()
+        if self._name is not None:
+            unet.set_adapter(self._name)
+        if self._merged:
+            unet.fuse_lora()
+        # Weights that were just written are slower to read, once.
+        self._run()
+        with torch.inference_mode():
+            self._call = self._run if self._way == "launched" else captured(self._run)
+
+    def __call__(self) -> None:
+        self._call()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            self._unet(**self._inputs)
 
 
 def training(args: argparse.Namespace) -> dict[str, Any]:
@@ -259,7 +251,8 @@ def training(args: argparse.Namespace) -> dict[str, Any]:
         [[name, counts[name], seconds[name]] for name in sides], ["training step", "parameters", "seconds"]
     )
     print(f"ComCAT / LoRA: {ratio:.3f} (LoRA rank {rank}); no slower: {ratio <= 1}\n")
-    return {"parameters": counts, "seconds": seconds, "ratio": ratio, "lora_rank": rank, "holds": ratio <= 1}
+    found = {"parameters": counts, "seconds": seconds, "ratio": ratio, "lora_rank": rank, "holds": ratio <= 1}
+    return found | peaks(sides, args)
 
 
 def sizes(args: argparse.Namespace) -> dict[str, Any]:
@@ -313,7 +306,8 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 def build(args: argparse.Namespace) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(**SD15).to(args.device, args.dtype).eval()
+    with torch.device(args.device):
+        return UNet2DConditionModel(**SD15).to(args.dtype).eval()
 
 
 def unet_inputs(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -341,10 +335,10 @@ def interleave(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace
             getattr(sides[name], "prepare", lambda: None)()
             runs = []
             for _ in range(args.runs if index >= args.warmup else 1):
-                synchronize(args)
+                wait(args.device)
                 start = time.perf_counter()
                 sides[name]()
-                synchronize(args)
+                wait(args.device)
                 runs.append(time.perf_counter() - start)
             taken[name] = min(runs)
         if index >= args.warmup:
@@ -352,9 +346,11 @@ def interleave(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace
     return found if rounds else {name: statistics.median(taken[name] for taken in found) for name in sides}
 
 
-def synchronize(args: argparse.Namespace) -> None:
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
+def peaks(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """What each side allocates on a GPU at its peak; nothing on a CPU."""
+    if torch.device(args.device).type != "cuda":
+        return {}
+    return {"peak_bytes": {name: peak_bytes(side) for name, side in sides.items()}}
 
 
 PARTS = {"attention": attention, "inference": inference, "training": training, "bytes": sizes}
@@ -371,13 +367,16 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", type=int, default=1, help="of a side in a round; the fastest counts")
+    parser.add_argument("--graph", action="store_true", help="inference as CUDA graphs, too")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {name: PARTS[name](args) for name in args.parts}
     if args.output:
         settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "parts")}
-        _report.write_json(args.output, {"environment": _report.environment(), "settings": settings, **results})
+        _report.write_json(
+            args.output, {"environment": _report.environment(args.device), "settings": settings, **results}
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from _measuring import wait
 from _report import environment, print_table, write_json
 
 from comcat_hf.factorization import QKFactors, VOFactors, factorize_qk, factorize_vo
@@ -29,18 +30,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32, help="per head (default 32)")
     parser.add_argument("--repeats", type=int, default=5, help="of our way; the median counts (default 5)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--all-layers", action="store_true", help="time the dense way on every layer, not only on one")
     parser.add_argument("--output", help="JSON file to write")
     return parser.parse_args()
 
 
-def random_layer(width: int, heads: int, seed: int) -> dict[str, torch.Tensor]:
+def random_layer(width: int, heads: int, seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """One layer's attention weights, split per head."""
     size = width // heads
     shapes = {"wq": (size, width), "bq": (size,), "wk": (size, width), "wv": (size, width), "bv": (size,)}
     generator = torch.Generator().manual_seed(seed)
     shapes |= {"wo": (width, size)}
-    return {name: torch.randn(heads, *shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+    drawn = {name: torch.randn(heads, *shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+    return {name: tensor.to(device) for name, tensor in drawn.items()}
 
 
 def ours(layer: dict[str, torch.Tensor], rank: int) -> tuple[QKFactors, VOFactors]:
@@ -80,9 +83,12 @@ class Timing(NamedTuple):
         return Timing(self.wall / other.wall, self.cpu / other.cpu)
 
 
-def timed(function, *arguments) -> tuple[Timing, object]:
+def timed(function, layer: dict[str, torch.Tensor], rank: int) -> tuple[Timing, object]:
+    device = layer["wq"].device
+    wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    result = function(*arguments)
+    result = function(layer, rank)
+    wait(device)
     return Timing(time.perf_counter() - wall, time.process_time() - cpu), result
 
 
@@ -94,9 +100,9 @@ def total(timings: list[Timing]) -> Timing:
     return Timing(*(sum(column) for column in zip(*timings, strict=True)))
 
 
-def median_time(function, repeats: int) -> Timing:
-    function()  # warm up
-    return median([timed(function)[0] for _ in range(repeats)])
+def median_time(function, layer: dict[str, torch.Tensor], rank: int, repeats: int) -> Timing:
+    function(layer, rank)  # warm up
+    return median([timed(function, layer, rank)[0] for _ in range(repeats)])
 
 
 def largest_difference(found: list, wanted: list) -> float:
@@ -114,13 +120,13 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     layers, width, heads = MODELS[arguments.model]
-    weights = [random_layer(width, heads, seed) for seed in range(layers)]
+    weights = [random_layer(width, heads, seed, arguments.device) for seed in range(layers)]
     rank = arguments.rank
 
-    dense(random_layer(width // heads, 1, 0), 1)  # warm up, small
+    dense(random_layer(width // heads, 1, 0, arguments.device), 1)  # warm up, small
     ours_times, dense_times, differences = [], [], []
     for index, layer in enumerate(weights):
-        ours_times.append(median_time(lambda layer=layer: ours(layer, rank), arguments.repeats))
+        ours_times.append(median_time(ours, layer, rank, arguments.repeats))
         if index == 0 or arguments.all_layers:
             seconds, wanted = timed(dense, layer, rank)
             dense_times.append(seconds)
@@ -153,7 +159,7 @@ def main() -> None:
             },
             "times_faster": {what: ratio._asdict() for what, ratio in ratios.items()},
             "max_relative_difference": max(differences),
-            "environment": environment(),
+            "environment": environment(arguments.device),
             "load_average_at_the_end": os.getloadavg()[0],
         }
         write_json(arguments.output, payload)

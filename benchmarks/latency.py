@@ -7,20 +7,27 @@ With `--metric latency` the reductions are of the latency itself, by a table tha
 that the built model removes what the table predicts, to 0.05 of the dense latency. A reduction that the table does not
 reach is a row without figures.
 
+On a GPU (`--device cuda`) a small batch in half precision may take less time to run than to launch. With `--graph`
+both sides are also replayed as CUDA graphs, which leaves launching out.
+
 Both sides run with an allocator that keeps freed memory, as jemalloc and tcmalloc do: glibc returns a layer's large
 buffers to the kernel after every use, and the page faults to get them back cost both sides the same milliseconds,
 whatever is computed. `--allocator default` measures with them.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import _report
 import torch
+from _measuring import captured, wait
 from transformers import DeiTConfig, DeiTForImageClassification
 
 import comcat_hf
@@ -42,11 +49,11 @@ KEEP_MEMORY = {
 }
 
 
-def seconds(model: torch.nn.Module, images: torch.Tensor) -> float:
+def seconds(call: Callable[[], object], device: str) -> float:
+    wait(device)
     start = time.perf_counter()
-    model(pixel_values=images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
+    call()
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -57,19 +64,21 @@ def build(name: str) -> DeiTForImageClassification:
 
 
 @torch.inference_mode()
-def interleave(models: list[torch.nn.Module], args: argparse.Namespace) -> list[list[float]]:
-    """Seconds of every model, by round."""
-    images = torch.randn(args.batch_size, 3, 224, 224).to(args.device, getattr(torch, args.dtype))
-    for model in models:
-        model.to(images)
-    rounds = []
+def interleave(models: list[torch.nn.Module], dtype: str, args: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Seconds of every model by round, of each way to run them."""
+    images = torch.randn(args.batch_size, 3, 224, 224).to(args.device, getattr(torch, dtype))
+    ways = {"launched": [partial(model.to(images), pixel_values=images) for model in models]}
+    if args.graph:
+        ways["graph"] = [captured(call) for call in ways["launched"]]
+    rounds = {way: [] for way in ways}
     for index in range(args.warmup + args.repeats):
-        taken = [0.0] * len(models)
-        # The order alternates, so that no side always finds the caches of the other.
-        for side in list(range(len(models)))[:: 1 if index % 2 else -1]:
-            taken[side] = seconds(models[side], images)
-        if index >= args.warmup:
-            rounds.append(taken)
+        for way, calls in ways.items():
+            taken = [0.0] * len(models)
+            # The order alternates, so that no side always finds the caches of the other.
+            for side in list(range(len(models)))[:: 1 if index % 2 else -1]:
+                taken[side] = seconds(calls[side], args.device)
+            if index >= args.warmup:
+                rounds[way].append(taken)
     return rounds
 
 
@@ -84,13 +93,15 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
     models = [dense, *(comcat_hf.compress(dense, r, metric=args.metric, mlp=args.mlp) for r in reductions)]
     macs = [comcat_hf.count_macs(model) for model in models]
     parameters = [comcat_hf.count_parameters(model) for model in models]
-    rounds = interleave(models, args)
+    found = [(dtype, way, rounds) for dtype in args.dtype for way, rounds in interleave(models, dtype, args).items()]
     rows = []
-    for side, reduction in enumerate(reductions, start=1):
+    for (dtype, way, rounds), (side, reduction) in itertools.product(found, enumerate(reductions, start=1)):
         ratio, mac_ratio = ratio_of(rounds, side), macs[side] / macs[0]
         rows.append(
             {
                 "model": name,
+                "dtype": dtype,
+                "way": way,
                 "reduction": reduction,
                 "dense_ms": 1000 * statistics.median(taken[0] for taken in rounds),
                 "compressed_ms": 1000 * statistics.median(taken[side] for taken in rounds),
@@ -106,9 +117,14 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
 
 def measure_predicted(name: str, args: argparse.Namespace) -> list[dict]:
     """The latency that a table predicts against that of the built models."""
-    dense = build(name).to(args.device, getattr(torch, args.dtype))
+    return [row for dtype in args.dtype for row in measure_predicted_in(name, dtype, args)]
+
+
+def measure_predicted_in(name: str, dtype: str, args: argparse.Namespace) -> list[dict]:
+    dense = build(name).to(args.device, getattr(torch, dtype))
     table = comcat_hf.measure_latency(dense, batch_size=args.batch_size, repeats=args.repeats, progress=True)
-    rows = [{"model": name, "reduction": reduction} for reduction in args.reduction or REDUCTIONS["latency"]]
+    asked = args.reduction or REDUCTIONS["latency"]
+    rows = [{"model": name, "dtype": dtype, "way": "launched", "reduction": reduction} for reduction in asked]
     models = [dense]
     for row in rows:
         try:
@@ -118,7 +134,7 @@ def measure_predicted(name: str, args: argparse.Namespace) -> list[dict]:
             continue
         models.append(small)
         row |= {"predicted": comcat_hf.plan_of(small).reached, "side": len(models) - 1}
-    rounds = interleave(models, args)
+    rounds = interleave(models, dtype, args)["launched"]
     for row in rows:
         row["dense_ms"] = 1000 * statistics.median(taken[0] for taken in rounds)
         row["table_dense_ms"] = table.total / 1e6
@@ -135,10 +151,10 @@ def show(rows: list[dict]) -> None:
     _report.print_table(
         [
             [
-                row["model"],
+                *(row[key] for key in ("model", "dtype", "way")),
                 f"{row['reduction']:.2f}",
-                f"{row['dense_ms']:.0f}",
-                f"{row['compressed_ms']:.0f}",
+                milliseconds(row["dense_ms"]),
+                milliseconds(row["compressed_ms"]),
                 f"{row['mac_ratio']:.3f}",
                 f"{row['latency_ratio']:.3f}",
                 f"{row['latency_over_macs']:.3f}",
@@ -146,7 +162,7 @@ def show(rows: list[dict]) -> None:
             ]
             for row in rows
         ],
-        ["model", "asked", "dense ms", "compressed ms", "MAC ratio", "latency ratio", "latency/MACs", f"<= {ALLOWED}"],
+        [*ABOUT, "MAC ratio", "latency ratio", "latency/MACs", f"<= {ALLOWED}"],
     )
 
 
@@ -154,22 +170,28 @@ def show_predicted(rows: list[dict]) -> None:
     _report.print_table(
         [
             [
-                row["model"],
+                *(row[key] for key in ("model", "dtype", "way")),
                 f"{row['reduction']:.2f}",
-                f"{row['dense_ms']:.0f}",
-                *(f"{row[key]:{form}}" if key in row else "-" for key, form in PREDICTED.items()),
+                milliseconds(row["dense_ms"]),
+                milliseconds(row["compressed_ms"]) if "compressed_ms" in row else "-",
+                *(f"{row[key]:.3f}" if key in row else "-" for key in PREDICTED),
                 {True: "yes", False: "no"}.get(row.get("holds"), "out of reach"),
             ]
             for row in rows
         ],
-        ["model", "asked", "dense ms", "compressed ms", "MAC ratio", "predicted", "measured", f"within {OFF}"],
+        [*ABOUT, "MAC ratio", "predicted", "measured", f"within {OFF}"],
     )
     for row in rows:
         if "error" in row:
             print(row["error"])
 
 
-PREDICTED = {"compressed_ms": ".0f", "mac_ratio": ".3f", "predicted": ".3f", "measured": ".3f"}
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
+ABOUT = ("model", "dtype", "way", "asked", "dense ms", "compressed ms")
+PREDICTED = ("mac_ratio", "predicted", "measured")
 # How a metric is measured, and how it is shown.
 WAYS = {"params": (measure, show), "macs": (measure, show), "latency": (measure_predicted, show_predicted)}
 
@@ -185,7 +207,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument("--graph", action="store_true", help="also as CUDA graphs")
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -197,7 +220,9 @@ def main() -> None:
     tell(rows)
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key != "output"}
-        _report.write_json(args.output, {"environment": _report.environment(), "settings": settings, "rows": rows})
+        _report.write_json(
+            args.output, {"environment": _report.environment(args.device), "settings": settings, "rows": rows}
+        )
 
 
 if __name__ == "__main__":

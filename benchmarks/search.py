@@ -12,7 +12,7 @@ singular basis. `--layers` cuts the number of blocks, for both sides alike, wher
 Each side's memory is measured in a process of its own: the peak of the resident set in a step, less the resident set
 before anything is built, so that weights, candidates and activations all count. `step_mib` is what the step itself
 adds. Times are taken in one process, both sides in turns, by the wall and in processor time: where other work shares
-the cores, take one thread and look at the second.
+the cores, take one thread and look at the second. On a GPU (`--device cuda`) memory is what is allocated there.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import _report
 import torch
+from _measuring import wait
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeiTConfig, DeiTForImageClassification
@@ -96,10 +97,10 @@ class WrittenOutLinear(nn.Module):
         return sum(F.linear(states, product) * weight for product, weight in pairs) + self.bias
 
 
-def build(name: str, layers: int) -> tuple[nn.Module, Candidates]:
+def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, Candidates]:
     torch.manual_seed(0)
-    config = DeiTConfig(**MODELS[name], num_hidden_layers=layers, num_labels=1000, attn_implementation="sdpa")
-    model = DeiTForImageClassification(config).eval().requires_grad_(False)
+    config = DeiTConfig(**MODELS[name], num_hidden_layers=args.layers, num_labels=1000, attn_implementation="sdpa")
+    model = DeiTForImageClassification(config).eval().requires_grad_(False).to(args.device)
     sites = find_sites(model)
     budget, _ = find_budget(model, sites, 0.5, METRICS["params"])
     return model, Candidates(budget)
@@ -113,7 +114,15 @@ def mixture_of(candidates: Candidates) -> tuple[Tensor, Tensor]:
 
 def nested_side(model: nn.Module, candidates: Candidates):
     nested = NestedModel(model, [(o.site.name, o.choice) for o in candidates.budget.options], "model")
-    return lambda mixture, images: nested(candidates.scales(mixture, nested.sizes), pixel_values=images).logits
+
+    def forward(mixture: Tensor, images: Tensor) -> Tensor:
+        # As the search does it: in one piece to the device.
+        scales = candidates.scales(mixture, nested.sizes)
+        packed = torch.cat(list(scales.values())).to(images.device)
+        scales = dict(zip(scales, packed.split([len(scale) for scale in scales.values()]), strict=True))
+        return nested(scales, pixel_values=images).logits
+
+    return forward
 
 
 def written_out_side(model: nn.Module, candidates: Candidates):
@@ -129,6 +138,7 @@ def written_out_side(model: nn.Module, candidates: Candidates):
         modules.append((module, indices))
 
     def forward(mixture: Tensor, images: Tensor) -> Tensor:
+        mixture = mixture.to(images.device)
         for module, indices in modules:
             found = [mixture[index, : len(candidates.ranks[index])] for index in indices]
             module.weights = tuple(found) if len(found) > 1 else found[0]
@@ -145,9 +155,11 @@ def step(
 ) -> tuple[tuple[float, float], Tensor, Tensor]:
     """Seconds on the wall and of the processor, the model's logits and the gradients of the rank logits."""
     logits, mixture = mixture_of(candidates)
+    wait(images.device)
     start = time.perf_counter(), time.process_time()
     output = forward(mixture, images)
     F.cross_entropy(output, labels).backward()
+    wait(images.device)
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     return seconds, output.detach(), logits.grad
 
@@ -158,12 +170,14 @@ def resident() -> int:
 
 
 def memory_of(side: str, name: str, args: argparse.Namespace) -> dict:
-    """Peak bytes of the resident set, over all and in the step alone, in this process."""
+    """Peak bytes of the resident set, or of a GPU's memory, over all and in the step alone, in this process."""
+    if args.device != "cpu":
+        return memory_on_gpu(side, name, args)
     images, labels = batch_of(args)
     # What a first use of the kernels loads is nobody's.
     torch.linalg.svd(torch.randn(64, 64, requires_grad=True))[1].sum().backward()
     start = resident()
-    model, candidates = build(name, args.layers)
+    model, candidates = build(name, args)
     forward = SIDES[side](model, candidates)
     del model
     built, peak, done = resident(), [0], threading.Event()
@@ -180,16 +194,29 @@ def memory_of(side: str, name: str, args: argparse.Namespace) -> dict:
     return {"whole": peak[0] - start, "step": peak[0] - built}
 
 
+def memory_on_gpu(side: str, name: str, args: argparse.Namespace) -> dict:
+    images, labels = batch_of(args)
+    model, candidates = build(name, args)
+    forward = SIDES[side](model, candidates)
+    del model
+    built = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(forward, candidates, images, labels)
+    peak = torch.cuda.max_memory_allocated()
+    return {"whole": peak, "step": peak - built}
+
+
 def times_of(name: str, args: argparse.Namespace) -> dict:
     """Seconds of both sides in turns, and how far outputs and gradients are apart."""
     images, labels = batch_of(args)
     sides = {}
     for side, make in SIDES.items():
-        model, candidates = build(name, args.layers)
+        model, candidates = build(name, args)
         sides[side] = make(model, candidates)
     times: dict[str, list[tuple[float, ...]]] = {side: [] for side in SIDES}
     found = {}
-    step(sides["nested"], candidates, images, labels)
+    for forward in sides.values() if args.device != "cpu" else [sides["nested"]]:
+        step(forward, candidates, images, labels)
     for _ in range(args.rounds):
         for side, forward in sides.items():
             # The short side several times, so that a moment's load on the machine weighs less.
@@ -204,7 +231,8 @@ def times_of(name: str, args: argparse.Namespace) -> dict:
 
 def batch_of(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(args.batch_size, 3, 224, 224, generator=generator), torch.arange(args.batch_size)
+    images = torch.randn(args.batch_size, 3, 224, 224, generator=generator)
+    return images.to(args.device), torch.arange(args.batch_size, device=args.device)
 
 
 def work(pipe, function, settings: tuple) -> None:
@@ -260,6 +288,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="blocks, the same on both sides; the models have 12")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -291,7 +320,9 @@ def main() -> None:
     _report.print_table(table, [*headers, f">= {FASTER}x, <= {SMALLER}"])
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key != "output"}
-        _report.write_json(args.output, {"environment": _report.environment(), "settings": settings, "rows": rows})
+        _report.write_json(
+            args.output, {"environment": _report.environment(args.device), "settings": settings, "rows": rows}
+        )
 
 
 if __name__ == "__main__":

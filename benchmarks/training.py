@@ -343,7 +343,9 @@ def main() -> None:
     if args.output:
         hidden = ("output", "parts", "side", "folder")
         settings = {key: str(value) for key, value in vars(args).items() if key not in hidden}
-        _report.write_json(args.output, {"environment": _report.environment(), "settings": settings, **results})
+        _report.write_json(
+            args.output, {"environment": _report.environment(args.device), "settings": settings, **results}
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -22,6 +22,7 @@ from ...training.randomness import random_states, seeded, set_random_states
 from ..distillation import DistillationLoss, LossParts, OwnBase
 from .checkpoints import MUST, Trained, check_finite, facts_of_training, is_sharded, restore, save_checkpoint
 from .ema import WeightAverage
+from .engines import prepare_engine
 from .logs import LOG, LossMeter, TrainingLog, cannot_write
 from .optimizers import Schedule, learning_rates, make_optimizer, warmup_steps
 from .routes import Student, freeze_unreached, make_loss
@@ -139,7 +140,7 @@ class _Training:
         self.schedule = Schedule(*rates, run.steps, warmup_steps(settings, run.steps))
         self.loss = make_loss(settings)
         _prepare_student(student, settings, self.loss)
-        _prepare_deepspeed(accelerator, settings)
+        prepare_engine(accelerator, settings, student.model)
         self.empty = meta_copy(student.model) if is_sharded(accelerator) else None
         optimizer = make_optimizer(settings, student.model, self.schedule.rate(0))
         self.model, self.optimizer = accelerator.prepare(student.model, optimizer)
@@ -354,22 +355,6 @@ def _prepare_student(student: Student, settings: CompressSettings, loss: Distill
     if settings.torch_compile:
         # In place: names, and what accelerate unwraps, stay as they are.
         model.compile()
-
-
-def _prepare_deepspeed(accelerator: Accelerator, settings: CompressSettings) -> None:
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return
-    if settings.ema_decay is not None:
-        raise InvalidValueError(
-            "--ema_decay: expected processes that can read their weights between steps, found DeepSpeed, which keeps "
-            "them to itself. Leave the flag out, or launch with FSDP or plain processes."
-        )
-    # It would read these off a data loader, of which accelerate knows none here.
-    accelerator.deepspeed_plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": settings.per_device_train_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "gradient_clipping": settings.max_grad_norm,
-    }
 
 
 @torch.no_grad()

@@ -1,0 +1,64 @@
+"""Time on a GPU, which is still at work when a call returns and may be slower to launch than to run, and memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def wait(device: str | torch.device) -> None:
+    """Let a device come to its end; a CPU is done when it returns."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """What a call runs on the GPU as a graph, to be replayed without Python and without launching kernel by kernel."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """What a call allocates on the GPU at its peak, beside what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass, parameters apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._storages: dict[int, int] = {}
+
+    def __enter__(self) -> "Kept":
+        self._hooks = saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._storages.values())
