@@ -52,7 +52,7 @@ class CardFacts:
         task: its `pipeline_tag`.
         snippet: Python that uses it; its first line imports comcat_hf.
         tags: beside `comcat`.
-        dataset: Hub id of what it was trained and measured on, if there is one.
+        dataset: Hub id of what it was trained and measured on, if there is one. A folder is not named.
         measured: results of the evaluation on `dataset`; they make the `model-index`.
         table: rows of a comparison, the first one its head.
         pictures: captions and file names, beside the card.
@@ -166,12 +166,13 @@ def _fenced(text: str, language: str = "") -> str:
 
 def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
     results = []
-    for one in facts.measured if facts.dataset else ():
+    dataset = facts.dataset if facts.dataset and _is_hub_id(facts.dataset) else None
+    for one in facts.measured if dataset else ():
         results.append(
             EvalResult(
                 task_type=facts.task,
-                dataset_type=facts.dataset,
-                dataset_name=facts.dataset,
+                dataset_type=dataset,
+                dataset_name=dataset,
                 metric_type=one.metric,
                 metric_name=one.name,
                 metric_value=round(one.value, 6),
@@ -188,7 +189,7 @@ def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
         library_name=facts.library,
         pipeline_tag=facts.task,
         tags=list(dict.fromkeys([*tags, facts.task, "comcat", *facts.tags])),
-        datasets=[facts.dataset] if facts.dataset else None,
+        datasets=[dataset] if dataset else None,
         model_name=facts.title if results else None,
         eval_results=results or None,
         **extra,

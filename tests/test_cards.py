@@ -63,6 +63,12 @@ def test_a_folder_of_this_machine_does_not_become_a_base(tmp_path):
     assert shown_base(str(tmp_path)) == tmp_path.name and shown_base("user/dense") == "user/dense"
 
 
+def test_images_of_this_machine_are_no_data_set_of_the_hub(tmp_path):
+    text = write_card(tmp_path, CardFacts(**(vars(FACTS) | {"dataset": str(tmp_path)}))).read_text()
+    assert str(tmp_path) not in text
+    assert "datasets" not in metadata(tmp_path / "README.md") and "model-index" not in metadata(tmp_path / "README.md")
+
+
 def test_of_a_folder_only_the_last_part_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for base in (".", f"{tmp_path}/", f"C:\\Users\\me\\{tmp_path.name}", f"~/models/{tmp_path.name}"):

@@ -109,6 +109,7 @@ def test_a_compressed_model(hub, client, place):
     Dataset.from_dict(table, features=features).to_parquet(place / "private-place" / "train.parquet")
 
     files = {"README.md", "comcat_ranks.json", "config.json", "eval_results.json", "model.safetensors"}
+    files |= {"ranks.png", "report.html"}
     head, text = check(hub, place, run(hub, place, "compress_vit.py", COMPRESS), files | {"preprocessor_config.json"})
     assert head["library_name"] == "transformers" and head["pipeline_tag"] == "image-classification"
     assert head["tags"] == ["image-classification", "comcat", "model-compression"]
@@ -131,7 +132,7 @@ def test_an_adapter_of_a_pipeline(hub, client, place):
         hub,
         place,
         run(hub, place, "customize_diffusion.py", CUSTOMIZE),
-        parts | {"README.md", "validation/step-000002.png"},
+        parts | {"README.md", "before_after.png", "validation/step-000002.png"},
     )
     assert head["library_name"] == "diffusers" and head["pipeline_tag"] == "text-to-image"
     assert head["tags"] == ["text-to-image", "comcat", "diffusers", "peft"]

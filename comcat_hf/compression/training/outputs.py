@@ -72,7 +72,7 @@ def write_model_card(
             task="image-classification",
             snippet=_SNIPPET.format(repository=quoted(name)),
             tags=("model-compression",),
-            dataset=settings.dataset_name if settings.dataset_name and "/" in settings.dataset_name else None,
+            dataset=settings.dataset_name,
             measured=[Measured("accuracy", _METRICS[key], final[key]) for key in _METRICS if key in final],
             table=comparison(plan, metrics),
             pictures=[(_RANKS, picture.name)] if picture is not None else [],
@@ -89,11 +89,8 @@ def push_model(folder: Path, settings: CompressSettings) -> str:
     """
     with tempfile.TemporaryDirectory() as staging:
         for path in folder.iterdir():
-            wanted = path.suffix in (".safetensors", ".json", ".md", ".png") and path.name not in (
-                "comcat_stages.json",
-                "sweep_results.json",
-            )
-            if path.is_file() and wanted and not path.name.startswith("."):
+            # The record of the stages, push_folder leaves here.
+            if path.is_file() and path.suffix in _PUSHED:
                 shutil.copy2(path, staging)
         return push_folder(
             staging,
