@@ -22,8 +22,11 @@ from safetensors.torch import load_file
 from comcat_hf.customization.pipelines import load_comcat_weights
 from comcat_hf.customization.training.loop import customize
 from comcat_hf.customization.training.losses import DiffusionLoss
+from comcat_hf.customization.training.sampling import generate
 from comcat_hf.customization.training.settings import CustomizeSettings, parse_customize_settings
 from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModuleError
+from comcat_hf.plots import plot_image_grid
+from comcat_hf.training.randomness import seeded
 from comcat_hf.training.recipes import recipe_names
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
 
@@ -219,6 +222,7 @@ def test_what_is_uploaded(bases, tmp_path, monkeypatch):
     assert (repository, token) == ("dog", "secret")
     assert [name for name in files if "/" in name or "." in name] == [
         "README.md",
+        "before_after.png",
         "comcat_adapter.json",
         "unet/adapter_config.json",
         "unet/adapter_model.safetensors",
@@ -226,6 +230,31 @@ def test_what_is_uploaded(bases, tmp_path, monkeypatch):
     ]
     card = (tmp_path / "dog" / "README.md").read_text()
     assert "a sks 3" in card and "secret" not in card
+    assert "](before_after.png)" in card
+
+
+def test_before_is_what_the_base_draws_and_after_what_was_validated(bases, tmp_path, monkeypatch):
+    seen = {}
+
+    def draw(rows, path, **given):
+        seen.update(rows)
+        return plot_image_grid(rows, path, **given)
+
+    monkeypatch.setattr("comcat_hf.customization.training.sampling.plot_image_grid", draw)
+    given = {"validation_prompt": "a sks 3", "num_validation_images": 2, "seed": 3, "learning_rate": 0.1}
+    wanted = settings(bases, tmp_path / "dog", **given)
+    customize(wanted)
+    Image.open(tmp_path / "dog" / "before_after.png").verify()
+    assert list(seen) == ["before", "after"] and seen["after"].shape == (2, 3, 16, 16)
+    (grid,) = (tmp_path / "dog" / "validation").glob("*.png")
+    first = torch.frombuffer(bytearray(Image.open(grid).tobytes()), dtype=torch.uint8).view(16, 32, 3)[:, :16]
+    assert torch.equal((seen["after"][0] * 255).round().byte(), first.permute(2, 0, 1))
+    base = DiffusionPipeline.from_pretrained(wanted.pretrained_model_name_or_path)
+    generators = [seeded(3, "validation", number) for number in range(2)]
+    drawn = generate(base, ["a sks 3"] * 2, generators, wanted)
+    plain = torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in drawn])
+    assert torch.equal((seen["before"] * 255).round().byte(), plain)
+    assert not torch.equal(seen["before"], seen["after"])
 
 
 # Resuming

@@ -32,7 +32,7 @@ from .preparing import (
     modules,
     with_class_images,
 )
-from .sampling import validate
+from .sampling import compare, validate
 from .settings import CustomizeSettings
 from .sources import Latents, Texts
 from .stream import ExampleStream, stream_loader
@@ -160,7 +160,7 @@ class _Run:
         prepared = self.prepared
         return save_checkpoint(prepared.accelerator, prepared.settings, progress, prepared.pipeline, self.states())
 
-    def validate(self, step: int) -> None:
+    def validate(self, step: int, last: bool) -> None:
         prepared = self.prepared
         if prepared.settings.validation_prompt is None:
             return
@@ -168,7 +168,9 @@ class _Run:
             denoiser = prepared.accelerator.unwrap_model(self.model)
             with gathered(prepared.pipeline, prepared.accelerator.device):
                 trackers = prepared.accelerator.trackers
-                validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
+                drawn = validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
+                if last:
+                    compare(prepared.pipeline, prepared.settings, prepared.seed, drawn)
         prepared.accelerator.wait_for_everyone()
 
 
@@ -232,7 +234,7 @@ def _train(run: _Run, output_dir: Path, interruption: Interruption) -> Customize
             if early:
                 return CustomizeResult(output_dir, plan, step, loss, signal, checkpoint)
             if step % settings.validation_steps == 0 or step == plan.steps:
-                run.validate(step)
+                run.validate(step, last=step == plan.steps)
     return CustomizeResult(output_dir, plan, step, loss)
 
 

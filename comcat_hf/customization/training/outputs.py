@@ -10,6 +10,7 @@ from ...cards import CardFacts, quoted, shown_base, write_card
 from ...transport import push_folder
 from ..pipelines import save_comcat_weights
 from .planning import CustomizePlan
+from .sampling import BEFORE_AFTER
 from .settings import CustomizeSettings
 
 
@@ -43,6 +44,7 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
     )
     base, prompt = shown_base(settings.pretrained_model_name_or_path), settings.instance_prompt
     repository = settings.hub_model_id or folder.resolve().name
+    compared = folder / BEFORE_AFTER
     drawn = sorted(folder.glob("validation/*.png"))[-1:]
     write_card(
         folder,
@@ -56,6 +58,9 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
             task="text-to-image",
             snippet=_SNIPPET.format(base=quoted(base), repository=quoted(repository), prompt=quoted(prompt)),
             tags=("diffusers", "peft"),
+            pictures=[("Without the adapter and with it, from the same noise", compared.name)]
+            if compared.is_file()
+            else [],
             gallery=[(settings.validation_prompt or prompt, path.relative_to(folder).as_posix()) for path in drawn],
             details=plan.describe(),
             extra={"instance_prompt": prompt},
@@ -80,7 +85,7 @@ def push_outputs(settings: CustomizeSettings, parts: Iterable[str]) -> str:
         for path in folder.iterdir():
             if path.is_dir() and path.name in wanted:
                 shutil.copytree(path, Path(staging, path.name))
-            elif path.name in ("README.md", "comcat_adapter.json"):
+            elif path.name in ("README.md", "comcat_adapter.json", BEFORE_AFTER):
                 shutil.copy2(path, staging)
         return push_folder(
             staging,

@@ -3,21 +3,27 @@
 import io
 import math
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...plots import plot_image_grid
 from ...training.randomness import seeded
 from ...transport import write_bytes_atomic
 from .settings import CustomizeSettings
 from .sources import from_latents
 
 
-__all__ = ["generate", "generate_class_images", "validate"]
+__all__ = ["BEFORE_AFTER", "compare", "generate", "generate_class_images", "validate"]
+
+BEFORE_AFTER = "before_after.png"
+_COMPARED = 4  # images that are shown side by side
 
 
 @torch.no_grad()
@@ -83,7 +89,7 @@ def generate_class_images(
 
 def validate(
     pipeline: Any, denoiser: nn.Module, settings: CustomizeSettings, seed: int, step: int, trackers: Sequence[Any]
-) -> Path:
+) -> list[Any]:
     """Draw the validation prompt into a grid, and hand the images to the trackers.
 
     Args:
@@ -95,27 +101,73 @@ def validate(
         trackers: accelerate's.
 
     Returns:
-        the file of the grid.
+        the images.
     """
     from diffusers.utils import make_image_grid
     from PIL import Image
 
     denoiser.eval()
-    generators = [seeded(seed, "validation", number) for number in range(settings.num_validation_images)]
-    images = []
-    for start in range(0, len(generators), settings.sample_batch_size):
-        batch = generators[start : start + settings.sample_batch_size]
-        images += generate(pipeline, [settings.validation_prompt] * len(batch), batch, settings)
+    images = _draw(pipeline, settings, seed)
     denoiser.train()
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = Image.new("RGB", images[0].size)
     grid = make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns)
-    file = _write(grid, Path(settings.output_dir).expanduser() / "validation" / f"step-{step:06d}.png")
+    _write(grid, Path(settings.output_dir).expanduser() / "validation" / f"step-{step:06d}.png")
     for tracker in trackers:
         if hasattr(tracker, "log_images"):
             tracker.log_images({"validation": images}, step=step)
-    return file
+    return images
+
+
+def compare(pipeline: Any, settings: CustomizeSettings, seed: int, after: Sequence[Any]) -> Path | None:
+    """Draw the validation prompt without the adapter, and put these images above those with it.
+
+    Args:
+        pipeline: with the adapter.
+        settings: prompt, number, and where the picture goes.
+        seed: of the run; the noise is that of the validation.
+        after: what [`validate`] drew.
+
+    Returns:
+        the picture; `None` where matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        return None
+    with _without_adapters(pipeline):
+        before = _draw(pipeline, settings, seed)
+    rows = {"before": before, "after": after}
+    shown = {name: torch.stack([_as_tensor(image) for image in images[:_COMPARED]]) for name, images in rows.items()}
+    columns = [str(number + 1) for number in range(len(shown["before"]))]
+    path = Path(settings.output_dir).expanduser() / BEFORE_AFTER
+    return plot_image_grid(shown, path, columns=columns, title=settings.validation_prompt, size=1.8)
+
+
+def _as_tensor(image: Any) -> Tensor:
+    """A Pillow image as `(3, h, w)` from 0 to 1."""
+    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
+
+
+def _draw(pipeline: Any, settings: CustomizeSettings, seed: int) -> list[Any]:
+    generators = [seeded(seed, "validation", number) for number in range(settings.num_validation_images)]
+    images = []
+    for start in range(0, len(generators), settings.sample_batch_size):
+        batch = generators[start : start + settings.sample_batch_size]
+        images += generate(pipeline, [settings.validation_prompt] * len(batch), batch, settings)
+    return images
+
+
+@contextmanager
+def _without_adapters(pipeline: Any) -> Iterator[None]:
+    adapted = [model for model in pipeline.components.values() if getattr(model, "_hf_peft_config_loaded", False)]
+    for model in adapted:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        for model in adapted:
+            model.enable_adapters()
 
 
 def _write(image: Any, path: Path) -> Path:
