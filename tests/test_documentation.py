@@ -7,14 +7,14 @@ import re
 import pytest
 
 import comcat_hf
-from comcat_hf import original
+from comcat_hf import app, original, plots, report
 from comcat_hf.compression.training.settings import CompressSettings
 from comcat_hf.customization.training.settings import CustomizeSettings
 from comcat_hf.transport import pull_folder, push_folder
 
 
 def public():
-    for module in (comcat_hf, original):
+    for module in (comcat_hf, original, plots, report, app):
         for name, value in vars(module).items():
             own = getattr(value, "__module__", "").startswith("comcat_hf")
             if not name.startswith("_") and own and not inspect.ismodule(value):

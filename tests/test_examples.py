@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,19 @@ import click
 import pytest
 import torch
 import typer.main
+from diffusers import UNet2DConditionModel
 from transformers import ViTConfig, ViTForImageClassification
 
+import comcat_hf
 from comcat_hf import cli
+from comcat_hf.original import convert_original_adapter
 from tests.compression.training.test_recipes import wrong_flags
 from tests.customization.pipelines import tiny_sd
+from tests.original.test_adapter import random_weights
 
 
 ROOT = Path(__file__).resolve().parents[1]
+SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$|^## (.+?)$", re.DOTALL | re.MULTILINE)
 
@@ -78,19 +84,23 @@ SHORT = {"num_hidden_layers": 1, "image_size": 112, "num_labels": 10}
 def hub(tmp_path, monkeypatch):
     """A working folder in which the names of the examples are folders, as they may be in place of Hub ids."""
     monkeypatch.chdir(tmp_path)
-    tiny_sd(tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
+    tiny_sd(tmp_path / SD)
     return tmp_path
 
 
 def prepare(page, folder):
     """What a page takes for granted: models by their Hub ids, images, an adapter of somebody's."""
-    from diffusers import UNet2DConditionModel
-
-    import comcat_hf
 
     dense = folder / "facebook" / "deit-small-patch16-224"
     deit_small(**({} if page.stem == "README" else SHORT)).save_pretrained(dense)
-    unet = UNet2DConditionModel.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="unet")
+    unet = UNet2DConditionModel.from_pretrained(SD, subfolder="unet")
+    shutil.copytree(SD, folder / "runwayml" / "stable-diffusion-v1-5")
+    torch.save(random_weights(unet), folder / "released.pt")
+    convert_original_adapter(folder / "released.pt", folder / "goldendoodle-adapter", SD)
+    # What the original release has built in, and classes enough for a classifier of low rank.
+    comcat_hf.compress(deit_small(**SHORT | {"layer_norm_eps": 1e-6, "num_labels": 500}), 0.4).save_pretrained(
+        folder / "small"
+    )
     unet.add_adapter(comcat_hf.ComCATConfig(mode="customize", qk_rank=1, vo_rank=1), adapter_name="style")
     comcat_hf.save_comcat_weights({"unet": unet}, folder / "user" / "watercolour", "style")
 

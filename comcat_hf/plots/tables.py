@@ -26,6 +26,13 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
     """The plan as a table: rows are layers, columns are sites, cells are the rank and the full rank.
 
     What lies in no layer, such as a classifier, is a row of its own name with an empty column name.
+
+    Args:
+        dense: the model that the plan is for, not compressed; on the meta device it will do.
+        plan: its ranks.
+
+    Returns:
+        by row and column, the rank or width kept (`None`: dense) and the full one.
     """
     sites = _shown_sites(dense, plan)
     # Not by its own name: an MLP may have that of its block.
@@ -60,7 +67,15 @@ def _shown_sites(dense: nn.Module, plan: RankPlan) -> dict[str, Site]:
 
 @torch.no_grad()
 def head_spectra(dense: nn.Module, statistics: Mapping[str, Any] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Per attention module and pair (`qk`, `vo`) the singular values `(H, p)`, as shares of each head's largest."""
+    """The singular values of the attention products, as shares of each head's largest.
+
+    Args:
+        dense: a model that is not compressed.
+        statistics: moments by module path; the values are then those that the data sees.
+
+    Returns:
+        by attention module and pair (`qk`, `vo`), values of shape `(H, p)`, in falling order.
+    """
     spectra: dict[str, dict[str, Tensor]] = {}
     for name, site in find_sites(dense).items():
         if isinstance(site, AttentionSite):

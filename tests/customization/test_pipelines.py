@@ -478,7 +478,9 @@ class TestBadInput:
         pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "lora")
         StableDiffusionPipeline.save_lora_weights(tmp_path, pipe.unet.state_dict())
         before = Unchanged(pipe)
-        with pytest.raises(CheckpointError, match=f"{INDEX}.*pytorch_lora_weights"):
+        with pytest.raises(
+            CheckpointError, match=f"{INDEX}, found LoRA weights of diffusers; load it with pipe.load_lora_weights"
+        ):
             load_comcat_weights(pipe, tmp_path, "dog")
         with pytest.raises(CheckpointError, match="no such"):
             load_comcat_weights(pipe, tmp_path / "nowhere", "dog")
