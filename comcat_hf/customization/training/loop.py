@@ -170,7 +170,7 @@ class _Run:
                 trackers = prepared.accelerator.trackers
                 drawn = validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
                 if last:
-                    compare(prepared.pipeline, prepared.settings, prepared.seed, drawn)
+                    compare(prepared.pipeline, denoiser, prepared.settings, prepared.seed, drawn)
         prepared.accelerator.wait_for_everyone()
 
 

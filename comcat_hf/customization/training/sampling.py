@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...attention import eval_mode
 from ...plots import plot_image_grid
 from ...training.randomness import seeded
 from ...transport import write_bytes_atomic
@@ -106,9 +107,8 @@ def validate(
     from diffusers.utils import make_image_grid
     from PIL import Image
 
-    denoiser.eval()
-    images = _draw(pipeline, settings, seed)
-    denoiser.train()
+    with eval_mode(denoiser):
+        images = _draw(pipeline, settings, seed)
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = Image.new("RGB", images[0].size)
@@ -120,11 +120,14 @@ def validate(
     return images
 
 
-def compare(pipeline: Any, settings: CustomizeSettings, seed: int, after: Sequence[Any]) -> Path | None:
+def compare(
+    pipeline: Any, denoiser: nn.Module, settings: CustomizeSettings, seed: int, after: Sequence[Any]
+) -> Path | None:
     """Draw the validation prompt without the adapter, and put these images above those with it.
 
     Args:
         pipeline: with the adapter.
+        denoiser: what is in training.
         settings: prompt, number, and where the picture goes.
         seed: of the run; the noise is that of the validation.
         after: what [`validate`] drew.
@@ -134,7 +137,7 @@ def compare(pipeline: Any, settings: CustomizeSettings, seed: int, after: Sequen
     """
     if find_spec("matplotlib") is None:
         return None
-    with _without_adapters(pipeline):
+    with eval_mode(denoiser), _without_adapters(pipeline):
         before = _draw(pipeline, settings, seed)
     rows = {"before": before, "after": after}
     shown = {name: torch.stack([_as_tensor(image) for image in images[:_COMPARED]]) for name, images in rows.items()}
