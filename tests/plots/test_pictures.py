@@ -102,8 +102,8 @@ def test_the_users_own_backend_and_figures_are_left_alone(tmp_path):
     assert pyplot.get_fignums() == []
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
-    model, _ = small_vit()
+@pytest.fixture
+def no_matplotlib(monkeypatch):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -112,6 +112,11 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path):
+    model, _ = small_vit()
     with pytest.raises(ComCATError, match=r"pip install 'comcat_hf\[demo\]'"):
         plot_compression(model, comcat_hf.allocate_ranks(model, 0.4), tmp_path / "ranks.png")
     assert not list(tmp_path.iterdir())
@@ -154,15 +159,8 @@ def test_a_grid_needs_one_of_everything_for_each_column(tmp_path, what, given):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_grid_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_grid_without_matplotlib_says_what_to_install(tmp_path):
     with pytest.raises(ComCATError, match=r"pip install 'comcat_hf\[demo\]'"):
         plot_image_grid(grid_of("a"), tmp_path / "grid.png", columns=("x", "y", "z"))
 

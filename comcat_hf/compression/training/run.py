@@ -180,7 +180,7 @@ def _sweep(run: Setting, statistics: Statistics | None) -> tuple[SweepPoint, ...
     if run.splits.validation is None:
         run.say("Sweep: left out, as there are no validation images.")
         return ()
-    return measure_sweep(run, run.dense, statistics, partial(_evaluate, run))
+    return measure_sweep(run, statistics, partial(_evaluate, run))
 
 
 def _finetune(

@@ -72,11 +72,11 @@ class Setting:
             self._batches = calibration_batches(split, self.preparation, self.settings, self.seed)
         return self._batches
 
-    def sensitivities(self, dense: nn.Module, statistics: Statistics | None) -> Sensitivities:
+    def sensitivities(self, statistics: Statistics | None) -> Sensitivities:
         """Of the dense model; measured once, by this process alone."""
         if not self._sensitivities:
             found = measure_sensitivities(
-                dense,
+                self.dense,
                 self.calibration_batches(),
                 scope=self.settings.scope,
                 mlp=self.settings.mlp or ("rank" if self.settings.weights_only else "width"),
@@ -188,24 +188,24 @@ def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> N
         on_main(run.accelerator, lambda: _initialize(run, plan, statistics))
 
 
-def factorised(run: Setting, dense: nn.Module, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
+def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
     """A small model as the settings make it, on the CPU; by this process alone."""
     compensate = run.settings.compensate and not run.settings.weights_only
     batches = run.calibration_batches() if compensate else None
-    dense.to(run.accelerator.device)
+    run.dense.to(run.accelerator.device)
     how = {"batches": batches, "statistics": statistics, "compensate": compensate, "progress": True}
-    return compress(dense, plan=plan, **how).cpu()
+    return compress(run.dense, plan=plan, **how).cpu()
 
 
-def allocated(run: Setting, dense: nn.Module, reduction: float, statistics: Statistics | None) -> RankPlan:
+def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> RankPlan:
     """A plan as the settings make it, for any reduction; by this process alone."""
     settings = run.settings
-    dense.to(run.accelerator.device)
+    run.dense.to(run.accelerator.device)
     measures = settings.strategy in MEASURING
     # One reduction measures what it needs by itself; several share it.
-    shared = {"sensitivities": run.sensitivities(dense, statistics)} if measures and settings.sweep_reductions else {}
+    shared = {"sensitivities": run.sensitivities(statistics)} if measures and settings.sweep_reductions else {}
     return allocate_ranks(
-        dense,
+        run.dense,
         reduction,
         scope=settings.scope,
         metric=settings.metric,
@@ -220,7 +220,7 @@ def allocated(run: Setting, dense: nn.Module, reduction: float, statistics: Stat
 
 
 def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
-    small = factorised(run, run.dense, plan, statistics)
+    small = factorised(run, plan, statistics)
     with whole_folder(run.artefacts.initial) as folder:
         small.save_pretrained(folder)
         run.processor.save_pretrained(folder)
@@ -238,7 +238,7 @@ def _make_plan(run: Setting, statistics: Statistics | None, interruption: Interr
     made: list[RankPlan] = []
 
     def make() -> None:
-        made.append(allocated(run, run.dense, settings.reduction, statistics))
+        made.append(allocated(run, settings.reduction, statistics))
 
     on_main(run.accelerator, make)
     # One process decides: what each measures for itself might differ.

@@ -35,7 +35,6 @@ class SweepPoint:
 
 def measure_sweep(
     run: Setting,
-    dense: nn.Module,
     statistics: Statistics | None,
     evaluate: Callable[[nn.Module, str], Mapping[str, float]],
 ) -> tuple[SweepPoint, ...]:
@@ -44,9 +43,8 @@ def measure_sweep(
     Nothing is kept but the figures.
 
     Args:
-        run: the run.
-        dense: its dense model, with the weights it had at first.
-        statistics: of it, where factors are fitted to data.
+        run: the run, before its dense model is trained.
+        statistics: of its dense model, where factors are fitted to data.
         evaluate: called with a model and its name.
 
     Raises:
@@ -55,7 +53,7 @@ def measure_sweep(
     points = []
     for reduction in run.settings.sweep_reductions:
         run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
-        on_main(run.accelerator, lambda share=reduction: _make(run, dense, share, statistics))
+        on_main(run.accelerator, lambda share=reduction: _make(run, share, statistics))
         small = load_classifier(run.artefacts.sweep, "--output_dir")
         found = evaluate(small, f"{reduction:.0%} less")
         points.append(SweepPoint(reduction, plan_of(small).reached, found["top1"], found["top5"]))
@@ -68,7 +66,7 @@ def measure_sweep(
     return tuple(points)
 
 
-def _make(run: Setting, dense: nn.Module, reduction: float, statistics: Statistics | None) -> None:
-    plan = allocated(run, dense, reduction, statistics)
+def _make(run: Setting, reduction: float, statistics: Statistics | None) -> None:
+    plan = allocated(run, reduction, statistics)
     with whole_folder(run.artefacts.sweep) as folder:
-        factorised(run, dense, plan, statistics).save_pretrained(folder)
+        factorised(run, plan, statistics).save_pretrained(folder)
