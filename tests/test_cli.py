@@ -13,8 +13,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from typer.testing import CliRunner
 
 import comcat_hf
-from comcat_hf import ComCATConfig, RankPlan, cli
-from comcat_hf.cli import demo as demo_commands
+from comcat_hf import ComCATConfig, RankPlan, cli, demo_customize
 from comcat_hf.cli import shell
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.transport import write_json_atomic
@@ -104,14 +103,14 @@ def test_the_demo_of_customizing_is_run_with_its_options(tmp_path, monkeypatch):
         asked.append((output, settings, progress))
         raise InvalidValueError("enough")
 
-    monkeypatch.setattr(demo_commands, "run_customize_demo", refuse)
+    monkeypatch.setattr(demo_customize, "run_customize_demo", refuse)
     options = ("--steps", "7", "--base-steps", "8", "--samples", "9", "--seed", "3", "--threads", "1", "--no-progress")
     result = run("demo-customize", "--output", str(tmp_path), *options)
     assert (result.exit_code, result.stderr) == (1, "comcat demo-customize: enough\n")
-    wanted = demo_commands.CustomizeDemoSettings(steps=7, base_steps=8, samples=9, seed=3, threads=1)
+    wanted = demo_customize.CustomizeDemoSettings(steps=7, base_steps=8, samples=9, seed=3, threads=1)
     assert asked == [(tmp_path, wanted, False)]
     run("demo-customize")
-    assert asked[1][1:] == (demo_commands.CustomizeDemoSettings(), True)
+    assert asked[1][1:] == (demo_customize.CustomizeDemoSettings(), True)
 
 
 def test_a_new_command_is_added_by_decorator_and_guarded(monkeypatch):
@@ -145,12 +144,43 @@ def test_columns_line_up():
     ]
 
 
-def test_the_module_runs_as_a_program():
-    command = [sys.executable, "-m", "comcat_hf.cli", "demo", "--reduction", "2"]
+@pytest.mark.parametrize("module", ["comcat_hf.cli", "comcat_cli"])
+def test_the_module_runs_as_a_program(module):
+    command = [sys.executable, "-m", module, "demo", "--reduction", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "comcat demo: reduction must be a share between 0 and 1, got 2.0.\n"
     assert done.stdout == ""
+
+
+def program(*arguments):
+    """`comcat` as a user starts it: which of torch and `compress` its process has in the end, and what it said."""
+    code = (
+        f"import sys, comcat_cli\nsys.argv = {['comcat', *arguments]!r}\ntry:\n    comcat_cli.main()\n"
+        "finally:\n    print('torch' in sys.modules, hasattr(sys.modules['comcat_hf'], 'compress'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[-1], done.stdout + done.stderr
+
+
+def test_what_needs_no_model_starts_without_torch(tmp_path):
+    plan = save_plan(tmp_path / "plan")
+    for arguments, says in (
+        (["--help"], "low-rank"),
+        (["--version"], f"comcat_hf {comcat_hf.__version__}\n"),
+        (["compress", "--help"], "--reduction"),
+        (["ranks", "show", plan], "qk 4, vo 6"),
+        (["ranks", "compare", plan, plan], "same ranks"),
+        (["info", plan], "kind: rank plan"),
+        (["pull", plan, str(tmp_path / "copy")], "copy"),
+    ):
+        loaded, said = program(*arguments)
+        assert (loaded, says in said) == ("False False", True), said
+
+
+def test_a_command_that_needs_models_registers_with_the_libraries(tmp_path):
+    loaded, said = program("convert", "vit", str(tmp_path), str(tmp_path / "out"))
+    assert loaded == "True True" and "comcat convert vit: " in said
 
 
 def save_plan(folder, **ranks):

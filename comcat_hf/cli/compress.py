@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..compression.training.run import compress_vit
-from ..compression.training.settings import STAGES, CompressSettings
 from ..errors import ComCATError
 from .shell import app, command
 
@@ -50,6 +48,9 @@ def compress(
     Everything else, such as augmentation, several processes and checkpoints, is scripts/compress_vit.py's, which goes
     on in the same folder.
     """
+    from ..compression.training.run import compress_vit
+    from ..compression.training.settings import STAGES, CompressSettings
+
     stages = [name for name in STAGES if name != "push" and (name != "finetune" or epochs > 0)]
     settings = CompressSettings(
         model_name_or_path=model,

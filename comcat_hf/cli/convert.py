@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..compression import count_parameters
 from ..errors import InvalidValueError
-from ..original import convert_original_adapter, read_original_vit
 from .shell import app, command
 
 
@@ -22,9 +20,13 @@ def vit(
     heads: Annotated[int | None, typer.Option(help="Attention heads of a block.", show_default="width / 64")] = None,
 ) -> None:
     """A compressed ViT. Image and patch size come from the shapes; nothing is unpickled that could run code."""
+    from transformers import DeiTImageProcessorPil
+
+    from ..compression import count_parameters
+    from ..original import read_original_vit
+
     _check_output(out)
     model = read_original_vit(folder, heads=heads)
-    from transformers import DeiTImageProcessorPil
 
     size = model.config.image_size
     processor = DeiTImageProcessorPil(
@@ -49,6 +51,8 @@ def adapter(
     alpha: Annotated[float, typer.Option(help="As given to the release when it draws.")] = 1.0,
 ) -> None:
     """A ComCAT adapter of a diffusion pipeline."""
+    from ..original import convert_original_adapter
+
     _check_output(out)
     convert_original_adapter(file, out, base, alpha=alpha)
     typer.echo(

@@ -11,11 +11,11 @@ from ..errors import RankPlanError
 from ..transport import push_folder, read_json, resolve_file, write_json_atomic
 
 
-__all__ = ["RANKS_NAME", "RankPlan"]
+__all__ = ["RANKS_FORMAT", "RANKS_NAME", "RankPlan"]
 
 RANKS_NAME = "comcat_ranks.json"
 
-_FORMAT = "comcat_ranks"
+RANKS_FORMAT = "comcat_ranks"
 _FORMAT_VERSION = 1
 
 Entry = int | Mapping[str, int]
@@ -61,7 +61,7 @@ class RankPlan:
         """The plan as it stands in a rank file."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
         ranks = copy.deepcopy(values.pop("ranks"))
-        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **values, "ranks": ranks}
+        return {"format": RANKS_FORMAT, "format_version": _FORMAT_VERSION, **values, "ranks": ranks}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "this plan") -> "RankPlan":
@@ -76,8 +76,8 @@ class RankPlan:
         """
         content = dict(content)
         found = content.pop("format", None)
-        if found != _FORMAT:
-            raise RankPlanError(f"{source} is no rank file: 'format' must be {_FORMAT!r}, got {found!r}.")
+        if found != RANKS_FORMAT:
+            raise RankPlanError(f"{source} is no rank file: 'format' must be {RANKS_FORMAT!r}, got {found!r}.")
         version = content.pop("format_version", None)
         if version != _FORMAT_VERSION:
             raise RankPlanError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..attention import attention_views, replace_module
 from ..attention.residuals import rows_in
-from ..configs import ComCATConfig
+from ..configs.adapter import ComCATConfig
 from ..errors import CheckpointError, InvalidValueError
 from ..transport import push_folder, read_json, resolve_file, write_bytes_atomic, write_json_atomic
 from ..tuners.customize import CustomizeLayer
