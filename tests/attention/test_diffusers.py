@@ -224,6 +224,14 @@ def test_a_process_without_the_package_stops(tmp_path):
     assert "Unknown quantization type, got comcat" in process.stderr
 
 
+def test_the_package_leaves_diffusers_to_whoever_imports_it(tmp_path):
+    comcat_hf.compress(unet(), 0.3, scope="attention").save_pretrained(tmp_path)
+    code = "import sys, comcat_hf\nprint('diffusers' in sys.modules)\nfrom diffusers import UNet2DConditionModel as U"
+    code += f"\nprint(len(comcat_hf.plan_of(U.from_pretrained({str(tmp_path)!r})).ranks) > 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\nTrue\n"
+
+
 def test_missing_factors_are_an_error(tmp_path):
     small = comcat_hf.compress(unet(), 0.3, scope="attention")
     small.save_pretrained(tmp_path)
