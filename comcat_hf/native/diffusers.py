@@ -8,7 +8,8 @@ process that has not imported this package stops on an unknown quantization type
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -19,13 +20,15 @@ from torch import nn
 from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
+from ..transport import hub_id
 from .current import check_saveable, current_plan
 
 
-__all__ = ["attach", "is_model", "recorded", "register"]
+__all__ = ["attach", "is_model", "naming_no_folder", "recorded", "register"]
 
 QUANT_METHOD = "comcat"
 _CONFIG = "quantization_config"
+_SOURCE = "_name_or_path"
 # The module of diffusers that holds the tables.
 _TABLES = "diffusers.quantizers.auto"
 
@@ -101,7 +104,20 @@ def _save_pretrained(
     if plan is not None and is_main_process:
         # First: an upload takes everything in the folder.
         plan.save_pretrained(save_directory)
-    type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    with naming_no_folder(model):
+        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+
+
+@contextmanager
+def naming_no_folder(host: Any) -> Iterator[None]:
+    """Within it the configuration of a model or a pipeline says where it came from only if that is a Hub id."""
+    config = host._internal_dict
+    if hub_id(config.get(_SOURCE)) is None:
+        host._internal_dict = type(config)({key: value for key, value in config.items() if key != _SOURCE})
+    try:
+        yield
+    finally:
+        host._internal_dict = config
 
 
 def register() -> None:

@@ -9,4 +9,5 @@ from .files import write_json_atomic as write_json_atomic
 from .files import write_text_atomic as write_text_atomic
 from .found import kind_of as kind_of
 from .found import sizes_in as sizes_in
+from .sources import hub_id as hub_id
 from .upload import push_folder as push_folder

@@ -19,6 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 from ..errors import ComCATError, InvalidValueError
 from .failures import NOT_THE_HUB, detail_of, without_secrets
 from .retries import retrying
+from .sources import shareable
 
 
 __all__ = ["NOT_UPLOADED", "push_folder"]
@@ -70,7 +71,7 @@ def push_folder(
 
     The repository is made if it is absent. A commit takes all files or none. Requests that fail on the Hub's side are
     made again; a pull request is asked for once, since a second one could be opened. Links are followed inside the
-    folder only.
+    folder only. Where a configuration or a card names a folder of this machine as base, that is left out.
 
     Args:
         source: what to upload. Of a folder, hidden files and those that fit [`NOT_UPLOADED`] stay where they are.
@@ -129,7 +130,7 @@ def _commit(
     api: HfApi, full_id: str, *, files: Mapping[str, Path], message: str | None, revision: str | None, create_pr: bool
 ) -> str:
     # Made anew for each attempt: the client marks them while it works.
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()]
+    operations = [CommitOperationAdd(name, shareable(path) or str(path)) for name, path in files.items()]
     try:
         commit = api.create_commit(
             full_id,

@@ -212,6 +212,8 @@ def test_a_pipeline_holds_a_compressed_unet(tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd(tmp_path / "dense"))
     pipeline.unet = comcat_hf.compress(pipeline.unet, 0.2, scope="attention")
     pipeline.save_pretrained(tmp_path / "small")
+    assert str(tmp_path / "dense") not in (tmp_path / "small" / "unet" / "config.json").read_text()
+    assert pipeline.unet.config._name_or_path == str(tmp_path / "dense" / "unet")
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "small")
     assert comcat_hf.plan_of(loaded.unet).ranks == comcat_hf.plan_of(pipeline.unet).ranks
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...cards import CardFacts, Measured, quoted, shown_base, write_card
+from ...cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
 from ...transport import push_folder, write_json_atomic
 from .planning import CompressPlan
 from .reporting import Metrics, comparison
@@ -64,8 +64,8 @@ def write_model_card(
         folder,
         CardFacts(
             title=name.rpartition("/")[-1],
-            summary=f"`{shown_base(settings.model_name_or_path)}` compressed with ComCAT: {dense:,} parameters became "
-            f"{small:,} ({small / dense - 1:+.1%}).",
+            summary=f"{code_span(shown_base(settings.model_name_or_path))} compressed with ComCAT: {dense:,} "
+            f"parameters became {small:,} ({small / dense - 1:+.1%}).",
             base=settings.model_name_or_path,
             relation="finetune",
             library="transformers",
