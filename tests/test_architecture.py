@@ -180,6 +180,13 @@ def test_nothing_prints_exits_or_looks_away(path):
     assert not found, f"{name_of(path)}: " + "; ".join(found)
 
 
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_errors_say_all_themselves(path):
+    """Who installed the package has neither docs/ nor scripts/ to look something up in."""
+    raised = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    assert not [text for text in raised if "docs/" in text or "scripts/" in text or ".md" in text]
+
+
 def test_no_file_names_a_place_outside_the_repository():
     files = [path for path in ROOT.iterdir() if path.is_file()]
     for folder in TEXT_FOLDERS:

@@ -45,8 +45,8 @@ def compress(
 ) -> None:
     """Compress an image classifier; with data, fitted to images and measured on others.
 
-    Everything else, such as augmentation, several processes and checkpoints, is scripts/compress_vit.py's, which goes
-    on in the same folder.
+    Everything else, such as augmentation, several processes and checkpoints, is for compress_vit.py of the source,
+    which goes on in the same folder.
     """
     from ..compression.training.run import compress_vit
     from ..compression.training.settings import STAGES, CompressSettings

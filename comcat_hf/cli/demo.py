@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..transport import readable_size
 from .shell import app, command, table
 
 
@@ -81,10 +82,10 @@ def demo_customize(
 
 def show_customize(result: "CustomizeDemoResult") -> None:
     """Print the table of the demo of customizing and what to do next."""
-    head = ("method", "bytes", "trained", "steps", "rate", "seconds", "V* right", "old right")
+    head = ("method", "size", "trained", "steps", "rate", "seconds", "V* right", "old right")
     lines = [
         (
-            *(row.name, f"{row.size:,}", f"{row.parameters:,}", str(row.steps)),
+            *(row.name, readable_size(row.size), f"{row.parameters:,}", str(row.steps)),
             *("-" if row.rate is None else f"{row.rate:g}", f"{row.seconds:.1f}", f"{row.new:.1%}", f"{row.old:.1%}"),
         )
         for row in result.rows
@@ -93,7 +94,7 @@ def show_customize(result: "CustomizeDemoResult") -> None:
     typer.echo()
     typer.echo(table(head, lines))
     typer.echo(
-        f"\nBytes of all files saved; seconds of training at the rate shown, which was the best of three on other "
+        f"\nSize of all files saved; seconds of training at the rate shown, which was the best of three on other "
         f"images.\n"
         f"V* right: share of {settings.samples} images of V* that a classifier reads as {result.new!r}; old right: of "
         f"{settings.caption_samples} images\nfor each of the nine old captions, as what they say. Of real images that "

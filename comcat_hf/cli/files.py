@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..configs.ranks import RANKS_FORMAT, RankPlan
 from ..errors import CheckpointError
-from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, sizes_in
+from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, readable_size, sizes_in
 from .shell import app, command, table
 
 
@@ -76,7 +76,7 @@ def info(
             typer.echo(f"{name}: {value}")
     typer.echo()
     typer.echo(table((f"file{place}", "bytes"), [(name, f"{size:,}") for name, size in sizes.items()]))
-    typer.echo(f"\n{len(sizes)} files, {sum(sizes.values()):,} bytes.")
+    typer.echo(f"\n{len(sizes)} files, {readable_size(sum(sizes.values()))}.")
 
 
 def _sizes(source: str, folder: Path) -> tuple[dict[str, int], str]:

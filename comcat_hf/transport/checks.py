@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import CheckpointError
+from .found import readable_size
 
 
 __all__ = ["changed_files", "check_names", "check_size", "check_sizes", "forget", "is_sound"]
@@ -35,9 +36,9 @@ def check_sizes(repo_id: str, sizes: Mapping[str, int], cache: Path) -> None:
     if any(size < 0 for size in sizes.values()) or total > free:
         largest = max(sizes, key=lambda name: abs(sizes[name]))
         raise CheckpointError(
-            f"{repo_id}: expected files that fit into the {free:,} bytes free at {folder}, found {total:,} bytes "
-            f"declared ({largest}: {sizes[largest]:,}); nothing was downloaded: free some space, set `cache_dir`, "
-            "or leave files out with `ignore_patterns`"
+            f"{repo_id}: expected files that fit into the {readable_size(free)} free at {folder}, found "
+            f"{readable_size(total)} declared ({largest}: {readable_size(sizes[largest])}); nothing was downloaded: "
+            "free some space, set `cache_dir`, or leave files out with `ignore_patterns`"
         )
 
 
@@ -45,8 +46,8 @@ def check_size(repo_id: str, name: str, size: int, cache: Path) -> None:
     """Refuse a single file that does not fit on the disk, or, of JSON, not into what is read as a whole."""
     if name.endswith(".json") and size > _LARGEST_JSON:
         raise CheckpointError(
-            f"{repo_id}: expected {name} to be a small file, found {size:,} bytes declared; nothing was downloaded: "
-            "check that the repository holds a comcat_hf result"
+            f"{repo_id}: expected {name} to be a small file, found {readable_size(size)} declared; nothing was "
+            "downloaded: check that the repository holds a comcat_hf result"
         )
     check_sizes(repo_id, {name: size}, cache)
 

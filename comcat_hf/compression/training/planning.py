@@ -9,6 +9,7 @@ from ...attention import apply_ranks, meta_copy
 from ...cards import shown_base
 from ...configs import RankPlan
 from ...errors import InvalidValueError
+from ...transport import readable_size
 from ..allocation import allocate_ranks
 from ..counting import count_macs, count_parameters
 from .artefacts import Artefacts
@@ -119,7 +120,7 @@ class CompressPlan:
         settings = self.settings
         return {
             "Trained": f"{self.trained:,} parameters, route {settings.route}",
-            "Memory": f"{self.bytes / 2**20:,.0f} MiB per process for weights, gradients, optimizer and teacher; "
+            "Memory": f"{readable_size(self.bytes)} per process for weights, gradients, optimizer and teacher; "
             "activations come on top",
             "Steps": f"{self.steps.total:,} ({self.steps.epochs:.2f} epochs) of "
             f"{settings.per_device_train_batch_size} images x {self.processes} processes x "
