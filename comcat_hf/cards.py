@@ -47,7 +47,7 @@ class CardFacts:
         base: Hub id or folder of the base model. A folder is named in the text only, by its last part.
         relation: of the model to its base, one of the Hub's: `"finetune"` or `"adapter"`.
         library: which loads it: `"transformers"`, `"diffusers"` or `"peft"`.
-        task: its `pipeline_tag`.
+        task: its `pipeline_tag`, if it has one.
         snippet: Python that uses it; its first line imports comcat_hf.
         tags: beside `comcat`.
         dataset: Hub id of what it was trained and measured on, if there is one. A folder is not named.
@@ -64,7 +64,7 @@ class CardFacts:
     base: str | None
     relation: str
     library: str
-    task: str
+    task: str | None
     snippet: str
     tags: Sequence[str] = ()
     dataset: str | None = None
@@ -197,7 +197,7 @@ def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
         base_model=base,
         library_name=facts.library,
         pipeline_tag=facts.task,
-        tags=list(dict.fromkeys([*tags, facts.task, "comcat", *facts.tags])),
+        tags=list(dict.fromkeys([*tags, *([facts.task] if facts.task else []), "comcat", *facts.tags])),
         datasets=[dataset] if dataset else None,
         model_name=facts.title if results else None,
         eval_results=results or None,

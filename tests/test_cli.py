@@ -1,6 +1,7 @@
 """The command line: help, errors without tracebacks, exit codes."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,19 @@ import pytest
 import typer
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, pipeline
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Dinov2Backbone,
+    Dinov2Config,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
+    pipeline,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
@@ -333,6 +346,7 @@ def test_a_classifier_is_compressed_measured_and_reported(digits_vit):
     result = run("compress", str(digits_vit / "vit"), str(out), *options)
     assert result.exit_code == 0, result.output
     assert "top-1" in result.stdout
+    assert re.search(r"Sweep: 2\d\.\d\d% removed, top-1 \d+\.\d\d%, top-5 100\.00%\.\n", result.stdout)
     assert f"Report: {out / 'report.html'}" in result.stdout
     shown = Image.new("RGB", (8, 8), (30, 30, 30))
     assert {found["label"] for found in pipeline("image-classification", str(out))(shown)} == {"dark", "light"}
@@ -342,6 +356,63 @@ def test_a_classifier_is_compressed_measured_and_reported(digits_vit):
     )
     assert again.exit_code == 1
     assert "another OUT, or --overwrite" in again.stderr
+
+
+def test_a_budget_may_be_of_latency(digits_vit):
+    assert "latency" in plain(run("compress", "--help").stdout)
+    asked = ("--reduction", "0.99", "--metric", "latency")
+    result = run("compress", str(digits_vit / "vit"), str(digits_vit / "out"), *asked)
+    assert "latency is out of reach: " in result.stderr
+
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+KINDS = {
+    "encoder": lambda: ViTModel(ViTConfig(**VISION)),
+    "backbone": lambda: Dinov2Backbone(Dinov2Config(**VISION)),
+    "masked images": lambda: ViTForMaskedImageModeling(ViTConfig(**VISION)),
+    "text": lambda: BertForMaskedLM(BertConfig(**TEXT)),
+    "two towers": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
+    "unet": lambda: tiny_unet(attention_head_dim=4, use_linear_projection=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_any_kind_are_compressed(tmp_path, kind):
+    dense = KINDS[kind]()
+    subfolder = ("--subfolder", "unet") if kind == "unet" else ()
+    dense.save_pretrained(tmp_path / "dense" / "/".join(subfolder[1:]))
+    where = [*map(str, (tmp_path / "dense", tmp_path / "small")), "--scope", "attention", *subfolder]
+    where += ["--reduction", "0.2"]
+    result = run("compress", *where)
+    assert result.exit_code == 0, result.output
+    small = type(dense).from_pretrained(tmp_path / "small")
+    assert 0.2 <= comcat_hf.plan_of(small).reached <= 0.205
+    assert f"compressed  {comcat_hf.count_parameters(small):,}" in re.sub(" +", "  ", result.stdout)
+    assert f"{type(dense).__name__}.from_pretrained" in result.stdout
+    assert "`dense` compressed with ComCAT" in (tmp_path / "small" / "README.md").read_text()
+    assert "expected a folder without a model" in run("compress", *where).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--reduction", "0.4", "--data", "x"], "--data: expected an image classifier, found BertForMaskedLM"),
+        (["--reduction", "0.4", "--strategy", "sensitivity"], "--strategy sensitivity: expected an image classifier"),
+        ([], "Give one of --reduction and --plan, got neither"),
+    ],
+)
+def test_what_needs_images_is_refused_for_other_kinds(tmp_path, options, says):
+    KINDS["text"]().save_pretrained(tmp_path / "dense")
+    result = run("compress", str(tmp_path / "dense"), str(tmp_path / "small"), *options)
+    assert (result.exit_code, says in result.stderr, (tmp_path / "small").exists()) == (1, True, False)
+
+
+def test_a_pipeline_is_compressed_by_its_parts(tmp_path):
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    write_json_atomic(tmp_path / "model_index.json", {"_class_name": "X", **index, "safety_checker": [None, None]})
+    result = run("compress", str(tmp_path), str(tmp_path / "out"), "--reduction", "0.4")
+    assert result.stderr.endswith("Give one of its parts with --subfolder: unet.\n")
 
 
 def test_weights_alone_will_do_and_errors_speak_of_this_commands_options(digits_vit):

@@ -28,13 +28,14 @@ _RANKS = "Ranks and widths kept of every layer, and the spectra of the attention
 
 
 def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
-    """Write a model and its image processor into a folder that may hold other files.
+    """Write a model and its processor, if it has one, into a folder that may hold other files.
 
     Files appear under their names when they are whole, the weights last.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as staging:
         model.save_pretrained(staging)
-        processor.save_pretrained(staging)
+        if processor is not None:
+            processor.save_pretrained(staging)
         # A process that is killed in between leaves the weights and the configuration of one model, or none.
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.suffix == ".safetensors"):
             path.replace(folder / path.name)

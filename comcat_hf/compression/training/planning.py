@@ -99,6 +99,8 @@ class CompressPlan:
         """The plan in lines of text."""
         settings = self.settings
         note = "" if self.exact else " (spread evenly; which module loses how much is chosen later)"
+        if not self.exact and settings.metric == "latency":
+            note = " before times are measured, which decide"
         (dense, small), (dense_macs, small_macs) = self.parameters, self.macs
         asked = f"{settings.reduction:.0%} asked, " if settings.reduction is not None else ""
         lines = {
@@ -166,7 +168,9 @@ def describe_run(
         mlp = settings.mlp or ("rank" if settings.weights_only or settings.strategy == "search" else "width")
         mlp = "width" if mlp == "mixed" else mlp
         even = {"scope": settings.scope, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
-        plan = allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
+        # Nothing is timed only to be described.
+        timed = settings.metric == "latency"
+        plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
     small = meta_copy(dense)
     apply_ranks(small, plan.ranks, initialize=False)
     parameters = count_parameters(dense), count_parameters(small)
