@@ -26,7 +26,7 @@ from comcat_hf.customization.training.sampling import generate
 from comcat_hf.customization.training.settings import CustomizeSettings, parse_customize_settings
 from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModuleError
 from comcat_hf.plots import plot_image_grid
-from comcat_hf.training.randomness import seeded
+from comcat_hf.training.randomness import choose_seed, seeded
 from comcat_hf.training.recipes import recipe_names
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
 
@@ -434,6 +434,11 @@ def test_flags_go_over_recipes(tmp_path):
         parse_customize_settings(["nowhere.yaml"])
     with pytest.raises(InvalidValueError, match=r"unrecognized arguments: --resolutoin 512 \(did you mean resolution"):
         parse_customize_settings(["--resolutoin", "512"])
+
+
+def test_the_seed_is_42_where_nothing_else_is_said(bases, tmp_path):
+    assert customize(settings(bases, tmp_path, seed=None, dry_run=True)).plan.seed == 42
+    assert [choose_seed(*given) for given in ((None, 7), (3, 7), (0, None))] == [7, 3, 0]
 
 
 def test_the_recipe_of_the_paper():

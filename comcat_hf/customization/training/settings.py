@@ -87,7 +87,7 @@ class CustomizeSettings:
     # The training
     output_dir: str = _flag("comcat-model", "Where the adapter and the checkpoints go.")
     overwrite_output_dir: bool = _flag(False, "Remove the checkpoints of an earlier run from output_dir.")
-    seed: int | None = _flag(None, "Makes the run repeatable.")
+    seed: int | None = _flag(None, "Makes the run repeatable; default: that of the resumed run, else 42.")
     train_batch_size: int = _flag(4, "Images of the subject per step and process.")
     num_train_epochs: int = _flag(1, "Times through the data, where max_train_steps is not given.")
     max_train_steps: int | None = _flag(None, "Optimizer steps.")
