@@ -229,7 +229,14 @@ def parse_customize_settings(arguments: Sequence[str]) -> CustomizeSettings:
     """
     description = "Train a ComCAT adapter on images of a subject, DreamBooth style."
     ranks = ("qk_rank", "vo_rank")
-    return parse_settings(CustomizeSettings, arguments, kind="customize", description=description, nullable=ranks)
+    return parse_settings(
+        CustomizeSettings,
+        arguments,
+        kind="customize",
+        description=description,
+        nullable=("rank", *ranks),
+        joint={"rank": ranks},
+    )
 
 
 def _rank(name: str, value: Any) -> int | None:
