@@ -1,8 +1,10 @@
 """Captions of images: whichever way their images are named, in any encoding, and never dropped without a word."""
 
 import codecs
+import contextlib
 import json
 import logging
+import random
 import unicodedata
 
 import pytest
@@ -114,10 +116,10 @@ def test_one_warning_counts_what_has_no_caption_and_what_has_no_image(make, capl
     assert prompts(folder) == ["sks, told", "sks, told", PROMPT, PROMPT]
     (record,) = caplog.records
     for part in (
-        "2 images without a caption, of 4, get the instance prompt (c.jpg, d.jpg)",
-        f"2 captions without an image ('x.jpg' in {folder / 'metadata.jsonl'}, line 3, 'y.jpg' in",
-        "3 files that are not read, because they belong to no image (captions.json, metadata.parquet, lost.txt)",
-        f"1 files that are not used, because a metadata file says otherwise ({folder / 'b.txt'})",
+        "of 4 images, those without a caption get the instance prompt: 2 (c.jpg, d.jpg)",
+        f"captions without an image: 2 ('x.jpg' in {folder / 'metadata.jsonl'}, line 3, 'y.jpg' in",
+        "files not read, because they belong to no image: 3 (captions.json, metadata.parquet, lost.txt)",
+        f"files not used, because a metadata file has another caption: 1 ({folder / 'b.txt'})",
     ):
         assert part in record.message
 
@@ -135,7 +137,7 @@ def test_captions_of_class_images_are_mentioned(make, caplog, tmp_path):
     given = {"pretrained_model_name_or_path": str(tmp_path / "none"), "instance_prompt": PROMPT}
     with pytest.raises(ComCATError, match="none"):
         customize(CustomizeSettings(**given, **prior, instance_data_dir=str(folder)))
-    assert "all class images get the --class_prompt; 2 files are not read (b.txt, metadata.csv)" in caplog.text
+    assert "all class images get the --class_prompt; files not read: 2 (b.txt, metadata.csv)" in caplog.text
 
 
 # How they are written
@@ -173,9 +175,11 @@ def test_captions_become_one_line_of_composed_characters_without_marks(make):
         "file_name;caption;size\r\n{};{};3\r\n",
         "size\tfile_name\ttext\n3\t{}\t{}\n\n",
         "file_name, text\n{}, {}",
+        '"file_name";"text"\n"{}";{}',
     ],
 )
 def test_tables_with_any_separator_and_quoted_captions(make, table):
+    # The caption is quoted as a spreadsheet quotes it.
     for name in ("metadata.csv", "Metadata.CSV", "metadata.tsv"):
         folder = make(**{name: table.format("a.jpg", '"sks; the ""first"",\nin two lines"')})
         assert prompts(folder) == ['sks; the "first", in two lines']
@@ -210,6 +214,26 @@ def test_what_is_no_caption_is_named_with_its_line(make, name, content, says):
     with pytest.raises(InvalidValueError, match=says) as raised:
         prompts(make(**{name: content}))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", codecs.BOM_UTF8 + "sks é".encode()),
+        ("metadata.jsonl", json.dumps(row()).encode("utf-16")),
+        ("metadata.jsonl", json.dumps(row()).encode()),
+        ("metadata.csv", b'file_name;text\r\n"a.jpg";"sks, told"\r\n'),
+    ],
+)
+def test_damaged_files_give_captions_or_one_error(make, name, content):
+    draw = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] = draw.randrange(256)
+        folder = make(**{name: bytes(damaged[: draw.choice((None, draw.randrange(len(content))))])})
+        with contextlib.suppress(InvalidValueError):
+            (found,) = prompts(folder)
+            assert found.encode() and not {"\0", "\n", "\ufeff"} & set(found)
 
 
 @pytest.mark.parametrize("name", ["instance_prompt", "class_prompt", "validation_prompt"])
@@ -271,7 +295,7 @@ def test_a_caption_column_of_a_data_set_must_hold_texts(data_set, says, found):
 def test_rows_without_a_caption_are_counted(data_set, caplog):
     caplog.set_level(logging.WARNING, "comcat_hf")
     assert data_set(["\ufeffsks", None, ""], caption_column="says") == ["sks", PROMPT, PROMPT]
-    assert "2 images without a caption, of 3, get the instance prompt (row 1, row 2)" in caplog.text
+    assert "of 3 images, those without a caption get the instance prompt: 2 (row 1, row 2)" in caplog.text
 
 
 def test_captions_of_a_data_set_that_nobody_named_are_mentioned(data_set, caplog):
@@ -284,4 +308,4 @@ def test_an_image_folder_as_a_data_set(make, tmp_path, caplog):
     folder = make(["a.jpg", "b.jpg"], **{"metadata.jsonl": [row(), row("b.jpg", None)], "a.txt": "sks"})
     given = {"dataset_name": str(folder), "instance_data_dir": None, "cache_dir": str(tmp_path / "cache")}
     assert prompts(folder, **given, caption_column="text") == ["sks, told", PROMPT]
-    assert "read with --instance_data_dir only; 1 files are not read (a.txt)" in caplog.text
+    assert "read with --instance_data_dir only; files not read: 1 (a.txt)" in caplog.text

@@ -76,12 +76,12 @@ def folder_captions(
     captions = {path: one.text for path, one in (texts | written).items()}
     bare = [path.name for path in images if path not in captions]
     facts = {
-        f"images without a caption, of {len(images)}, get the instance prompt": bare if captions else [],
+        f"of {len(images)} images, those without a caption get the instance prompt": bare if captions else [],
         "captions without an image": [f"{one.name!r} in {one.place}" for one in unmatched],
-        "files that are not read, because they belong to no image": strays,
-        "files that are not used, because a metadata file says otherwise": overruled,
+        "files not read, because they belong to no image": strays,
+        "files not used, because a metadata file has another caption": overruled,
     }
-    found = [f"{len(names)} {what} ({_listed(names)})" for what, names in facts.items() if names]
+    found = [f"{what}: {len(names)} ({_listed(names)})" for what, names in facts.items() if names]
     if found:
         logger.warning("%s: %s.", folder, "; ".join(found))
     return captions
@@ -117,8 +117,8 @@ def column_captions(rows: Any, column: str | None, place: str) -> list[str | Non
             "another column, or leave it out."
         )
     if bare:
-        counted = "%s: %d images without a caption, of %d, get the instance prompt (%s)."
-        logger.warning(counted, place, len(bare), len(captions), _listed(bare))
+        counted = "%s: of %d images, those without a caption get the instance prompt: %d (%s)."
+        logger.warning(counted, place, len(captions), len(bare), _listed(bare))
     return captions
 
 
@@ -132,7 +132,7 @@ def warn_of_unread_captions(folder: Path, suffixes: Collection[str], reason: str
     """
     files = _visible(folder) if folder.is_dir() else []
     if found := [path.name for path in files if path.suffix.lower() in suffixes]:
-        logger.warning("%s: %s; %d files are not read (%s).", folder, reason, len(found), _listed(found))
+        logger.warning("%s: %s; files not read: %d (%s).", folder, reason, len(found), _listed(found))
 
 
 def clean_caption(value: Any, place: str) -> str | None:

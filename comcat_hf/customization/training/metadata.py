@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +86,29 @@ def _read_csv(path: Path) -> dict[str, Mapping[str, Any]]:
         cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             header = [cell.strip() for cell in next(cells, [])]
-            if NAME in header:
-                return _csv_rows(path, header, cells)
-        except csv.Error as error:
-            raise InvalidValueError(
-                f"{path}: expected a table, found line {cells.line_num} that cannot be read ({error}). Correct it."
-            ) from error
+        except csv.Error:
+            # By another separator, quotation marks may stand in their places.
+            continue
+        if NAME in header:
+            return _csv_rows(path, header, cells)
     first = text.strip().split("\n")[0]
     raise InvalidValueError(
         f"{path}: expected column names with {NAME!r} in line 1, found {first!r:.80}. Correct the line."
     )
 
 
+def _table(path: Path, cells: Any) -> Iterator[list[str]]:
+    try:
+        yield from cells
+    except csv.Error as error:
+        raise InvalidValueError(
+            f"{path}: expected a table, found line {cells.line_num} that cannot be read ({error}). Correct it."
+        ) from error
+
+
 def _csv_rows(path: Path, header: Sequence[str], cells: Any) -> dict[str, Mapping[str, Any]]:
     rows, line = {}, cells.line_num + 1
-    for row in cells:
+    for row in _table(path, cells):
         if len(row) > len(header):
             raise InvalidValueError(
                 f"{path}, line {line}: expected {len(header)} values, found {len(row)}. Put quotation marks around a "
