@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
@@ -28,7 +27,7 @@ def parse_settings(
     kind: str,
     description: str,
     nullable: Sequence[str] = (),
-    joint: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    joint: Mapping[str, Sequence[str]] | None = None,
 ) -> Settings:
     """Read the command line of a script.
 
@@ -49,6 +48,7 @@ def parse_settings(
     recipe, flags = _split_recipe(list(arguments))
     parser = _Parser(cls, description=f"{description} {_DESCRIPTION}", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="A recipe, if it is not the first argument.")
+    joint = joint or {}
     for name, members in joint.items():
         parser.add_argument(f"--{name}", help=f"Sets {' and '.join(f'--{member}' for member in members)}.")
     known = [*(field.name for field in fields(cls)), *joint]
