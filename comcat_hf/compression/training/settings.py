@@ -120,7 +120,7 @@ class CompressSettings:
     modules_to_save: str | None = _flag("classifier", "Modules that route peft trains as well, separated by commas.")
     output_dir: str = _flag("comcat-vit", "Where the model goes, with checkpoint-N folders beside it.")
     overwrite_output_dir: bool = _flag(False, "Remove what an earlier run left in output_dir.")
-    seed: int | None = _flag(None, "Makes the run repeatable.")
+    seed: int | None = _flag(None, "Makes the run repeatable; default: that of the earlier run, else 42.")
     num_train_epochs: float = _flag(3.0, "Times through the training images, where max_train_steps is not given.")
     max_train_steps: int | None = _flag(None, "Optimizer steps.")
     per_device_train_batch_size: int = _flag(64, "Images per step and process.")
