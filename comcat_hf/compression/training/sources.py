@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InvalidValueError
+from ...training.images import SUFFIXES
 from .settings import CompressSettings
 
 
-__all__ = ["SUFFIXES", "Source", "open_sources"]
+__all__ = ["Source", "open_sources"]
 
-SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _SAVED = ("dataset_dict.json", "state.json")
 _SHOWN = 5
 

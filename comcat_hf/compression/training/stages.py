@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...configs import RankPlan
 from ...errors import CheckpointError, ComCATError
+from ...training.images import BrokenImageError
 from ...training.interruption import Interruption, stopped_by
 from ..allocation import allocate_ranks
 from ..compress import compress
@@ -22,7 +23,7 @@ from ..statistics import Statistics, collect_statistics
 from ..strategies import MEASURING
 from .artefacts import Artefacts, facts_of, whole_folder
 from .augmentation import ImagePreparation
-from .data import BrokenImageError, BrokenImages, Split, Splits
+from .data import BrokenImages, Split, Splits
 from .models import load_classifier
 from .settings import CompressSettings
 from .stream import calibration_batches
