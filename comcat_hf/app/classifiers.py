@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..compression.counting import count_macs, count_parameters
 from ..compression.training.models import load_classifier
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..native import plan_of
+from ..training.images import read_image
 from .devices import best_device, wait_for
 from .sources import expanded, needed
 
@@ -101,12 +103,12 @@ def load_pair(dense: str, compressed: str) -> Pair:
     return Pair(_classifier(dense, large, processor or own), _classifier(compressed, small, own))
 
 
-def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tuple[Answer, Answer]:
+def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int = 10) -> tuple[Answer, Answer]:
     """Show an image to both classifiers; they are timed in turns, so that a busy machine slows both.
 
     Args:
         pair: the classifiers.
-        image: a Pillow image.
+        image: a Pillow image, or the path of one.
         repeats: timed runs of each.
 
     Returns:
@@ -114,6 +116,7 @@ def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tup
 
     Raises:
         InvalidValueError: no classifiers, no image, or repeats out of range.
+        BrokenImageError: the image cannot be read.
         ComCATError: a classifier does not take what its image processor makes.
     """
     if pair is None:
@@ -123,6 +126,7 @@ def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tup
     if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
         raise InvalidValueError(f"repeats: expected a whole number from 1 to {MOST_REPEATS}, found {repeats!r}.")
     both = (pair.dense, pair.compressed)
+    image = read_image(image, "The image")
     inputs = [_inputs(classifier, image) for classifier in both]
     runs = [lambda c=c, x=x: c.model(x).logits for c, x in zip(both, inputs, strict=True)]
     with torch.inference_mode():
@@ -135,7 +139,7 @@ def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tup
 
 
 def _inputs(classifier: Classifier, image: "Image") -> Tensor:
-    values = classifier.processor(image.convert("RGB"), return_tensors="pt").pixel_values
+    values = classifier.processor(image, return_tensors="pt").pixel_values
     weight = next(classifier.model.parameters())
     return values.to(weight.device, weight.dtype)
 

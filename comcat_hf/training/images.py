@@ -130,7 +130,7 @@ def _tops(image: Any) -> tuple[int, ...]:
     if image.mode.startswith("I;16"):
         return (2 ** min(bits, 16) - 1,)
     if image.mode == "I":
-        top = 2 ** (bits - 1) - 1 if signed or not tags and bits == 32 else 2**bits - 1
+        top = 2 ** (bits - 1) - 1 if signed or (not tags and bits == 32) else 2**bits - 1
         return (_BYTE, _SHORT, top) if bits == 32 else (top,)
     return ()
 

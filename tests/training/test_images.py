@@ -127,7 +127,7 @@ def test_where_an_image_may_come_from(tmp_path):
     for source in sources:
         assert np.array_equal(np.asarray(read_image(source, "x"))[..., 1], GREY)
     for nothing in (None, {}, {"bytes": None, "path": None}):
-        with pytest.raises(BrokenImageError, match="x: expected an image, .*there is none in this row"):
+        with pytest.raises(BrokenImageError, match=r"x: expected an image, .*there is none in this row"):
             read_image(nothing, "x")
 
 
