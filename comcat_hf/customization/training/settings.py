@@ -222,7 +222,16 @@ def parse_customize_settings(arguments: Sequence[str]) -> CustomizeSettings:
     """
     description = "Train a ComCAT adapter on images of a subject, DreamBooth style."
     ranks = ("qk_rank", "vo_rank")
-    return parse_settings(CustomizeSettings, arguments, kind="customize", description=description, nullable=ranks)
+    # A flag for a source of images displaces the whole source of a recipe.
+    alternatives = {("instance_data_dir", "dataset_name"): ("dataset_config_name", "image_column", "caption_column")}
+    return parse_settings(
+        CustomizeSettings,
+        arguments,
+        kind="customize",
+        description=description,
+        nullable=ranks,
+        alternatives=alternatives,
+    )
 
 
 def _rank(name: str, value: Any) -> int | None:
