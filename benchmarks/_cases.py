@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import comcat_hf
 from comcat_hf.attention import find_sites
+from comcat_hf.compression.training.models import load_classifier
 from comcat_hf.training.images import read_image
 
 
@@ -177,13 +178,11 @@ def cifar10(args: Any) -> Case:
         if not path.exists():
             raise Absent(f"{path} does not exist")
     try:
-        from transformers import ViTForImageClassification
-
         images, _ = _read_images(train, args.calibration or 512)
         held_images, held_labels = _read_images(held, args.held_out)
     except ImportError as error:
         raise Absent(f"{error.name} is not installed") from error
-    vit = ViTForImageClassification.from_pretrained(model).eval()
+    vit = load_classifier(model, "--data")
     subject = _classifier(vit, list(images.split(BATCH)), held_images, held_labels)
     return Case(_VIT, "accuracy", True, _accuracy([subject]), (subject,))
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from ..compression.counting import count_macs, count_parameters
+from ..compression.training.augmentation import process_image
+from ..compression.training.labels import model_labels
 from ..compression.training.models import load_classifier
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..native import plan_of
@@ -87,7 +89,7 @@ def load_pair(dense: str, compressed: str) -> Pair:
 
     Raises:
         CheckpointError: a model or a processor that does not load.
-        InvalidValueError: a source that is missing.
+        InvalidValueError: a source that is missing, or a model that does not give each image one label.
     """
     compressed = needed(compressed, "compressed model")
     small = _read(compressed, "compressed model")
@@ -139,7 +141,7 @@ def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int
 
 
 def _inputs(classifier: Classifier, image: "Image") -> Tensor:
-    values = classifier.processor(image, return_tensors="pt").pixel_values
+    values = process_image(classifier.processor, image)
     weight = next(classifier.model.parameters())
     return values.to(weight.device, weight.dtype)
 
@@ -169,25 +171,24 @@ def _latencies(runs: list[Callable[[], Tensor]], devices: list[torch.device], re
 
 def _most_probable(model: nn.Module, scores: Tensor) -> tuple[tuple[str, float], ...]:
     probabilities, places = scores.float().softmax(-1).topk(min(_SHOWN, len(scores)))
-    names = {int(number): str(name) for number, name in model.config.id2label.items()}
-    often = Counter(names.values())
-    found = zip(places.tolist(), probabilities.tolist(), strict=True)
-
-    def shown(place: int) -> str:
-        name = names.get(place, str(place))
-        return f"{name} ({place})" if often[name] > 1 else name
-
-    return tuple((shown(place), probability) for place, probability in found)
+    names, _ = model_labels(model.config, "The model")
+    often = Counter(names)
+    return tuple(
+        (f"{names[place]} ({place})" if often[names[place]] > 1 else names[place], probability)
+        for place, probability in zip(places.tolist(), probabilities.tolist(), strict=True)
+    )
 
 
 def _read(source: str, what: str) -> nn.Module:
     try:
-        return load_classifier(expanded(source), what)
+        model = load_classifier(expanded(source), what)
     except SafetensorError as error:
         raise CheckpointError(
             f"{source}: expected whole safetensors files of the {what}, found {error}. One was cut short or is "
             "damaged; download or save the model again."
         ) from error
+    model_labels(model.config, f"{what} {source}")
+    return model
 
 
 def _base_of(model: nn.Module, source: str) -> str:

@@ -212,11 +212,14 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
         seed: of the run.
 
     Raises:
-        InvalidValueError: a source is missing or cannot be read, lacks a column, or has labels that the model lacks.
+        InvalidValueError: a source is missing or cannot be read, lacks a column, or has labels that the model lacks;
+            or the model does not give each image one label.
     """
-    names, chosen = model_labels(config)
+    if not settings.has_source:
+        return Splits(None, None, None, ())
+    names, chosen = model_labels(config, f"--model_name_or_path {settings.model_name_or_path}")
     opened: dict[str, Split] = {}
-    sources = open_sources(settings) if settings.has_source else {}
+    sources = open_sources(settings)
     for role, source in sources.items():
         vocabulary = read_vocabulary(source.rows, source.features, settings.label_column_name, source.place)
         table, names = match_labels(vocabulary, names, chosen, source.place, settings.label_column_name)

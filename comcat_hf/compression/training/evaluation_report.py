@@ -275,10 +275,12 @@ def _accuracy(model: nn.Module, data: CompressSettings, accelerator: Accelerator
             "The data set: expected a split to evaluate on, found none. Give --validation_file, --validation_dir or "
             "--validation_split_name."
         )
+    preparation = ImagePreparation.of(data, load_image_processor(data))
+    preparation.check(model, str(data.model_name_or_path))
     broken = BrokenImages.of(data, split)
     batches = evaluation_batches(
         split,
-        ImagePreparation.of(data, load_image_processor(data)),
+        preparation,
         data.per_device_eval_batch_size,
         accelerator.process_index,
         accelerator.num_processes,
