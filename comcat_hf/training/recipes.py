@@ -28,6 +28,7 @@ def parse_settings(
     description: str,
     nullable: Sequence[str] = (),
     joint: Mapping[str, Sequence[str]] | None = None,
+    alternatives: Mapping[Sequence[str], Sequence[str]] | None = None,
 ) -> Settings:
     """Read the command line of a script.
 
@@ -38,6 +39,8 @@ def parse_settings(
         description: what the script does, for `--help`.
         nullable: fields that a recipe may set to `null`; elsewhere that is as if the line were not there.
         joint: flags that set several fields each, with the names of these.
+        alternatives: fields that stand for each other, with fields that belong to them. A flag for one of the former
+            displaces whatever the recipe says of them all.
 
     Returns:
         the settings, not yet checked.
@@ -54,6 +57,8 @@ def parse_settings(
     known = [*(field.name for field in fields(cls)), *joint]
     # Through the same parser as the flags, so that one rule says what a value may be.
     given = [] if recipe is None else _as_flags(recipe, _read_recipe(recipe, kind), known, nullable)
+    gone = _displaced(flags, alternatives or {})
+    given = [flag for flag in given if _name_of(flag) not in gone]
     parsed, *_, unknown = parser.parse_args_into_dataclasses(
         [*_spread(given, joint), *_spread(flags, joint)], return_remaining_strings=True, look_for_args_file=False
     )
@@ -109,6 +114,17 @@ def _read_recipe(name: str, kind: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InvalidValueError(f"{name}: expected flags and values, found {type(content).__name__}. Correct it.")
     return content
+
+
+def _name_of(flag: str) -> str:
+    return flag.removeprefix("--").split("=")[0].replace("-", "_")
+
+
+def _displaced(flags: Sequence[str], alternatives: Mapping[Sequence[str], Sequence[str]]) -> set[str]:
+    given = {_name_of(flag) for flag in flags if flag.startswith("--")}
+    return {
+        name for names, further in alternatives.items() if given.intersection(names) for name in (*names, *further)
+    }
 
 
 def _as_flags(recipe: str, content: Mapping[str, Any], known: Sequence[str], nullable: Sequence[str]) -> list[str]:

@@ -82,7 +82,7 @@ def test_images_of_a_data_set(folder, tmp_path):
         ({}, "found an empty folder"),
         ({".DS_Store": b"x"}, "found an empty folder"),
         ({"notes.txt": b"x"}, "found notes.txt"),
-        ({"bad.png": b"no image"}, "bad.png: expected an image, found a file that cannot be read"),
+        ({"bad.png": b"no image"}, "bad.png: expected an image, found one that cannot be read"),
         ({"empty.jpg": b""}, "empty.jpg: expected an image"),
     ],
 )

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidValueError
+from ...training.images import SUFFIXES, BrokenImageError, read_image
 from .captions import BESIDE, column_captions, folder_captions, warn_of_unread_captions
 from .settings import CustomizeSettings
 
 
 __all__ = ["Example", "Prepared", "class_examples", "find_images", "instance_examples", "prepare_image"]
-
-_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,11 @@ class Example:
         Raises:
             InvalidValueError: it cannot be read.
         """
-        from PIL import Image, ImageOps
-
         try:
-            image = Image.open(self.source) if self.row is None else self.source[self.row][self.column]
-            with image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise InvalidValueError(
-                f"{self.name}: expected an image, found a file that cannot be read as one ({error}). Replace or "
-                "remove it."
-            ) from error
+            return read_image(self.source if self.row is None else self.source[self.row][self.column], self.name)
+        except BrokenImageError as error:
+            # Of a kind that comes out of a worker process with its message.
+            raise InvalidValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
 
 
@@ -162,11 +155,11 @@ def _read_folder(settings: CustomizeSettings) -> list[Example]:
     if not images:
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         raise InvalidValueError(
-            f"--instance_data_dir {folder}: expected images ({', '.join(sorted(_SUFFIXES))}), found "
+            f"--instance_data_dir {folder}: expected images ({', '.join(sorted(SUFFIXES))}), found "
             f"{', '.join(others[:5]) if others else 'an empty folder'}{', …' if len(others) > 5 else ''}. Put images "
             "of the subject directly into it."
         )
-    captions = folder_captions(folder, images, settings.caption_column, _SUFFIXES)
+    captions = folder_captions(folder, images, settings.caption_column, SUFFIXES)
     return [Example(str(path), captions.get(path, settings.instance_prompt), path) for path in images]
 
 
@@ -201,6 +194,7 @@ def _read_dataset(settings: CustomizeSettings) -> list[Example]:
             f"--dataset_name {name}: expected images in --image_column {settings.image_column!r}, found "
             f"{rows.features[settings.image_column]}. Name the column that holds them."
         )
+    rows = rows.cast_column(settings.image_column, Image(decode=False))
     if len(rows) == 0:
         raise InvalidValueError(f"--dataset_name {name}: expected images, found no row in split 'train'.")
     texts = column_captions(rows, settings.caption_column, f"--dataset_name {name}")

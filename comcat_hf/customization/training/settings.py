@@ -229,6 +229,8 @@ def parse_customize_settings(arguments: Sequence[str]) -> CustomizeSettings:
     """
     description = "Train a ComCAT adapter on images of a subject, DreamBooth style."
     ranks = ("qk_rank", "vo_rank")
+    # A flag for a source of images displaces the whole source of a recipe.
+    alternatives = {("instance_data_dir", "dataset_name"): ("dataset_config_name", "image_column", "caption_column")}
     return parse_settings(
         CustomizeSettings,
         arguments,
@@ -236,6 +238,7 @@ def parse_customize_settings(arguments: Sequence[str]) -> CustomizeSettings:
         description=description,
         nullable=("rank", *ranks),
         joint={"rank": ranks},
+        alternatives=alternatives,
     )
 
 

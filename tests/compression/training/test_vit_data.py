@@ -12,7 +12,7 @@ from transformers import ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from comcat_hf.compression.training.augmentation import ImagePreparation, Mixing
-from comcat_hf.compression.training.data import BrokenImageError, BrokenImages, open_splits
+from comcat_hf.compression.training.data import BrokenImages, open_splits
 from comcat_hf.compression.training.settings import CompressSettings
 from comcat_hf.compression.training.stream import (
     batches_per_epoch,
@@ -21,6 +21,7 @@ from comcat_hf.compression.training.stream import (
     train_batches,
 )
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.training.images import BrokenImageError
 
 
 datasets = pytest.importorskip("datasets")
