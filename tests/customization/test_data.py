@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -134,6 +135,27 @@ def test_photographs_are_turned_upright(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert instance_examples(settings(tmp_path))[0].open().size == (20, 30)
+
+
+def test_wide_grey_values_are_scaled_in_folders_and_data_sets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    grey = Image.linear_gradient("L").resize((16, 16))
+    (tmp_path / "grey").mkdir()
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey" / "16.png")
+    Image.fromarray(np.asarray(grey).astype(np.float32) / 255).save(tmp_path / "grey" / "32.tif")
+    files = [str(path) for path in find_images(tmp_path / "grey")]
+    rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    named = settings(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    examples = instance_examples(settings(tmp_path / "grey")) + instance_examples(named)
+    assert [example.open().tobytes() for example in examples] == [grey.convert("RGB").tobytes()] * 4
+
+
+def test_images_that_are_too_large_end_the_run_before_it_starts(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("1", (50, 50)).save(folder / "3-0.png")
+    with pytest.raises(InvalidValueError, match=r"3-0.png: expected an image, .*2,500 pixels, more than .* 100"):
+        instance_examples(settings(folder))
 
 
 def test_a_position_says_everything(folder):
