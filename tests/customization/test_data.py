@@ -130,6 +130,17 @@ def test_images_are_cropped_and_mirrored():
     assert len(lefts) > 3 and max(lefts) <= 20
 
 
+def test_of_an_elongated_image_only_the_crop_is_enlarged():
+    image = Image.linear_gradient("L").resize((1, 100_000)).convert("RGB")
+    found = prepare_image(image, 512, center_crop=True, flip=False)
+    assert found.pixels.shape == (3, 512, 512) and found.time_ids == (100_000, 1, 25_599_744, 0, 512, 512)
+    assert found.pixels.abs().max() < 0.01
+    plain = Image.effect_noise((61, 90), 90).convert("RGB")
+    whole = np.asarray(plain.resize((32, 47), Image.Resampling.LANCZOS))[7:39].astype(np.float32) / 127.5 - 1
+    ours = prepare_image(plain, 32, center_crop=True, flip=False).pixels.permute(1, 2, 0).numpy()
+    assert np.abs(ours - whole).max() <= 1.01 / 127.5
+
+
 def test_photographs_are_turned_upright(tmp_path):
     image, exif = Image.new("RGB", (30, 20)), Image.Exif()
     exif[0x0112] = 6
