@@ -57,7 +57,7 @@ def read_image(source: Any, place: str) -> Any:
         BrokenImageError: it cannot be read, has values of an unknown range, or more pixels than Pillow's
             `Image.MAX_IMAGE_PIXELS`, which is seen before they are decoded.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with _opened(source) as image:
@@ -74,6 +74,8 @@ def read_image(source: Any, place: str) -> Any:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow names the pixels in its message only.
         raise BrokenImageError(place, str(_too_large(int(re.search(r"\d+", str(error))[0])))) from error
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(place, "a file of no kind that Pillow reads") from error
     # Damaged files end in errors of many kinds.
     except Exception as error:
         raise BrokenImageError(place, f"{type(error).__name__}: {error}") from error

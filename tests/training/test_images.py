@@ -129,6 +129,8 @@ def test_where_an_image_may_come_from(tmp_path):
     for nothing in (None, {}, {"bytes": None, "path": None}):
         with pytest.raises(BrokenImageError, match=r"x: expected an image, .*there is none in this row"):
             read_image(nothing, "x")
+    with pytest.raises(BrokenImageError, match=r"x: expected an image, .*\(a file of no kind that Pillow reads\)"):
+        read_image(b"no image", "x")
 
 
 def large(side):

@@ -125,7 +125,6 @@ def prepare_image(
     width, height = image.size
     factor = resolution / min(width, height)
     size = max(round(width * factor), resolution), max(round(height * factor), resolution)
-    image = image.resize(size, Image.Resampling.LANCZOS)
     if flip:
         image = ImageOps.mirror(image)
     room = size[0] - resolution, size[1] - resolution
@@ -133,7 +132,11 @@ def prepare_image(
         left, top = room[0] // 2, room[1] // 2
     else:
         left, top = (int(torch.randint(space + 1, (), generator=generator)) for space in room)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    # The crop alone: all of an elongated image would not fit into memory.
+    across, down = width / size[0], height / size[1]
+    right, bottom = min((left + resolution) * across, width), min((top + resolution) * down, height)
+    box = (left * across, top * down, right, bottom)
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     pixels = VaeImageProcessor(do_resize=False).preprocess(image)[0]
     return Prepared(pixels, (height, width, top, left, resolution, resolution))
 
