@@ -3,7 +3,6 @@
 A further case is a function that returns a `Case`, and a row in `CASES`.
 """
 
-import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from torch.nn import functional as F
 
 import comcat_hf
 from comcat_hf.attention import find_sites
+from comcat_hf.compression.training.models import load_classifier
+from comcat_hf.training.images import read_image
 
 
 DATA = "COMCAT_DATA"
@@ -177,13 +178,11 @@ def cifar10(args: Any) -> Case:
         if not path.exists():
             raise Absent(f"{path} does not exist")
     try:
-        from transformers import ViTForImageClassification
-
         images, _ = _read_images(train, args.calibration or 512)
         held_images, held_labels = _read_images(held, args.held_out)
     except ImportError as error:
         raise Absent(f"{error.name} is not installed") from error
-    vit = ViTForImageClassification.from_pretrained(model).eval()
+    vit = load_classifier(model, "--data")
     subject = _classifier(vit, list(images.split(BATCH)), held_images, held_labels)
     return Case(_VIT, "accuracy", True, _accuracy([subject]), (subject,))
 
@@ -194,7 +193,6 @@ def _parquets(*names: str) -> list[list[str]]:
 
 def _read_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Images `(n, 3, 32, 32)` from -1 to 1 and labels, all of a file or a seeded choice."""
-    import PIL.Image
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path)
@@ -202,8 +200,8 @@ def _read_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
         table = table.take(order[:count].tolist())
     pixels = []
-    for row in table["image"].to_pylist():
-        image = PIL.Image.open(io.BytesIO(row["bytes"])).convert("RGB")
+    for number, row in enumerate(table["image"].to_pylist()):
+        image = read_image(row, f"{path}[{number}]")
         pixels.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], 3))
     images = torch.stack(pixels).permute(0, 3, 1, 2).float()
     return (images / 255 - 0.5) / 0.5, torch.tensor(table["label"].to_pylist())

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from ..compression.counting import count_macs, count_parameters
+from ..compression.training.augmentation import process_image
+from ..compression.training.labels import model_labels
 from ..compression.training.models import load_classifier
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..native import plan_of
+from ..training.images import read_image
 from .devices import best_device, wait_for
 from .sources import expanded, needed
 
@@ -85,7 +89,7 @@ def load_pair(dense: str, compressed: str) -> Pair:
 
     Raises:
         CheckpointError: a model or a processor that does not load.
-        InvalidValueError: a source that is missing.
+        InvalidValueError: a source that is missing, or a model that does not give each image one label.
     """
     compressed = needed(compressed, "compressed model")
     small = _read(compressed, "compressed model")
@@ -101,12 +105,12 @@ def load_pair(dense: str, compressed: str) -> Pair:
     return Pair(_classifier(dense, large, processor or own), _classifier(compressed, small, own))
 
 
-def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tuple[Answer, Answer]:
+def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int = 10) -> tuple[Answer, Answer]:
     """Show an image to both classifiers; they are timed in turns, so that a busy machine slows both.
 
     Args:
         pair: the classifiers.
-        image: a Pillow image.
+        image: a Pillow image, or the path of one.
         repeats: timed runs of each.
 
     Returns:
@@ -114,6 +118,7 @@ def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tup
 
     Raises:
         InvalidValueError: no classifiers, no image, or repeats out of range.
+        BrokenImageError: the image cannot be read.
         ComCATError: a classifier does not take what its image processor makes.
     """
     if pair is None:
@@ -123,6 +128,7 @@ def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tup
     if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
         raise InvalidValueError(f"repeats: expected a whole number from 1 to {MOST_REPEATS}, found {repeats!r}.")
     both = (pair.dense, pair.compressed)
+    image = read_image(image, "The image")
     inputs = [_inputs(classifier, image) for classifier in both]
     runs = [lambda c=c, x=x: c.model(x).logits for c, x in zip(both, inputs, strict=True)]
     with torch.inference_mode():
@@ -135,7 +141,7 @@ def classify(pair: Pair | None, image: "Image | None", repeats: int = 10) -> tup
 
 
 def _inputs(classifier: Classifier, image: "Image") -> Tensor:
-    values = classifier.processor(image.convert("RGB"), return_tensors="pt").pixel_values
+    values = process_image(classifier.processor, image)
     weight = next(classifier.model.parameters())
     return values.to(weight.device, weight.dtype)
 
@@ -165,25 +171,24 @@ def _latencies(runs: list[Callable[[], Tensor]], devices: list[torch.device], re
 
 def _most_probable(model: nn.Module, scores: Tensor) -> tuple[tuple[str, float], ...]:
     probabilities, places = scores.float().softmax(-1).topk(min(_SHOWN, len(scores)))
-    names = {int(number): str(name) for number, name in model.config.id2label.items()}
-    often = Counter(names.values())
-    found = zip(places.tolist(), probabilities.tolist(), strict=True)
-
-    def shown(place: int) -> str:
-        name = names.get(place, str(place))
-        return f"{name} ({place})" if often[name] > 1 else name
-
-    return tuple((shown(place), probability) for place, probability in found)
+    names, _ = model_labels(model.config, "The model")
+    often = Counter(names)
+    return tuple(
+        (f"{names[place]} ({place})" if often[names[place]] > 1 else names[place], probability)
+        for place, probability in zip(places.tolist(), probabilities.tolist(), strict=True)
+    )
 
 
 def _read(source: str, what: str) -> nn.Module:
     try:
-        return load_classifier(expanded(source), what)
+        model = load_classifier(expanded(source), what)
     except SafetensorError as error:
         raise CheckpointError(
             f"{source}: expected whole safetensors files of the {what}, found {error}. One was cut short or is "
             "damaged; download or save the model again."
         ) from error
+    model_labels(model.config, f"{what} {source}")
+    return model
 
 
 def _base_of(model: nn.Module, source: str) -> str:

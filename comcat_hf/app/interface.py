@@ -145,9 +145,10 @@ def _compress(gr: Any, first: Pair | None) -> None:
     about = gr.Markdown(_loaded(first), elem_classes="status")
     with gr.Row():
         with gr.Column(min_width=260):
-            image = gr.Image(
-                type="pil", label="Image", sources=["upload", "clipboard"], height=320, elem_classes="shown"
-            )
+            look = {"sources": ["upload", "clipboard"], "height": 320, "elem_classes": "shown"}
+            image = gr.Image(label="Image", **look)
+            # The file as it was uploaded: gradio would open it, and cut off what exceeds 8 bits.
+            image.preprocess = lambda payload: payload and payload.path
             repeats = gr.Slider(1, MOST_REPEATS, 10, step=1, label="Timed runs of each model")
             again = gr.Button("Classify", variant="primary")
         with gr.Column(scale=2, min_width=440):

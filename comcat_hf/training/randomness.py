@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 
 __all__ = ["choose_seed", "random_states", "seeded", "set_random_states"]
@@ -27,6 +26,7 @@ _KINDS = (
     "search",
 )
 MAX_SEED = 2**62
+_DEFAULT_SEED = 42
 
 
 def seeded(seed: int, kind: str, *position: int) -> torch.Generator:
@@ -48,13 +48,8 @@ def seeded(seed: int, kind: str, *position: int) -> torch.Generator:
 
 
 def choose_seed(asked: int | None, before: int | None) -> int:
-    """The seed that was asked for, else that of the run that goes on, else a new one; the same on all processes."""
-    if asked is not None:
-        return asked
-    if before is not None:
-        return before
-    drawn = [random.SystemRandom().randrange(2**31)]
-    return broadcast_object_list(drawn)[0]
+    """The seed that was asked for, else that of the run that goes on, else 42."""
+    return next(seed for seed in (asked, before, _DEFAULT_SEED) if seed is not None)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

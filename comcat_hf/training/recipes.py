@@ -22,7 +22,14 @@ with comcat_hf."""
 
 
 def parse_settings(
-    cls: type[Settings], arguments: Sequence[str], *, kind: str, description: str, nullable: Sequence[str] = ()
+    cls: type[Settings],
+    arguments: Sequence[str],
+    *,
+    kind: str,
+    description: str,
+    nullable: Sequence[str] = (),
+    joint: Mapping[str, Sequence[str]] | None = None,
+    alternatives: Mapping[Sequence[str], Sequence[str]] | None = None,
 ) -> Settings:
     """Read the command line of a script.
 
@@ -32,6 +39,9 @@ def parse_settings(
         kind: which recipes of the package may be named: `"customize"` or `"compress"`.
         description: what the script does, for `--help`.
         nullable: fields that a recipe may set to `null`; elsewhere that is as if the line were not there.
+        joint: flags that set several fields each, with the names of these.
+        alternatives: fields that stand for each other, with fields that belong to them. A flag for one of the former
+            displaces whatever the recipe says of them all.
 
     Returns:
         the settings, not yet checked.
@@ -42,11 +52,16 @@ def parse_settings(
     recipe, flags = _split_recipe(list(arguments))
     parser = _Parser(cls, description=f"{description} {_DESCRIPTION}", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="A recipe, if it is not the first argument.")
-    known = [field.name for field in fields(cls)]
+    joint = joint or {}
+    for name, members in joint.items():
+        parser.add_argument(f"--{name}", help=f"Sets {' and '.join(f'--{member}' for member in members)}.")
+    known = [*(field.name for field in fields(cls)), *joint]
     # Through the same parser as the flags, so that one rule says what a value may be.
     given = [] if recipe is None else _as_flags(recipe, _read_recipe(recipe, kind), known, nullable)
+    gone = _displaced(flags, alternatives or {})
+    given = [flag for flag in given if _name_of(flag) not in gone]
     parsed, *_, unknown = parser.parse_args_into_dataclasses(
-        [*given, *flags], return_remaining_strings=True, look_for_args_file=False
+        [*_spread(given, joint), *_spread(flags, joint)], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         # By its name alone: what stands behind a mistyped --hub_token is a secret.
@@ -111,6 +126,17 @@ def _problem(error: Exception) -> str:
     return str(error) if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
+def _name_of(flag: str) -> str:
+    return flag.removeprefix("--").split("=")[0].replace("-", "_")
+
+
+def _displaced(flags: Sequence[str], alternatives: Mapping[Sequence[str], Sequence[str]]) -> set[str]:
+    given = {_name_of(flag) for flag in flags if flag.startswith("--")}
+    return {
+        name for names, further in alternatives.items() if given.intersection(names) for name in (*names, *further)
+    }
+
+
 def _as_flags(recipe: str, content: Mapping[str, Any], known: Sequence[str], nullable: Sequence[str]) -> list[str]:
     flags = []
     for key, value in content.items():
@@ -124,6 +150,26 @@ def _as_flags(recipe: str, content: Mapping[str, Any], known: Sequence[str], nul
             flags.append(f"--{key}={value}")
         elif key in nullable:
             flags.append(f"--{key}=none")
+    return flags
+
+
+def _spread(flags: list[str], joint: Mapping[str, Sequence[str]]) -> list[str]:
+    """The flags with a flag of each field in place of one that sets several."""
+    for name, members in joint.items():
+        reader = _Parser(add_help=False, allow_abbrev=False)
+        for one in (name, *members):
+            reader.add_argument(f"--{one}", f"--{one.replace('_', '-')}", dest=one)
+        given, rest = reader.parse_known_args(flags)
+        value = getattr(given, name)
+        if value is None:
+            continue
+        for member in members:
+            if getattr(given, member) not in (None, value):
+                raise InvalidValueError(
+                    f"--{name} sets --{member}, found --{name} {value} and --{member} {getattr(given, member)}. Give "
+                    "one of them."
+                )
+        flags = [*rest, *(f"--{member}={value}" for member in members)]
     return flags
 
 

@@ -1,8 +1,8 @@
-"""From a local folder or the Hub: one file, or everything a repository holds, checked before it is written."""
+"""From a local folder or the Hub: one file, or everything a repository holds."""
 
-import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import CheckpointError, ComCATError
-from .checks import changed_files, check_names, check_size, check_sizes, forget, is_sound
 from .failures import asking, detail_of, without_secrets
 from .files import read_json
-from .found import kind_of, sizes_in, sizes_on_the_hub, tree_on_the_hub
-from .retries import is_passing, retrying
+from .found import kind_of, sizes_in, sizes_on_the_hub
 
 
 __all__ = ["list_files", "pull_folder", "resolve_file"]
@@ -61,7 +59,7 @@ def resolve_file(
         local_files_only=bool(local_files_only),
     )
     try:
-        return asking(str(name_or_path), wanted, revision, token, lambda: _download_sound(download))
+        return asking(str(name_or_path), wanted, revision, token, lambda: Path(download()))
     except CheckpointError as error:
         if not isinstance(error.__cause__, RemoteEntryNotFoundError) or filename not in _MARKS:
             raise
@@ -82,10 +80,10 @@ def pull_folder(
     allow_patterns: str | Sequence[str] | None = None,
     ignore_patterns: str | Sequence[str] | None = None,
 ) -> Path:
-    """Fetch all files of a Hub repository; a local folder stands for itself.
+    """Download all files of a Hub repository; a local folder stands for itself.
 
-    Names and sizes are checked before anything is written, contents (against the hashes that the Hub gives) before
-    anything appears in `local_dir`. While offline, what the cache holds of the revision is taken.
+    Names are checked before anything is downloaded, and files appear in `local_dir` when all of them are there. While
+    the Hub is down or `HF_HUB_OFFLINE` is set, the cache's copy of the revision is taken.
 
     Args:
         name_or_path: a folder or a Hub id.
@@ -101,8 +99,8 @@ def pull_folder(
         the folder: `local_dir`, the given folder, or one of the cache.
 
     Raises:
-        CheckpointError: nothing is there, the Hub did not give it, a name leads out of the folder, the files do not
-            fit on the disk, or what came is not what the Hub announced.
+        CheckpointError: nothing is there, the Hub did not give it, a name leads out of the folder, or the target
+            cannot be written.
     """
     local = _expanded(name_or_path)
     if local.is_dir():
@@ -111,23 +109,10 @@ def pull_folder(
         shown = without_secrets(str(name_or_path))
         raise CheckpointError(f"{shown}: expected a folder or a Hub id, found neither; check the path")
     else:
-        download = partial(
-            snapshot_download,
-            str(name_or_path),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            allow_patterns=allow_patterns,
-            ignore_patterns=ignore_patterns,
-        )
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
         offline = bool(local_files_only) or constants.HF_HUB_OFFLINE
-        source = asking(
-            str(name_or_path),
-            "its files",
-            revision,
-            token,
-            lambda: Path(download(local_files_only=True)) if offline else _download_checked(download),
-        )
+        download = partial(_download, str(name_or_path), revision, token, cache_dir, offline, patterns)
+        source = asking(str(name_or_path), "its files", revision, token, download)
     if local_dir is None:
         return source
     names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
@@ -158,60 +143,45 @@ def list_files(
     return asking(repo_id, "its files", revision, token, lambda: sizes_on_the_hub(repo_id, revision, token))
 
 
-def _download_sound(download: partial) -> Path:
-    """Call `download`, a partial of `hf_hub_download`, again where what came is damaged."""
-    if not (download.keywords["local_files_only"] or constants.HF_HUB_OFFLINE):
-        # What cannot be asked now is said by the download, or is in the cache.
-        with contextlib.suppress(HTTPError, OSError):
-            asked = download(dry_run=True)
-            if asked.will_download and asked.file_size is not None:
-                check_size(*download.args, asked.file_size, _cache(download))
-    path = Path(retrying(download, attempts=3))
-    if not is_sound(path):
-        forget(path)
-        path = Path(retrying(download, attempts=3))
-    if not is_sound(path):
-        forget(path)
-        raise _damaged(*download.args)
-    return path
-
-
-def _download_checked(download: partial) -> Path:
-    """Call `download`, a partial of `snapshot_download`, between looking at what it will fetch and at what came."""
-    (repo_id,), wanted = download.args, download.keywords
-    api = HfApi(token=wanted["token"])
+def _download(
+    repo_id: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike | None,
+    offline: bool,
+    patterns: dict[str, str | Sequence[str] | None],
+) -> Path:
+    """A snapshot of one commit, after a look at the names of all its files."""
+    where = {"token": token, "cache_dir": cache_dir, **patterns}
+    if offline:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, **where))
+    # One commit for the names and the files; without the Hub the commit that the cache knows by this name.
+    commit = HfApi(token=token).resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
     try:
-        commit = retrying(lambda: api.model_info(repo_id, revision=wanted["revision"]).sha)
+        # All names, also those that nobody wants: a repository with such a name is not to be trusted.
+        _check_names(repo_id, sizes_on_the_hub(repo_id, commit, token))
     except HTTPError as error:
-        if not is_passing(error):
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
         try:
-            folder = Path(download(local_files_only=True))
+            folder = Path(snapshot_download(repo_id, revision=commit, local_files_only=True, **where))
         except LocalEntryNotFoundError:
             raise error from None
-        detail = without_secrets(detail_of(error), wanted["token"])
+        detail = without_secrets(detail_of(error), token)
         warnings.warn(f"{repo_id}: the Hub could not answer ({detail}); the copy in the cache is used.", stacklevel=4)
         return folder
-    files = tree_on_the_hub(api, repo_id, commit)
-    # All names, also those that nobody wants: a repository with such a name is not to be trusted.
-    check_names(repo_id, [file.path for file in files])
-    patterns = {key: wanted[key] for key in ("allow_patterns", "ignore_patterns")}
-    names = set(filter_repo_objects([file.path for file in files], **patterns))
-    files = [file for file in files if file.path in names]
-    check_sizes(repo_id, {file.path: file.size for file in files}, _cache(download))
-    # The commit, not its name: that may stand for another one by now.
-    download = partial(download, revision=commit)
-    folder = Path(retrying(download, attempts=3))
-    if changed := changed_files(folder, files):
-        _forget_all(folder, changed)
-        folder = Path(retrying(download, attempts=3))
-    if changed := changed_files(folder, files):
-        _forget_all(folder, changed)
-        raise _damaged(repo_id, changed)
-    # So that the cache knows the name while offline.
-    with contextlib.suppress(HTTPError, OSError):
-        api.resolve_revision(repo_id, revision=wanted["revision"], cache_dir=wanted["cache_dir"])
-    return folder
+    return Path(snapshot_download(repo_id, revision=commit, **where))
+
+
+def _check_names(repo_id: str, names: Sequence[str]) -> None:
+    """Refuse names that could be written outside the folder that they belong to, or as git's own files."""
+    for name in names:
+        parts = name.split("/")
+        if re.search(r"[\\:\0]", name) or any(part.lower() in ("", ".", "..", ".git") for part in parts):
+            raise CheckpointError(
+                f"{repo_id}: expected names of files inside the repository, found {name!r}, which may lead out of it; "
+                "nothing was downloaded: do not use this repository, and report it to the Hub"
+            )
 
 
 def _place_files(source: Path, names: Sequence[str], target: Path) -> Path:
@@ -248,10 +218,6 @@ def _is_free(target: Path, name: str) -> bool:
     return not place.is_dir() and not any(folder.is_file() for folder in list(place.parents)[: name.count("/") + 1])
 
 
-def _cache(download: partial) -> Path:
-    return Path(download.keywords["cache_dir"] or constants.HF_HUB_CACHE)
-
-
 def _same_kind(path: Path, filename: str) -> Path:
     """A file that stands for itself, unless it holds weights where JSON is wanted."""
     if filename.endswith(".json") and path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
@@ -269,7 +235,7 @@ def _other_kind(download: partial) -> str | None:
     try:
         sizes = sizes_on_the_hub(repo_id, where["revision"], where["token"])
         names = [name.removeprefix(inside) for name in sizes if name.startswith(inside)]
-        kind = kind_of(names, lambda name: read_json(_download_sound(partial(download.func, repo_id, name, **where))))
+        kind = kind_of(names, lambda name: read_json(download.func(repo_id, name, **where)))
     except (ComCATError, HTTPError, OSError, json.JSONDecodeError):
         return None
     return kind and _said(kind)
@@ -278,19 +244,6 @@ def _other_kind(download: partial) -> str | None:
 def _said(kind: tuple[str, str]) -> str:
     what, how = kind
     return f"{what}; load it with {how}"
-
-
-def _forget_all(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        forget(folder / name)
-
-
-def _damaged(repo_id: str, names: Sequence[str] | str) -> CheckpointError:
-    found = names if isinstance(names, str) else ", ".join(names)
-    return CheckpointError(
-        f"{repo_id}: expected the contents that the Hub announced, found others in {found}; the download was damaged "
-        "on its way: try again, without a proxy if there is one"
-    )
 
 
 def _expanded(name_or_path: str | os.PathLike) -> Path:

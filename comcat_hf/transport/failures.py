@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 
 from ..errors import CheckpointError, ComCATError
@@ -48,6 +49,7 @@ _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (CorruptedCacheException, "the local cache is damaged; delete the repository's folder there and try again"),
     (HfHubHTTPError, "the Hub refused it or could not answer; try again or give a local folder"),
     (HTTPError, "the Hub could not answer; try again or give a local folder"),
+    (RevisionResolutionError, "the Hub could not answer; try again or give a local folder"),
     (OSError, "the file could not be fetched; check the network and the free space, or give a local folder"),
 )
 # Tokens, names and passwords in addresses, and signatures behind them.

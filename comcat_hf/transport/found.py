@@ -7,10 +7,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from .retries import retrying
 
-
-__all__ = ["kind_of", "readable_size", "sizes_in", "sizes_on_the_hub", "tree_on_the_hub"]
+__all__ = ["kind_of", "readable_size", "sizes_in", "sizes_on_the_hub"]
 
 # By a file that only this kind has, most telling first: what it is, and how it is loaded.
 _KINDS: Mapping[str, tuple[str, str]] = {
@@ -60,12 +58,7 @@ def sizes_in(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
 
 
-def tree_on_the_hub(api: HfApi, repo_id: str, revision: str | None) -> list[RepoFile]:
-    """All files of a repository, as the Hub declares them; errors are those of its client."""
-    tree = retrying(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
-    return [entry for entry in tree if isinstance(entry, RepoFile)]
-
-
 def sizes_on_the_hub(repo_id: str, revision: str | None, token: str | bool | None) -> dict[str, int]:
-    """Their sizes by name."""
-    return {file.path: file.size for file in tree_on_the_hub(HfApi(token=token), repo_id, revision)}
+    """The sizes of all files of a repository by their names, as the Hub declares them."""
+    tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -18,7 +17,6 @@ from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import ComCATError, InvalidValueError
 from .failures import NOT_THE_HUB, detail_of, without_secrets
-from .retries import retrying
 from .sources import shareable
 
 
@@ -69,9 +67,8 @@ def push_folder(
 ) -> str:
     """Upload a folder, a file or several files (under their own names) in one commit.
 
-    The repository is made if it is absent. A commit takes all files or none. Requests that fail on the Hub's side are
-    made again; a pull request is asked for once, since a second one could be opened. Links are followed inside the
-    folder only. Where a configuration or a card names a folder of this machine as base, that is left out.
+    The repository is made if it is absent. A commit takes all files or none. Links are followed inside the folder
+    only. Where a configuration or a card names a folder of this machine as base, that is left out.
 
     Args:
         source: what to upload. Of a folder, hidden files and those that fit [`NOT_UPLOADED`] stay where they are.
@@ -96,10 +93,9 @@ def push_folder(
     ignored = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or ())
     files = _files_to_upload(source, repo_id, allow_patterns, [*NOT_UPLOADED, *ignored])
     api = HfApi(token=token)
-    commit = partial(_commit, files=files, message=commit_message, revision=revision, create_pr=create_pr)
     try:
-        full_id = retrying(lambda: _prepare(api, repo_id, private, None if create_pr else revision))
-        return commit(api, full_id) if create_pr else retrying(lambda: commit(api, full_id))
+        full_id = _prepare(api, repo_id, private, None if create_pr else revision)
+        return _commit(api, full_id, files, commit_message, revision, create_pr)
     except ComCATError:
         raise
     except tuple(kind for kind, _ in _UPLOAD_FAILURES) as error:
@@ -127,9 +123,8 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, branch: str | None)
 
 
 def _commit(
-    api: HfApi, full_id: str, *, files: Mapping[str, Path], message: str | None, revision: str | None, create_pr: bool
+    api: HfApi, full_id: str, files: Mapping[str, Path], message: str | None, revision: str | None, create_pr: bool
 ) -> str:
-    # Made anew for each attempt: the client marks them while it works.
     operations = [CommitOperationAdd(name, shareable(path) or str(path)) for name, path in files.items()]
     try:
         commit = api.create_commit(

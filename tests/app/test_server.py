@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import httpx
+import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -109,6 +110,21 @@ def test_an_image_is_classified_by_both(classifiers, client, image, tmp_path):
         assert words in table
     about = client.predict(*map(str, classifiers.values()), api_name="/load_classifiers")
     assert "of its parameters removed" in about
+
+
+def test_images_reach_the_classifiers_as_they_were_uploaded(client, tmp_path):
+    grey = Image.linear_gradient("L").resize((32, 32))
+    grey.save(tmp_path / "8.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "16.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "8.png").read_bytes()[:60])
+    (tmp_path / "none.png").write_bytes(b"no image")
+    one, other = (
+        client.predict(handle_file(tmp_path / name), 1, api_name="/classify")[0] for name in ("8.png", "16.png")
+    )
+    assert one == other
+    for name in ("broken.png", "none.png"):
+        said = refused(client, handle_file(tmp_path / name), 1, api_name="/classify")
+        assert said.startswith("The image: expected an image, found one that cannot be read")
 
 
 def test_a_row_comes_and_goes_with_each_adapter(server):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -82,7 +83,7 @@ def test_images_of_a_data_set(folder, tmp_path):
         ({}, "found an empty folder"),
         ({".DS_Store": b"x"}, "found an empty folder"),
         ({"notes.txt": b"x"}, "found notes.txt"),
-        ({"bad.png": b"no image"}, "bad.png: expected an image, found a file that cannot be read"),
+        ({"bad.png": b"no image"}, "bad.png: expected an image, found one that cannot be read"),
         ({"empty.jpg": b""}, "empty.jpg: expected an image"),
     ],
 )
@@ -129,11 +130,43 @@ def test_images_are_cropped_and_mirrored():
     assert len(lefts) > 3 and max(lefts) <= 20
 
 
+def test_of_an_elongated_image_only_the_crop_is_enlarged():
+    image = Image.linear_gradient("L").resize((1, 100_000)).convert("RGB")
+    found = prepare_image(image, 512, center_crop=True, flip=False)
+    assert found.pixels.shape == (3, 512, 512) and found.time_ids == (100_000, 1, 25_599_744, 0, 512, 512)
+    assert found.pixels.abs().max() < 0.01
+    plain = Image.effect_noise((61, 90), 90).convert("RGB")
+    whole = np.asarray(plain.resize((32, 47), Image.Resampling.LANCZOS))[7:39].astype(np.float32) / 127.5 - 1
+    ours = prepare_image(plain, 32, center_crop=True, flip=False).pixels.permute(1, 2, 0).numpy()
+    assert np.abs(ours - whole).max() <= 1.01 / 127.5
+
+
 def test_photographs_are_turned_upright(tmp_path):
     image, exif = Image.new("RGB", (30, 20)), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert instance_examples(settings(tmp_path))[0].open().size == (20, 30)
+
+
+def test_wide_grey_values_are_scaled_in_folders_and_data_sets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    grey = Image.linear_gradient("L").resize((16, 16))
+    (tmp_path / "grey").mkdir()
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey" / "16.png")
+    Image.fromarray(np.asarray(grey).astype(np.float32) / 255).save(tmp_path / "grey" / "32.tif")
+    files = [str(path) for path in find_images(tmp_path / "grey")]
+    rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    named = settings(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    examples = instance_examples(settings(tmp_path / "grey")) + instance_examples(named)
+    assert [example.open().tobytes() for example in examples] == [grey.convert("RGB").tobytes()] * 4
+
+
+def test_images_that_are_too_large_end_the_run_before_it_starts(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("1", (50, 50)).save(folder / "3-0.png")
+    with pytest.raises(InvalidValueError, match=r"3-0.png: expected an image, .*2,500 pixels, more than .* 100"):
+        instance_examples(settings(folder))
 
 
 def test_a_position_says_everything(folder):

@@ -26,7 +26,7 @@ from comcat_hf.customization.training.sampling import generate
 from comcat_hf.customization.training.settings import CustomizeSettings, parse_customize_settings
 from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModuleError
 from comcat_hf.plots import plot_image_grid
-from comcat_hf.training.randomness import seeded
+from comcat_hf.training.randomness import choose_seed, seeded
 from comcat_hf.training.recipes import recipe_names
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
 
@@ -434,6 +434,43 @@ def test_flags_go_over_recipes(tmp_path):
         parse_customize_settings(["nowhere.yaml"])
     with pytest.raises(InvalidValueError, match=r"unrecognized arguments: --resolutoin \(did you mean resolution"):
         parse_customize_settings(["--resolutoin", "512"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "ranks"),
+    [
+        ("", ["--rank", "4"], (4, 4)),
+        ("", ["--rank=none"], (None, None)),
+        ("", ["--rank", "4", "--qk-rank", "4"], (4, 4)),
+        ("rank: 4", [], (4, 4)),
+        ("qk_rank: 2\nvo_rank: 3", ["--rank", "4"], (4, 4)),
+        ("rank: 4", ["--vo_rank", "0"], (4, None)),
+    ],
+)
+def test_rank_means_both_ranks(tmp_path, recipe, arguments, ranks):
+    (tmp_path / "mine.yaml").write_text(f"seed: 1\n{recipe}\n")
+    found = parse_customize_settings([str(tmp_path / "mine.yaml"), *arguments])
+    assert (found.qk_rank, found.vo_rank) == ranks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rank", "4", "--qk_rank", "2"], "--rank sets --qk_rank, found --rank 4 and --qk_rank 2"),
+        (["--vo-rank=2", "--rank=4"], "found --rank 4 and --vo_rank 2"),
+        (["--rank", "two"], "_rank must be a whole number"),
+        (["--rank"], "expected one argument"),
+        (["--ran", "4"], r"--ran 4 \(did you mean rank"),
+    ],
+)
+def test_a_rank_that_is_not_clear_is_an_error(arguments, says):
+    with pytest.raises(InvalidValueError, match=says):
+        parse_customize_settings(arguments)
+
+
+def test_the_seed_is_42_where_nothing_else_is_said(bases, tmp_path):
+    assert customize(settings(bases, tmp_path, seed=None, dry_run=True)).plan.seed == 42
+    assert [choose_seed(*given) for given in ((None, 7), (3, 7), (0, None))] == [7, 3, 0]
 
 
 def test_the_recipe_of_the_paper():

@@ -27,7 +27,6 @@ def hub(server):
     server.large.clear()
     server.faults.clear()
     server.requests.clear()
-    server.sizes.clear()
     return server
 
 

@@ -1,7 +1,7 @@
 """A small server that speaks what huggingface_hub's client asks of the Hub, on loopback, with faults to inject.
 
 It knows model repositories: create, branch, validate-yaml, preupload, LFS batch and upload, commit, pull requests,
-info, tree, and resolve with ETag and ranges. Repositories may be private or gated; who may read and write is told
+info, tree, and resolve with ETag. Repositories may be private or gated; who may read and write is told
 by the token. Everything is held in memory.
 """
 
@@ -29,13 +29,11 @@ class Fault:
     method: str
     path: str
     action: int | str | Callable[[], None]
-    """A status code; `drop` (close without an answer), `half` (close in the middle of the body), `stale` (send another
-    body of the same length), `late` (do what was asked and close without an answer), `page` (answer with a web page,
-    as a proxy does), or a function that is called before the request is answered as ever."""
+    """A status code; `drop` (close without an answer), `page` (answer with a web page, as a proxy does), or a function
+    that is called before the request is answered as ever."""
     times: int = 1
     message: str = "A fault."
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """Both are sent with a status code."""
+    """It is sent with a status code."""
 
 
 @dataclass
@@ -74,8 +72,6 @@ class HubServer:
         self.large: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
-        self.sizes: dict[str, int] = {}
-        """Sizes that the tree declares in place of the true ones, by path."""
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -108,11 +104,9 @@ class HubServer:
 
 
 class _Stop(Exception):
-    def __init__(
-        self, status: int, message: str = "", code: str | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str = "", code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
+        self.status, self.message, self.code = status, message, code
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
@@ -154,7 +148,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     self.send(200, b"<html>Please log in to the network.</html>", {"Content-Type": "text/html"})
                     return
                 if isinstance(self.action, int):
-                    raise _Stop(self.action, fault.message, headers=fault.headers)
+                    raise _Stop(self.action, fault.message)
                 for method, pattern, name in self.routes:
                     if method == self.command and (match := re.fullmatch(pattern, parts.path)):
                         groups = {key: unquote(value) for key, value in match.groupdict().items()}
@@ -163,7 +157,6 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 raise _Stop(404, f"This server does not know {self.command} {parts.path}.")
             except _Stop as stop:
                 headers = {"X-Error-Message": stop.message} | ({"X-Error-Code": stop.code} if stop.code else {})
-                headers |= stop.headers
                 self.send(stop.status, {"error": stop.message}, headers)
 
         do_GET = do_HEAD = do_POST = do_PUT = answer
@@ -181,9 +174,6 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             self.connection.shutdown(2)
 
         def send(self, status: int, payload: Any, headers: Mapping[str, str] | None = None) -> None:
-            if self.action == "late":
-                self.hang_up()
-                return
             body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
             self.send_response(status)
             for key, value in (headers or {}).items():
@@ -191,10 +181,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body[: len(body) // 2] if self.action == "half" else body)
-            if self.action == "half":
-                self.wfile.flush()
-                self.hang_up()
+                self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -328,7 +315,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             _, files = self.files_at(repo, revision)
             entries = []
             for path, content in files.items():
-                size = hub.sizes.get(path, len(content))
+                size = len(content)
                 entry = {"type": "file", "path": path, "size": size, "oid": blob_id(content)}
                 if path.endswith(LARGE):
                     sha = hashlib.sha256(content).hexdigest()
@@ -341,26 +328,13 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             found = hub.repositories[repo]
             if found.gated and self.user() is None:
                 raise _Stop(401, f"Access to model {repo} is restricted.", "GatedRepo")
-            headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+            headers = {"X-Repo-Commit": sha}
             if path not in files:
                 self.send(404, b"", headers | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
                 return
             content = files[path]
             etag = hashlib.sha256(content).hexdigest() if path.endswith(LARGE) else blob_id(content)
             headers["ETag"] = f'"{etag}"'
-            if path in hub.sizes:
-                headers["X-Linked-Size"] = str(hub.sizes[path])
-            if self.action == "stale":
-                content = bytes(255 - byte for byte in content)
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            if wanted is None:
-                self.send(200, content, headers)
-                return
-            first, last = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
-            if first >= len(content):
-                self.send(416, b"", headers | {"Content-Range": f"bytes */{len(content)}"})
-                return
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            self.send(206, content[first : last + 1], headers)
+            self.send(200, content, headers)
 
     return Handler

@@ -1,6 +1,8 @@
-"""Folders to the Hub and back through the real client, with everything that can go wrong on the way."""
+"""Folders to the Hub and back through the real client: what is uploaded, what is refused, what an error says."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -13,26 +15,35 @@ LEFT_BEHIND = (
     *("checkpoint-5/model.safetensors", "checkpoint-5/optimizer.bin", "optimizer.bin", "unet/checkpoint-7/x.json"),
     *("statistics/moments.safetensors", "runs/events.out.tfevents.1", "random_states_0.pkl", ".cache/x", "scaler.pt"),
     *("search_state.pt", "initial/model.safetensors", "comcat_stages.json", "training_log.jsonl", "rng_state_0.pth"),
-    *(
-        "step5/rank_0_optim_states.pt",
-        "optimizer_0/0.distcp",
-        "wandb/run.json",
-        "out.log",
-        ".env",
-        "training_state.json",
-    ),
+    *("step5/rank_0_optim_states.pt", "optimizer_0/0.distcp", "wandb/run.json", "out.log", ".env"),
+    "training_state.json",
 )
+PLAN = {"comcat_ranks.json": json.dumps({"format": "comcat_ranks", "format_version": 1, "ranks": {"a": 3}}).encode()}
+PUSH_STEPS = [
+    *(("POST", "/api/repos/create"), ("POST", "/preupload/"), ("POST", "/objects/batch"), ("PUT", "/lfs/")),
+    ("POST", "/commit/"),
+]
+
+
+def read_plan(client, tmp_path, repo="user/repo", **options):
+    options = {"cache_dir": str(tmp_path)} | options
+    return client(f"comcat_hf.RankPlan.from_pretrained({repo!r}, **{options!r}).ranks")
+
+
+def held(hub, repo="user/repo", revision="main"):
+    return {name: content for name, content in hub.files(repo, revision).items() if name != ".gitattributes"}
+
+
+# To the Hub
 
 
 def test_what_was_pushed_is_pulled_byte_for_byte_without_what_belongs_to_a_run(hub, client, folder, tmp_path):
     write(folder, dict.fromkeys(LEFT_BEHIND, b"not to be shared"))
     address = push(client, folder)
     assert address.startswith(f"{hub.endpoint}/user/repo/commit/")
-    held = {name: content for name, content in hub.files("user/repo").items() if name != ".gitattributes"}
-    assert held == FILES
+    assert held(hub) == FILES
     pulled = read(pull(client, tmp_path))
-    pulled.pop(".gitattributes")
-    assert pulled == FILES
+    assert {name: content for name, content in pulled.items() if name != ".gitattributes"} == FILES
 
 
 def test_folders_of_this_machine_are_not_pushed_as_bases(hub, client, tmp_path):
@@ -56,33 +67,98 @@ def test_folders_of_this_machine_are_not_pushed_as_bases(hub, client, tmp_path):
     assert {name: pushed[name] for name in kept} == {name: files[name] for name in kept}
 
 
-def test_a_second_push_of_the_same_files_makes_no_commit(hub, client, folder):
-    push(client, folder)
-    before = len(hub.repositories["user/repo"].commits)
-    push(client, folder)
-    assert len(hub.repositories["user/repo"].commits) == before
-
-
 def test_private_a_branch_a_message_and_patterns(hub, client, folder):
     push(client, folder, private=True, revision="v1", commit_message="Try it", ignore_patterns="*.md")
     repository = hub.repositories["user/repo"]
     assert repository.private
     assert repository.messages[-1] == "Try it"
-    assert set(hub.files("user/repo")) == {".gitattributes"}
-    assert set(hub.files("user/repo", "v1")) == {".gitattributes", *FILES} - {"README.md"}
+    assert held(hub) == {}
+    assert set(held(hub, revision="v1")) == {*FILES} - {"README.md"}
 
 
-def test_a_pull_request(hub, client, folder):
-    push(client, folder)
-    (folder / "config.json").write_bytes(b"{}\n")
-    assert push(client, folder, create_pr=True) == f"{hub.endpoint}/user/repo/discussions/1"
-    assert hub.files("user/repo")["config.json"] == FILES["config.json"]
-    assert hub.files("user/repo", "refs/pr/1")["config.json"] == b"{}\n"
-
-
-def test_a_name_alone_is_a_repository_of_who_is_logged_in(hub, client, folder):
+def test_a_pull_request_and_an_addition_to_it(hub, client, folder):
     push(client, folder, repo="repo")
-    assert list(hub.repositories) == ["user/repo"]
+    (folder / "config.json").write_bytes(b"1")
+    assert push(client, folder, create_pr=True) == f"{hub.endpoint}/user/repo/discussions/1"
+    assert held(hub)["config.json"] == FILES["config.json"]
+    (folder / "config.json").write_bytes(b"2")
+    push(client, folder, revision="refs/pr/1")
+    assert held(hub, revision="refs/pr/1")["config.json"] == b"2"
+
+
+@pytest.mark.parametrize("action", [403, "page"])
+@pytest.mark.parametrize(("method", "path"), PUSH_STEPS)
+def test_a_push_that_is_refused_leaves_the_repository_as_it_was(hub, client, folder, method, path, action):
+    hub.put("user/repo", {"a.json": b"1"})
+    hub.faults.append(Fault(method, path, action, times=1000, message="A file is too large."))
+    # The client asks whether the repository is there when it may not make one.
+    hub.faults.append(Fault("GET", "/api/models/", action, times=1000))
+    with pytest.raises(ClientError, match="user/repo: expected to upload 4 files, but") as caught:
+        push(client, folder)
+    assert caught.value.kind == "ComCATError"
+    if action == 403 and method == "POST" and "create" not in path:
+        assert "A file is too large." in caught.value.text
+    assert hub.files("user/repo") == {"a.json": b"1"}
+    assert read(folder) == FILES
+
+
+def test_others_may_not_write_here(hub, client, folder):
+    hub.put("other/repo", {"a.json": b"1"})
+    with pytest.raises(ClientError, match=r"other/repo: .*may write there"):
+        push(client, folder, repo="other/repo")
+    with pytest.raises(ClientError, match="no token"):
+        client(
+            "import os; token = os.environ.pop('HF_TOKEN')\n"
+            "try:\n"
+            f"    comcat_hf.transport.push_folder({str(folder)!r}, 'repo')\n"
+            "finally:\n"
+            "    os.environ['HF_TOKEN'] = token"
+        )
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, client, folder):
+    hub.put("user/repo", {"a.json": b"1"})
+    with pytest.raises(ClientError, match="expected a private repository, found one that everybody can read"):
+        push(client, folder, private=True)
+    assert hub.files("user/repo") == {"a.json": b"1"}
+    hub.put("user/mine", {"a.json": b"1"}, private=True)
+    push(client, folder, repo="user/mine", private=True)
+    assert hub.files("user/mine")["config.json"] == FILES["config.json"]
+
+
+def test_a_file_that_goes_while_it_is_pushed_is_one_error(hub, client, folder):
+    hub.put("user/repo", {"a.json": b"1"})
+    hub.faults.append(Fault("POST", "/api/repos/create", (folder / "config.json").unlink))
+    with pytest.raises(ClientError, match=r"a file cannot be sent as it is.*config\.json") as caught:
+        push(client, folder)
+    assert caught.value.kind == "ComCATError"
+    assert hub.files("user/repo") == {"a.json": b"1"}
+
+
+def test_links_out_of_a_folder_are_not_uploaded(hub, client, folder, tmp_path):
+    write(tmp_path / "other", {"secret.json": b"{}", "unet/a.json": b"{}"})
+    for name, target in (("a.json", "other/secret.json"), ("text_encoder", "other/unet"), ("b.json", "other/none")):
+        link = folder / name
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(ClientError, match=rf"{name}: expected a file inside .*found a link to .*nothing was up"):
+            push(client, folder)
+        assert hub.repositories == {}
+        link.unlink()
+    (folder / "c.json").symlink_to(folder / "config.json")
+    push(client, folder)
+    assert hub.files("user/repo")["c.json"] == FILES["config.json"]
+
+
+def test_a_snapshot_of_the_cache_is_pushed_though_it_is_made_of_links(hub, client, tmp_path):
+    hub.put("user/repo", FILES)
+    cache = str(tmp_path / "cache")
+    snapshot = client(f"comcat_hf.transport.pull_folder('user/repo', cache_dir={cache!r}).as_posix()")
+    assert Path(snapshot, "config.json").is_symlink()
+    push(client, snapshot, repo="user/copy")
+    assert held(hub, "user/copy") == FILES
+
+
+# From the Hub
 
 
 def test_a_pinned_revision_and_the_cache_without_the_hub(hub, client, tmp_path):
@@ -96,6 +172,17 @@ def test_a_pinned_revision_and_the_cache_without_the_hub(hub, client, tmp_path):
     assert len(hub.requests) == asked
     with pytest.raises(ClientError, match="not in the local cache"):
         pull(client, tmp_path, repo="user/none", local_files_only=True)
+
+
+def test_the_cache_helps_out_while_the_hub_is_down(hub, client, tmp_path):
+    hub.put("user/repo", FILES)
+    pull(client, tmp_path)
+    hub.faults.append(Fault("GET", "/api/models", 503, times=1000))
+    assert read(pull(client, tmp_path, folder="again")) == FILES
+    assert "the copy in the cache is used" in client.errors.read_text()
+    with pytest.raises(ClientError, match="could not answer") as caught:
+        pull(client, tmp_path, cache_dir=str(tmp_path / "empty"))
+    assert caught.value.kind == "CheckpointError"
 
 
 def test_a_local_folder_stands_for_itself_and_other_files_stay(client, folder, tmp_path):
@@ -116,164 +203,100 @@ def test_private_and_gated_repositories(hub, client, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("repo", "options", "says"),
+    ("repo", "options", "fault", "says"),
     [
-        ("user/none", {}, "no such repository on the Hub"),
-        ("user/repo", {"revision": "v9"}, "no such revision"),
-        ("user/repo", {"token": "hf_wrong"}, "user/repo: expected"),
+        ("user/none", {}, None, "no such repository on the Hub"),
+        ("user/repo", {"revision": "v9"}, None, "no such revision"),
+        ("user/repo", {"token": "hf_wrong"}, None, "user/repo: expected"),
+        ("user/repo", {}, ("GET", "/api/models/user/repo$", "page"), "does not speak as the Hub does"),
+        ("user/repo", {}, ("GET", "/tree/", "page"), "does not speak as the Hub does"),
+        ("user/repo", {}, ("GET", "/resolve/.*safetensors", "drop"), "user/repo: expected"),
     ],
 )
-def test_what_is_not_there_is_one_error_and_leaves_nothing(hub, client, tmp_path, repo, options, says):
-    hub.put("user/repo", {"a.json": b"1"}, private=True)
+def test_what_cannot_be_had_is_one_error_and_leaves_nothing(hub, client, tmp_path, repo, options, fault, says):
+    hub.put("user/repo", FILES, private=True)
+    if fault is not None:
+        hub.faults.append(Fault(*fault, times=1000))
     with pytest.raises(ClientError, match=says) as caught:
         pull(client, tmp_path, repo=repo, **options)
     assert caught.value.kind == "CheckpointError"
-    assert not (tmp_path / "pulled").exists()
-
-
-@pytest.mark.parametrize("action", [500, 503, "drop", "half"])
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/api/models/user/repo$"),
-        ("GET", "/tree/"),
-        ("HEAD", "/resolve/.*safetensors"),
-        ("GET", "/resolve/.*safetensors"),
-    ],
-)
-def test_a_passing_fault_is_got_over(hub, client, tmp_path, method, action, path):
-    hub.put("user/repo", FILES)
-    hub.faults.append(Fault(method, path, action))
-    assert read(pull(client, tmp_path)) == FILES
-    assert hub.faults[0].times == 0
-
-
-@pytest.mark.parametrize("action", ["drop", "half", "stale"])
-def test_a_lasting_fault_is_an_error_that_leaves_nothing(hub, client, tmp_path, action):
-    hub.put("user/repo", FILES)
-    hub.faults.append(Fault("GET", "/resolve/.*safetensors", action, times=1000))
-    with pytest.raises(ClientError) as caught:
-        pull(client, tmp_path)
-    assert caught.value.kind == "CheckpointError"
-    assert "user/repo" in caught.value.text
     assert not (tmp_path / "pulled").exists()
     # What the cache kept does no harm.
     hub.faults.clear()
     assert read(pull(client, tmp_path)) == FILES
 
 
-def test_a_damaged_download_is_fetched_again(hub, client, tmp_path):
-    hub.put("user/repo", FILES)
-    hub.faults.append(Fault("GET", "/resolve/.*config", "stale"))
-    assert read(pull(client, tmp_path)) == FILES
-
-
-def test_the_cache_helps_out_while_the_hub_is_down(hub, client, tmp_path):
-    hub.put("user/repo", FILES)
-    pull(client, tmp_path)
-    hub.faults.append(Fault("GET", "/api/models", 503, times=1000))
-    assert read(pull(client, tmp_path, folder="again")) == FILES
-    assert "the copy in the cache is used" in client.errors.read_text()
-    with pytest.raises(ClientError, match="could not answer"):
-        pull(client, tmp_path, cache_dir=str(tmp_path / "empty"))
-
-
-PUSH_STEPS = [
-    ("POST", "/api/repos/create"),
-    ("POST", "/preupload/"),
-    ("POST", "/objects/batch"),
-    ("PUT", "/lfs/"),
-    ("POST", "/commit/"),
-]
-
-
-@pytest.mark.parametrize("action", [500, "drop", "late"])
-@pytest.mark.parametrize(("method", "path"), PUSH_STEPS)
-def test_a_push_gets_over_a_passing_fault_with_one_commit(hub, client, folder, method, path, action):
-    hub.faults.append(Fault(method, path, action))
-    push(client, folder)
-    assert {k: v for k, v in hub.files("user/repo").items() if k != ".gitattributes"} == FILES
-    assert len(hub.repositories["user/repo"].commits) == 2
-    assert hub.faults[0].times == 0
-
-
-@pytest.mark.parametrize("action", [408, 409])
-def test_a_conflict_with_another_commit_and_one_that_took_too_long_pass(hub, client, folder, action):
-    hub.faults.append(Fault("POST", "/commit/", action))
-    push(client, folder)
-    assert hub.files("user/repo")["config.json"] == FILES["config.json"]
-
-
-@pytest.mark.parametrize("action", [401, 403, 404])
-@pytest.mark.parametrize(("method", "path"), PUSH_STEPS)
-def test_a_push_that_is_refused_leaves_the_repository_as_it_was(hub, client, folder, method, path, action):
-    before = dict(hub.files("user/repo")) if hub.put("user/repo", {"a.json": b"1"}) else {}
-    hub.faults.append(Fault(method, path, action, times=1000))
-    # The client asks whether the repository is there when it may not make one.
-    hub.faults.append(Fault("GET", "/api/models/", action, times=1000))
-    with pytest.raises(ClientError, match="user/repo: expected to upload 4 files, but") as caught:
-        push(client, folder)
-    assert caught.value.kind == "ComCATError"
-    assert dict(hub.files("user/repo")) == before
-    assert read(folder) == FILES
-
-
-def test_a_lasting_failure_of_the_hub_is_one_error(hub, client, folder):
-    hub.faults.append(Fault("POST", "/commit/", 500, times=1000))
-    with pytest.raises(ClientError, match="could not answer"):
-        push(client, folder)
-    assert set(hub.files("user/repo")) == {".gitattributes"}
-
-
-def test_others_may_not_write_here(hub, client, folder):
-    hub.put("other/repo", {"a.json": b"1"})
-    with pytest.raises(ClientError, match=r"other/repo: .*may write there"):
-        push(client, folder, repo="other/repo")
-    with pytest.raises(ClientError, match="no token"):
-        client(
-            "import os; token = os.environ.pop('HF_TOKEN')\n"
-            "try:\n"
-            f"    comcat_hf.transport.push_folder({str(folder)!r}, 'repo')\n"
-            "finally:\n"
-            "    os.environ['HF_TOKEN'] = token"
-        )
+def test_a_single_file_and_an_odd_answer_in_its_place(hub, client, tmp_path):
+    hub.put("user/repo", PLAN)
+    hub.faults.append(Fault("HEAD", "/resolve", "page", times=1000))
+    with pytest.raises(ClientError, match="user/repo: expected") as caught:
+        read_plan(client, tmp_path)
+    assert caught.value.kind == "CheckpointError"
+    hub.faults.clear()
+    assert read_plan(client, tmp_path) == {"a": 3}
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.json", "a/../../outside.json", "/tmp/outside.json", "..\\outside.json", "C:/outside.json"]
+    "name",
+    [
+        *("../outside.json", "a/../../outside.json", "/tmp/outside.json", "..\\outside.json", "C:/outside.json"),
+        *("a\0b.json", ".git/config", "unet/.GIT/hooks/pre-commit", "a//b.json", "./a.json"),
+    ],
 )
 def test_names_that_lead_out_of_the_folder_are_refused_before_anything_is_written(hub, client, tmp_path, name):
     hub.put("user/repo", FILES | {name: b"evil"})
     with pytest.raises(ClientError, match="may lead out of it; nothing was downloaded"):
         pull(client, tmp_path)
-    assert read(tmp_path) == {}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "refs" not in path.parts]
     assert not any("/resolve/" in request for request in hub.requests)
 
 
-def test_a_size_that_does_not_fit_the_disk_is_refused_before_anything_is_written(hub, client, tmp_path):
+def test_a_commit_while_a_repository_is_pulled_does_not_mix_with_it(hub, client, tmp_path):
     hub.put("user/repo", FILES)
-    hub.sizes["model.safetensors"] = 2**60
-    with pytest.raises(ClientError, match=r"1,152,921,504\.6 GB declared \(model\.safetensors"):
-        pull(client, tmp_path)
-    assert read(tmp_path) == {}
-    assert not any("/resolve/" in request for request in hub.requests)
-    # Those that are not wanted do not count.
-    assert set(read(pull(client, tmp_path, ignore_patterns=["*.safetensors"]))) == set(FILES) - {"model.safetensors"}
+    hub.faults.append(Fault("GET", "/tree/", lambda: hub.put("user/repo", {"config.json": b"another"})))
+    assert read(pull(client, tmp_path)) == FILES
 
 
-def test_a_smaller_size_than_declared_is_noticed(hub, client, tmp_path):
+def test_a_target_on_another_disk_and_one_where_something_is_in_the_way(hub, client, tmp_path):
     hub.put("user/repo", FILES)
-    hub.sizes["config.json"] = 5
-    with pytest.raises(ClientError, match=r"expected the contents that the Hub announced|expected to find"):
-        pull(client, tmp_path)
-    assert not (tmp_path / "pulled").exists()
+    other = Path("/dev/shm")
+    if other.is_dir() and other.stat().st_dev != tmp_path.stat().st_dev:
+        disk = other / f"comcat-{os.getpid()}"
+        disk.mkdir()
+        try:
+            (tmp_path / "linked").symlink_to(disk)
+            assert read(pull(client, tmp_path, folder="linked")) == FILES
+            assert sorted(path.name for path in disk.iterdir()) == sorted({name.split("/")[0] for name in FILES})
+        finally:
+            for path in sorted(disk.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            disk.rmdir()
+    for name, files in (("one", {"model.safetensors/x": b"mine"}), ("two", {"unet": b"mine"})):
+        target = write(tmp_path / name, files)
+        with pytest.raises(ClientError, match=r"folders or files in the place of (model\.safetensors|unet/ranks)"):
+            pull(client, tmp_path, folder=name)
+        assert read(target) == files
+    assert {path.parent for path in tmp_path.rglob(".*")} <= {tmp_path / "cache"}
 
 
-def test_tokens_are_never_shown(hub, client, folder, tmp_path):
-    hub.faults.append(Fault("POST", "/commit/", 403, times=1000))
-    texts = []
-    for act in (lambda: push(client, folder), lambda: pull(client, tmp_path, repo="other/none")):
+@pytest.mark.parametrize("name", ["~no-such-user-here/x", "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("act", ["comcat_hf.RankPlan.from_pretrained", "comcat_hf.transport.pull_folder"])
+def test_text_that_is_neither_a_folder_nor_an_id_is_one_error(hub, client, name, act):
+    with pytest.raises(ClientError) as caught:
+        client(f"{act}({name!r})")
+    assert caught.value.kind == "CheckpointError"
+    assert len(caught.value.text) < 1000
+
+
+@pytest.mark.parametrize("act", [push, pull, read_plan])
+def test_secrets_that_a_server_or_an_address_holds_are_not_repeated(hub, client, folder, tmp_path, act):
+    secrets = ("hf_good", "hf_AbCdEfGhIjKlMnOp", "hunter2", "s1gn4ture")
+    message = "Bearer hf_AbCdEfGhIjKlMnOp and hf_good at https://me:hunter2@x.co/a?Signature=s1gn4ture are no good."
+    for method in ("GET", "HEAD", "POST"):
+        hub.faults.append(Fault(method, "", 403, message=message, times=1000))
+    said = []
+    for repo in ("user/repo", "https://me:hunter2@huggingface.co/user/repo", "hf_AbCdEfGhIjKlMnOp/x y"):
         with pytest.raises(ClientError) as caught:
-            act()
-        texts.append(caught.value.text + caught.value.trace)
-    assert "hf_good" not in "".join(texts) + client.errors.read_text()
+            act(client, folder if act is push else tmp_path, repo=repo)
+        said.append(caught.value.text)
+    assert not [secret for secret in secrets if secret in "".join(said) + client.errors.read_text()]

@@ -16,7 +16,7 @@ from ...training.randomness import MAX_SEED
 from .settings import CompressSettings
 
 
-__all__ = ["ImagePreparation", "Mixing"]
+__all__ = ["ImagePreparation", "Mixing", "process_image"]
 
 _RATIOS = (3 / 4, 4 / 3)
 _ERASED_SHARE = (0.02, 1 / 3)
@@ -79,7 +79,28 @@ class ImagePreparation:
 
     def evaluate(self, image: Any) -> Tensor:
         """What the image processor makes of a Pillow image in RGB: `(3, H, W)`, float32."""
-        return _process(self.processor, image)
+        return process_image(self.processor, image)[0].to(torch.float32)
+
+    def check(self, model: nn.Module, source: str) -> None:
+        """See whether a model takes these inputs.
+
+        Args:
+            model: the classifier, in eval mode.
+            source: its folder or Hub id, for messages.
+
+        Raises:
+            InvalidValueError: it does not.
+        """
+        pixels = torch.zeros(1, 3, *self.size, device=next(model.parameters()).device)
+        try:
+            with torch.no_grad():
+                model(pixel_values=pixels)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise InvalidValueError(
+                f"{source}: expected a model that takes what {type(self.processor).__name__} makes, images of "
+                f"{tuple(pixels.shape[1:])}, found an error ({error}). Save the processor that the model was trained "
+                "with beside it."
+            ) from error
 
     def train(self, image: Any, generator: torch.Generator) -> Tensor:
         """Augment a Pillow image in RGB.
@@ -198,8 +219,19 @@ class Mixing:
         return targets.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
 
 
-def _process(processor: Any, image: Any) -> Tensor:
-    return processor(image, return_tensors="pt")["pixel_values"][0].to(torch.float32)
+def process_image(processor: Any, image: Any) -> Tensor:
+    """What an image processor makes of a Pillow image in RGB: `(1, 3, H, W)`.
+
+    Raises:
+        InvalidValueError: it does not take images in RGB, such as one for images of one channel.
+    """
+    try:
+        return processor(image, return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise InvalidValueError(
+            f"{type(processor).__name__}: expected an image processor for images in RGB, found one that does not take "
+            f"them ({error}). Give a model for RGB images, with its own image processor."
+        ) from error
 
 
 def _probe(processor: Any) -> tuple[tuple[int, int], Tensor, Tensor, tuple[int, ...]]:
@@ -208,7 +240,7 @@ def _probe(processor: Any) -> tuple[tuple[int, int], Tensor, Tensor, tuple[int, 
 
     # Of different shapes, for some processors keep them.
     colors = {(0, 0, 0): (64, 64), (255, 255, 255): (64, 96), (51, 51, 51): (96, 64), (0, 102, 204): (64, 64)}
-    inputs = [_process(processor, Image.new("RGB", size, color)) for color, size in colors.items()]
+    inputs = [process_image(processor, Image.new("RGB", size, color))[0].float() for color, size in colors.items()]
     shapes = sorted({tuple(found.shape) for found in inputs})
     if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 3:
         raise InvalidValueError(

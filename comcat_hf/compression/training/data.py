@@ -3,21 +3,21 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ComCATError, InvalidValueError
+from ...errors import InvalidValueError
+from ...training.images import read_image
 from ...training.randomness import seeded
 from .labels import LabelTable, match_labels, model_labels, read_vocabulary
 from .settings import CompressSettings
 from .sources import Source, open_sources
 
 
-__all__ = ["BrokenImageError", "BrokenImages", "RawImage", "Split", "Splits", "open_splits"]
+__all__ = ["BrokenImages", "RawImage", "Split", "Splits", "open_splits"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +26,6 @@ _BUFFER = 1000
 # Shares of a stream of unknown length are taken of at least so many images.
 _LEAST_READ = 1000
 _SEARCH, _FEWER = 0, 1
-_ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-
-
-class BrokenImageError(ComCATError):
-    """An image that cannot be read.
-
-    Attributes:
-        place: which one.
-        reason: what went wrong.
-    """
-
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(
-            f"{place}: expected an image, found one that cannot be read ({reason}). Replace or remove it."
-        )
-        self.place, self.reason = place, reason
 
 
 class BrokenImages:
@@ -167,13 +151,7 @@ class Split:
             InvalidValueError: the model lacks its label.
         """
         label = self.labels(raw.label)
-        try:
-            return _decode(raw.image), label
-        except MemoryError:
-            raise
-        # Damaged files end in errors of many kinds.
-        except Exception as error:
-            raise BrokenImageError(raw.place, f"{type(error).__name__}: {error}") from error
+        return read_image(raw.image, raw.place), label
 
     def stream(self, generator: torch.Generator | None = None) -> Iterator[RawImage]:
         """All rows one after the other.
@@ -234,11 +212,14 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
         seed: of the run.
 
     Raises:
-        InvalidValueError: a source is missing or cannot be read, lacks a column, or has labels that the model lacks.
+        InvalidValueError: a source is missing or cannot be read, lacks a column, or has labels that the model lacks;
+            or the model does not give each image one label.
     """
-    names, chosen = model_labels(config)
+    if not settings.has_source:
+        return Splits(None, None, None, ())
+    names, chosen = model_labels(config, f"--model_name_or_path {settings.model_name_or_path}")
     opened: dict[str, Split] = {}
-    sources = open_sources(settings) if settings.has_source else {}
+    sources = open_sources(settings)
     for role, source in sources.items():
         vocabulary = read_vocabulary(source.rows, source.features, settings.label_column_name, source.place)
         table, names = match_labels(vocabulary, names, chosen, source.place, settings.label_column_name)
@@ -291,24 +272,6 @@ def _cut_search(split: Split, share: float, generator: torch.Generator) -> tuple
     rows = torch.arange(split.size) if split.indices is None else split.indices
     search, train = (rows[part.sort().values] for part in (order[:count], order[count:]))
     return replace(split, indices=train, size=len(train)), replace(split, indices=search, size=len(search))
-
-
-def _decode(image: Any) -> Any:
-    from PIL import Image, ImageOps
-
-    if image is None or (image["bytes"] is None and image["path"] is None):
-        raise ValueError("there is none in this row")
-    if image["bytes"] is None and "://" in image["path"]:
-        # Beside a streamed data set: `datasets` knows how to fetch it.
-        from datasets import Image as ImageFeature
-
-        return ImageFeature().decode_example(image).convert("RGB")
-    with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
-        opened.load()
-        # Looking for the orientation takes as long as decoding a small image.
-        if opened.format not in ("JPEG", "PNG", "WEBP") or any(key in opened.info for key in _ORIENTED):
-            return ImageOps.exif_transpose(opened).convert("RGB")
-        return opened.convert("RGB")
 
 
 def _shuffled(rows: Iterator[RawImage], generator: torch.Generator) -> Iterator[RawImage]:

@@ -24,7 +24,7 @@ from .augmentation import ImagePreparation
 from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
 from .models import load_classifier, load_image_processor
-from .settings import CompressSettings
+from .settings import ALTERNATIVES, CompressSettings
 from .stream import evaluation_batches
 
 
@@ -126,7 +126,9 @@ def parse_evaluate_settings(arguments: Sequence[str]) -> EvaluateSettings:
         InvalidValueError: an unknown flag or key, a value of the wrong kind, a file that cannot be read.
     """
     description = "Evaluate an image classifier: accuracy, parameters, MACs and speed, beside the dense model's."
-    return parse_settings(EvaluateSettings, arguments, kind="evaluate", description=description)
+    return parse_settings(
+        EvaluateSettings, arguments, kind="evaluate", description=description, alternatives=ALTERNATIVES
+    )
 
 
 @dataclass(frozen=True)
@@ -274,10 +276,12 @@ def _accuracy(model: nn.Module, data: CompressSettings, accelerator: Accelerator
             "The data set: expected a split to evaluate on, found none. Give --validation_file, --validation_dir or "
             "--validation_split_name."
         )
+    preparation = ImagePreparation.of(data, load_image_processor(data))
+    preparation.check(model, str(data.model_name_or_path))
     broken = BrokenImages.of(data, split)
     batches = evaluation_batches(
         split,
-        ImagePreparation.of(data, load_image_processor(data)),
+        preparation,
         data.per_device_eval_batch_size,
         accelerator.process_index,
         accelerator.num_processes,

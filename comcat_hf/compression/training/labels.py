@@ -7,9 +7,10 @@ from typing import Any
 from ...errors import InvalidValueError
 
 
-__all__ = ["LabelTable", "Vocabulary", "match_labels", "model_labels", "read_vocabulary"]
+__all__ = ["LabelTable", "Vocabulary", "match_labels", "model_labels", "read_vocabulary", "shown"]
 
 _SHOWN = 5
+_SINGLE = "single_label_classification"
 _NEARLY_ALL = 0.9
 
 
@@ -59,10 +60,37 @@ class LabelTable:
         return number
 
 
-def model_labels(config: Any) -> tuple[tuple[str, ...], bool]:
-    """The names of a model's labels by number, and whether someone chose them (`LABEL_0` and so on nobody did)."""
+def model_labels(config: Any, place: str) -> tuple[tuple[str, ...], bool]:
+    """The names of a model's labels by number, and whether someone chose them (`LABEL_0` and so on nobody did).
+
+    Args:
+        config: of a classifier that gives each image one label.
+        place: which model it is, for messages.
+
+    Raises:
+        InvalidValueError: it is one for regression or for several labels per image, or its labels are not numbered
+            from 0.
+    """
+    kind = config.problem_type or (_SINGLE if config.num_labels > 1 else "regression")
+    if kind != _SINGLE or config.num_labels < 2:
+        raise InvalidValueError(
+            f"{place}: expected a classifier that gives each image one of several labels (problem_type {_SINGLE}), "
+            f"found problem_type {kind} with num_labels {config.num_labels}. Give one; in Python, "
+            "comcat_hf.compress takes the others as well."
+        )
+    if set(config.id2label) != set(range(config.num_labels)):
+        raise InvalidValueError(
+            f"{place}: expected the numbers from 0 to {config.num_labels - 1} in the id2label of config.json, found "
+            f"{shown(config.id2label)}. Number the labels as the model's outputs are: from 0, without a gap."
+        )
     names = tuple(str(config.id2label[number]) for number in range(config.num_labels))
     return names, any(name != f"LABEL_{number}" for number, name in enumerate(names))
+
+
+def shown(values: Iterable[Any]) -> str:
+    """The first few values, for messages."""
+    listed = [str(value) for value in values]
+    return ", ".join(listed[:_SHOWN]) + (", …" if len(listed) > _SHOWN else "")
 
 
 def read_vocabulary(rows: Any, features: Mapping[str, Any], column: str, place: str) -> Vocabulary:
@@ -74,19 +102,21 @@ def read_vocabulary(rows: Any, features: Mapping[str, Any], column: str, place: 
     from datasets import ClassLabel, Dataset, Value
 
     feature = features[column]
-    found = tuple(rows.unique(column)) if isinstance(rows, Dataset) else None
-    if isinstance(feature, ClassLabel):
-        return Vocabulary(tuple(feature.names), numbered=True, found=found)
     kind = feature.dtype if isinstance(feature, Value) else ""
-    if kind.startswith(("int", "uint")):
+    named, numbered = isinstance(feature, ClassLabel), kind.startswith(("int", "uint"))
+    # Lists and structs hold strings as well, and cannot be looked through.
+    if not named and not numbered and "string" not in kind:
+        raise InvalidValueError(
+            f"{place}: expected class names or whole numbers in --label_column_name {column!r}, found {feature}. Name "
+            "the column that holds one label per image."
+        )
+    found = tuple(rows.unique(column)) if isinstance(rows, Dataset) else None
+    if named:
+        return Vocabulary(tuple(feature.names), numbered=True, found=found)
+    if numbered:
         return Vocabulary(None, numbered=True, found=found)
-    if "string" in kind:
-        names = None if found is None else tuple(sorted(value for value in found if value is not None))
-        return Vocabulary(names, numbered=False, found=found)
-    raise InvalidValueError(
-        f"{place}: expected class names or whole numbers in --label_column_name {column!r}, found {feature}. Name the "
-        "column that holds the labels."
-    )
+    names = None if found is None else tuple(sorted(value for value in found if value is not None))
+    return Vocabulary(names, numbered=False, found=found)
 
 
 def match_labels(
@@ -127,7 +157,7 @@ def match_labels(
     else:
         raise InvalidValueError(
             f"{place}: expected {len(names)} labels, as the model has, in --label_column_name {column!r}, found "
-            f"{len(vocabulary.names)}: {_some(vocabulary.names)}. Give the data set that the model was trained for, "
+            f"{len(vocabulary.names)}: {shown(vocabulary.names)}. Give the data set that the model was trained for, "
             "or a model trained for these labels."
         )
     _check_found(vocabulary, known, names, place, column)
@@ -146,10 +176,10 @@ def _check_found(
         return
     lacking = [value for value in occurring if value not in known]
     if lacking:
-        shown = sorted((_shown(vocabulary, value) for value in lacking), key=str)
+        lacked = sorted((_shown(vocabulary, value) for value in lacking), key=str)
         raise InvalidValueError(
-            f"{place}: expected labels of the model ({len(names)}: {_some(names)}) in --label_column_name {column!r}, "
-            f"found {len(lacking)} that it lacks: {_some(shown)}. Give the data set that the model was trained for, "
+            f"{place}: expected labels of the model ({len(names)}: {shown(names)}) in --label_column_name {column!r}, "
+            f"found {len(lacking)} that it lacks: {shown(lacked)}. Give the data set that the model was trained for, "
             "or a model trained for these labels."
         )
 
@@ -157,11 +187,6 @@ def _check_found(
 def _shown(vocabulary: Vocabulary, value: Any) -> Any:
     named = vocabulary.names is not None and vocabulary.numbered and isinstance(value, int)
     return vocabulary.names[value] if named and 0 <= value < len(vocabulary.names) else value
-
-
-def _some(values: Iterable[Any]) -> str:
-    listed = [str(value) for value in values]
-    return ", ".join(listed[:_SHOWN]) + (", …" if len(listed) > _SHOWN else "")
 
 
 def _enumerated(vocabulary: Vocabulary) -> dict[Any, int]:

@@ -1,22 +1,26 @@
 """Reading the classifiers of a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from ...errors import CheckpointError, ComCATError
+from ...errors import CheckpointError, ComCATError, InvalidValueError
+from .labels import model_labels, shown
 from .settings import CompressSettings
 
 
-__all__ = ["load_classifier", "load_dense", "load_image_processor"]
+__all__ = ["load_classifier", "load_dense", "load_image_processor", "load_teacher"]
+
+_SHOWN = 3
 
 
 def load_classifier(
     source: str | Path, flag: str, *, revision: str | None = None, cache_dir: str | None = None, token: Any = None
 ) -> nn.Module:
-    """Read an image classifier, dense or compressed, in float32.
+    """Read an image classifier, dense or compressed, in float32, with all its weights.
 
     Args:
         source: folder or Hub id.
@@ -27,11 +31,18 @@ def load_classifier(
         the model in eval mode.
 
     Raises:
-        CheckpointError: there is none that loads.
+        CheckpointError: there is none that loads, or it lacks weights, such as those of the classification head.
     """
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            source, revision=revision or "main", cache_dir=cache_dir, token=token, dtype="float32"
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            source,
+            revision=revision or "main",
+            cache_dir=cache_dir,
+            token=token,
+            dtype="float32",
+            # Else transformers' error names no weights.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except ComCATError:
         raise
@@ -40,6 +51,7 @@ def load_classifier(
             f"{flag} {source}: expected a folder or Hub id of an image classifier of transformers, found none that "
             f"loads ({error}). Check the path, the revision and the network."
         ) from error
+    _check_whole(model, loading, f"{flag} {source}")
     return model.eval()
 
 
@@ -51,6 +63,26 @@ def load_dense(settings: CompressSettings) -> nn.Module:
     """
     where = {"revision": settings.model_revision, "cache_dir": settings.cache_dir, "token": settings.token}
     return load_classifier(settings.model_name_or_path, "--model_name_or_path", **where).requires_grad_(False)
+
+
+def load_teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module:
+    """The model that teaches, frozen: the dense one where no other is named.
+
+    Raises:
+        CheckpointError: there is none that loads.
+        InvalidValueError: its labels are not the dense model's.
+    """
+    if settings.teacher is None:
+        return dense.requires_grad_(False).eval()
+    teacher = load_classifier(settings.teacher, "--teacher", cache_dir=settings.cache_dir, token=settings.token)
+    theirs, _ = model_labels(teacher.config, f"--teacher {settings.teacher}")
+    ours, _ = model_labels(dense.config, f"--model_name_or_path {settings.model_name_or_path}")
+    if len(theirs) != len(ours) or (theirs != ours and sorted(theirs) == sorted(ours)):
+        raise InvalidValueError(
+            f"--teacher {settings.teacher}: expected the labels of --model_name_or_path in their order ({len(ours)}: "
+            f"{shown(ours)}), found {len(theirs)}: {shown(theirs)}. Take a teacher of the same labels."
+        )
+    return teacher.requires_grad_(False)
 
 
 def load_image_processor(settings: CompressSettings) -> Any:
@@ -73,3 +105,19 @@ def load_image_processor(settings: CompressSettings) -> Any:
             f"--model_name_or_path {source}: expected an image processor beside the model, found none that loads "
             f"({error}). Save one there (processor.save_pretrained)."
         ) from error
+
+
+def _check_whole(model: nn.Module, loading: Mapping[str, Any], place: str) -> None:
+    """Refuse random weights, which transformers only warns of."""
+    learned = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    problems = [f"{name} (found none)" for name in sorted(learned.intersection(loading["missing_keys"]))]
+    problems += [
+        f"{name} of shape {tuple(wanted)} (found {tuple(found)})"
+        for name, found, wanted in sorted(loading["mismatched_keys"])
+    ]
+    if problems:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(
+            f"{place}: expected all weights of {type(model).__name__}, found none that fit for "
+            f"{', '.join(problems[:_SHOWN])}{more}. Give a checkpoint that was trained as an image classifier."
+        )

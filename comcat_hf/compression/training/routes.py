@@ -16,7 +16,7 @@ from ...native import plan_of
 from ...tuners.layer import CompressLayer
 from ..counting import example_inputs
 from ..distillation import DistillationLoss
-from .models import load_classifier
+from .models import load_classifier, load_teacher
 from .settings import CompressSettings
 
 
@@ -120,12 +120,7 @@ def freeze_unreached(model: nn.Module, loss: DistillationLoss) -> list[str]:
 
 
 def _teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module | None:
-    if not make_loss(settings).needs_teacher:
-        return None
-    if settings.teacher is None:
-        return dense.requires_grad_(False).eval()
-    teacher = load_classifier(settings.teacher, "--teacher", cache_dir=settings.cache_dir, token=settings.token)
-    return teacher.requires_grad_(False).eval()
+    return load_teacher(settings, dense) if make_loss(settings).needs_teacher else None
 
 
 def _with_factors(settings: CompressSettings, dense: nn.Module, small: nn.Module, folder: Path) -> PeftModel:

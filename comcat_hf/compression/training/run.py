@@ -24,7 +24,7 @@ from .augmentation import ImagePreparation, Mixing
 from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
 from .loop import TrainResult, TrainRun, finetune_model
-from .models import load_classifier, load_dense, load_image_processor
+from .models import load_classifier, load_dense, load_image_processor, load_teacher
 from .outputs import push_model, save_model, write_model_card, write_results
 from .planning import CompressPlan, Steps, describe_run, plan_steps
 from .reporting import draw_ranks, write_run_report
@@ -296,6 +296,12 @@ def _read(
         dense = load_dense(settings)
         processor = load_image_processor(settings)
         splits = open_splits(settings, dense.config, seed)
+    preparation = ImagePreparation.of(settings, processor)
+    if settings.has_source:
+        preparation.check(dense, f"--model_name_or_path {settings.model_name_or_path}")
+        if settings.teacher is not None:
+            # Needed after hours only, but what is wrong with it is said before.
+            preparation.check(load_teacher(settings, dense), f"--teacher {settings.teacher}")
     return Setting(
         settings=settings,
         accelerator=accelerator,
@@ -303,7 +309,7 @@ def _read(
         dense=dense,
         processor=processor,
         splits=splits,
-        preparation=ImagePreparation.of(settings, processor),
+        preparation=preparation,
         broken=BrokenImages(settings.max_broken_images, splits.train.size if splits.train is not None else None),
         seed=seed,
         say=say,

@@ -4,15 +4,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from ...errors import InvalidValueError
 from ...training.recipes import parse_settings
 
 
-__all__ = ["STAGES", "CompressSettings", "parse_compress_settings"]
+__all__ = ["ALTERNATIVES", "STAGES", "CompressSettings", "parse_compress_settings"]
 
 STAGES = ("calibrate", "allocate", "initialize", "finetune", "evaluate", "export", "push")
+
+# A flag for a source of images, or for what is removed, displaces all that a recipe says of it.
+ALTERNATIVES = MappingProxyType(
+    {
+        ("dataset_name", "train_file", "validation_file", "train_dir", "validation_dir"): (
+            *("dataset_config_name", "train_split_name", "validation_split_name", "streaming"),
+            *("image_column_name", "label_column_name"),
+        ),
+        ("reduction", "plan"): (),
+    }
+)
 
 Precision = Literal["no", "fp16", "bf16"]
 Strategy = Literal["uniform", "spectrum", "sensitivity", "search"]
@@ -120,7 +132,7 @@ class CompressSettings:
     modules_to_save: str | None = _flag("classifier", "Modules that route peft trains as well, separated by commas.")
     output_dir: str = _flag("comcat-vit", "Where the model goes, with checkpoint-N folders beside it.")
     overwrite_output_dir: bool = _flag(False, "Remove what an earlier run left in output_dir.")
-    seed: int | None = _flag(None, "Makes the run repeatable.")
+    seed: int | None = _flag(None, "Makes the run repeatable; default: that of the earlier run, else 42.")
     num_train_epochs: float = _flag(3.0, "Times through the training images, where max_train_steps is not given.")
     max_train_steps: int | None = _flag(None, "Optimizer steps.")
     per_device_train_batch_size: int = _flag(64, "Images per step and process.")
@@ -261,7 +273,14 @@ def parse_compress_settings(arguments: Sequence[str]) -> CompressSettings:
     """
     description = "Compress an image classifier: choose ranks, factorise, fine-tune with distillation, evaluate."
     nullable = ("modules_to_save", "checkpointing_steps", "eval_steps")
-    return parse_settings(CompressSettings, arguments, kind="compress", description=description, nullable=nullable)
+    return parse_settings(
+        CompressSettings,
+        arguments,
+        kind="compress",
+        description=description,
+        nullable=nullable,
+        alternatives=ALTERNATIVES,
+    )
 
 
 def _check_numbers(settings: CompressSettings) -> None:

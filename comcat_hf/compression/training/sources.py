@@ -1,5 +1,6 @@
 """Where images come from: a data set by name, parquet files, or folders, all opened through `datasets`."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InvalidValueError
+from ...training.images import SUFFIXES
 from .settings import CompressSettings
 
 
-__all__ = ["SUFFIXES", "Source", "open_sources"]
+__all__ = ["Source", "open_sources"]
 
-SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+logger = logging.getLogger(__name__)
+
 _SAVED = ("dataset_dict.json", "state.json")
 _SHOWN = 5
 
@@ -159,8 +162,16 @@ def _list_classes(folder: Path, place: str) -> dict[str, list[Path]]:
             f"{place}: expected a folder with a folder of images per class, found "
             f"{'a file' if folder.is_file() else 'nothing there'}. Check the path."
         )
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and _counts(path.name))
-    found = {path.name: _list_images(path) for path in classes}
+    try:
+        classes, left = _class_folders(folder, place)
+        owners = {path.resolve(): name for name, path in classes.items()}
+        found = {name: _list_images(classes[name], owners, left) for name in sorted(classes)}
+    except OSError as error:
+        raise InvalidValueError(f"{place}: expected folders that can be read, found {error}. Change that.") from error
+    if left:
+        logger.warning(
+            "%s: %d links that lead out of their class are left out, among them %s", place, len(left), left[0]
+        )
     if not any(found.values()):
         others = sorted(path.name for path in folder.iterdir() if _counts(path.name))
         raise InvalidValueError(
@@ -172,16 +183,65 @@ def _list_classes(folder: Path, place: str) -> dict[str, list[Path]]:
     return found
 
 
-def _list_images(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if _counts(name))
-        found += [
-            Path(parent, name)
-            for name in sorted(files)
-            if _counts(name) and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
+def _class_folders(folder: Path, place: str) -> tuple[dict[str, Path], list[Path]]:
+    """The folders of the classes, and links that are none: those to another class, or to what holds one."""
+    entries = sorted(path for path in folder.iterdir() if path.is_dir() and _counts(path.name))
+    classes: dict[str, Path] = {}
+    left: list[Path] = []
+    root = folder.resolve()
+    inside: dict[Path, str] = {}
+    around = {root, *root.parents}
+    # Real folders first: they have a label of their own.
+    for path in sorted(entries, key=Path.is_symlink):
+        real = path.resolve()
+        other = next((inside[above] for above in (real, *real.parents) if above in inside), None)
+        if other is not None and classes[other].is_symlink():
+            raise InvalidValueError(
+                f"{place}: expected a folder of its own for each class, found that {other} and {path.name} lead to "
+                "the same images. Remove one of the links."
+            )
+        if path.is_symlink() and (other is not None or real in around):
+            left.append(path)
+            continue
+        classes[path.name], inside[real] = path, path.name
+        around.update(real.parents)
+    return classes, left
+
+
+def _list_images(folder: Path, owners: Mapping[Path, str], left: list[Path]) -> list[Path]:
+    """The images of a class, in each real folder once.
+
+    Args:
+        folder: of the class.
+        owners: the class of each real folder.
+        left: takes the links that lead elsewhere.
+    """
+    found: list[Path] = []
+    links: list[Path] = []
+    waiting, seen = [folder], set()
+    while waiting:
+        place = waiting.pop()
+        seen.add(place.resolve())
+        with os.scandir(place) as entries:
+            listed = sorted((entry for entry in entries if _counts(entry.name)), key=lambda entry: entry.name)
+        folders = []
+        for entry in listed:
+            path, linked = Path(entry.path), entry.is_symlink()
+            if linked and path.is_dir():
+                links.append(path)
+            elif not linked and entry.is_dir():
+                folders.append(path)
+            elif path.suffix.lower() in SUFFIXES:
+                # What a link to nothing leads to is found broken when it is read.
+                elsewhere = linked and _owner(path, owners) not in (None, folder.name)
+                (left if elsewhere else found).append(path)
+        waiting += reversed(folders)
+    left += [link for link in links if link.resolve() not in seen]
     return found
+
+
+def _owner(link: Path, owners: Mapping[Path, str]) -> str | None:
+    return next((owners[path] for path in link.resolve().parents if path in owners), None)
 
 
 def _counts(name: str) -> bool:

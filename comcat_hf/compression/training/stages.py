@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...configs import RankPlan
 from ...errors import CheckpointError, ComCATError
+from ...training.images import BrokenImageError
 from ...training.interruption import Interruption, stopped_by
 from ..allocation import allocate_ranks
 from ..compress import compress
@@ -24,8 +25,8 @@ from ..strategies import MEASURING
 from ..timing import measure_latency
 from .artefacts import Artefacts, facts_of, whole_folder
 from .augmentation import ImagePreparation
-from .data import BrokenImageError, BrokenImages, Split, Splits
-from .models import load_classifier
+from .data import BrokenImages, Split, Splits
+from .models import load_teacher
 from .settings import CompressSettings
 from .stream import calibration_batches
 
@@ -272,7 +273,6 @@ def _search(run: Setting, statistics: Statistics | None, interruption: Interrupt
     )
     path = run.artefacts.search_state
     state = SearchState.load(path) if path.is_file() else SearchState()
-    teacher = load_classifier(settings.teacher, "--teacher", token=settings.token) if settings.teacher else run.dense
     taught = settings.distillation_type != "none"
     kind = settings.distillation_type if taught else "soft"
     loss = DistillationLoss(settings.distillation_alpha if taught else 0.0, kind, settings.distillation_temperature)
@@ -283,7 +283,7 @@ def _search(run: Setting, statistics: Statistics | None, interruption: Interrupt
         scope=settings.scope,
         metric=settings.metric,
         epochs=settings.search_epochs,
-        teacher=teacher if taught else None,
+        teacher=load_teacher(settings, run.dense) if taught else None,
         loss=loss,
         beta=settings.search_beta,
         learning_rate=settings.search_learning_rate,

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import InvalidValueError
+from ...training.images import BrokenImageError
 from ...training.randomness import MAX_SEED, seeded
 from .augmentation import ImagePreparation, Mixing
-from .data import BrokenImageError, BrokenImages, RawImage, Split, logger
+from .data import BrokenImages, RawImage, Split, logger
 from .settings import CompressSettings
 
 

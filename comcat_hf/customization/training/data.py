@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidValueError
+from ...training.images import SUFFIXES, BrokenImageError, read_image
+from .captions import BESIDE, column_captions, folder_captions, warn_of_unread_captions
 from .settings import CustomizeSettings
 
 
 __all__ = ["Example", "Prepared", "class_examples", "find_images", "instance_examples", "prepare_image"]
-
-_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-_METADATA = "metadata.jsonl"
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,11 @@ class Example:
         Raises:
             InvalidValueError: it cannot be read.
         """
-        from PIL import Image, ImageOps
-
         try:
-            image = Image.open(self.source) if self.row is None else self.source[self.row][self.column]
-            with image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise InvalidValueError(
-                f"{self.name}: expected an image, found a file that cannot be read as one ({error}). Replace or "
-                "remove it."
-            ) from error
+            return read_image(self.source if self.row is None else self.source[self.row][self.column], self.name)
+        except BrokenImageError as error:
+            # Of a kind that comes out of a worker process with its message.
+            raise InvalidValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
 
 
@@ -133,7 +125,6 @@ def prepare_image(
     width, height = image.size
     factor = resolution / min(width, height)
     size = max(round(width * factor), resolution), max(round(height * factor), resolution)
-    image = image.resize(size, Image.Resampling.LANCZOS)
     if flip:
         image = ImageOps.mirror(image)
     room = size[0] - resolution, size[1] - resolution
@@ -141,7 +132,11 @@ def prepare_image(
         left, top = room[0] // 2, room[1] // 2
     else:
         left, top = (int(torch.randint(space + 1, (), generator=generator)) for space in room)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    # The crop alone: all of an elongated image would not fit into memory.
+    across, down = width / size[0], height / size[1]
+    right, bottom = min((left + resolution) * across, width), min((top + resolution) * down, height)
+    box = (left * across, top * down, right, bottom)
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     pixels = VaeImageProcessor(do_resize=False).preprocess(image)[0]
     return Prepared(pixels, (height, width, top, left, resolution, resolution))
 
@@ -163,52 +158,12 @@ def _read_folder(settings: CustomizeSettings) -> list[Example]:
     if not images:
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         raise InvalidValueError(
-            f"--instance_data_dir {folder}: expected images ({', '.join(sorted(_SUFFIXES))}), found "
+            f"--instance_data_dir {folder}: expected images ({', '.join(sorted(SUFFIXES))}), found "
             f"{', '.join(others[:5]) if others else 'an empty folder'}{', …' if len(others) > 5 else ''}. Put images "
             "of the subject directly into it."
         )
-    captions = _read_metadata(folder / _METADATA, settings.caption_column)
-    return [
-        Example(str(path), captions.get(path.name) or _caption_beside(path) or settings.instance_prompt, path)
-        for path in images
-    ]
-
-
-def _caption_beside(image: Path) -> str | None:
-    path = image.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        return " ".join(path.read_text(encoding="utf-8").split()) or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidValueError(
-            f"{path}: expected a caption in UTF-8, found a file that cannot be read ({error}). Correct or remove it."
-        ) from error
-
-
-def _read_metadata(path: Path, column: str | None) -> Mapping[str, str]:
-    """Captions by file name, from the metadata file of an image folder."""
-    if not path.is_file():
-        return {}
-    key, captions = column or "text", {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name = entry["file_name"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InvalidValueError(
-                f"{path}: expected JSON with 'file_name' in line {number}, found {line[:80]!r}. Correct the line."
-            ) from error
-        if key in entry:
-            captions[name] = entry[key]
-        elif column is not None:
-            raise InvalidValueError(
-                f"{path}: expected the --caption_column {column!r} in line {number}, found {', '.join(entry)}. Name "
-                "one of these."
-            )
-    return captions
+    captions = folder_captions(folder, images, settings.caption_column, SUFFIXES)
+    return [Example(str(path), captions.get(path, settings.instance_prompt), path) for path in images]
 
 
 def _read_dataset(settings: CustomizeSettings) -> list[Example]:
@@ -221,12 +176,14 @@ def _read_dataset(settings: CustomizeSettings) -> list[Example]:
         ) from error
 
     name = settings.dataset_name
+    warn_of_unread_captions(Path(name), BESIDE, "captions beside images are read with --instance_data_dir only")
     try:
         rows = load_dataset(name, settings.dataset_config_name, cache_dir=settings.cache_dir, split="train")
     except Exception as error:
+        cause = error.__cause__ or error
         raise InvalidValueError(
             f"--dataset_name {name}: expected a data set with a split 'train', found none that loads "
-            f"({type(error).__name__}: {error}). Check the name, --dataset_config_name and the network."
+            f"({type(cause).__name__}: {cause}). Check the name, --dataset_config_name and the network."
         ) from error
     captions = [] if settings.caption_column is None else [("caption_column", settings.caption_column)]
     for flag, column in [("image_column", settings.image_column), *captions]:
@@ -240,9 +197,10 @@ def _read_dataset(settings: CustomizeSettings) -> list[Example]:
             f"--dataset_name {name}: expected images in --image_column {settings.image_column!r}, found "
             f"{rows.features[settings.image_column]}. Name the column that holds them."
         )
+    rows = rows.cast_column(settings.image_column, Image(decode=False))
     if len(rows) == 0:
         raise InvalidValueError(f"--dataset_name {name}: expected images, found no row in split 'train'.")
-    texts = [None] * len(rows) if settings.caption_column is None else rows[settings.caption_column]
+    texts = column_captions(rows, settings.caption_column, f"--dataset_name {name}")
     return [
         Example(f"{name}[{row}]", text or settings.instance_prompt, rows, row, settings.image_column)
         for row, text in enumerate(texts)

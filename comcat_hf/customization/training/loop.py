@@ -15,6 +15,7 @@ from ...errors import ComCATError
 from ...training.checkpoints import Progress, find_checkpoint, remove_checkpoints
 from ...training.interruption import Interruption, stopped_by
 from ...training.randomness import choose_seed, seeded
+from .captions import BESIDE, TABLES, warn_of_unread_captions
 from .checkpoints import MUST, restore, save_checkpoint
 from .data import class_examples, instance_examples
 from .families import Denoiser, load_pipeline
@@ -91,7 +92,11 @@ def customize(
     settings.check()
     check_extras(settings)
     images = tuple(instance_examples(settings))
-    classes = tuple(class_examples(settings)) if settings.with_prior_preservation else ()
+    classes = ()
+    if settings.with_prior_preservation:
+        folder = Path(settings.class_data_dir).expanduser()
+        warn_of_unread_captions(folder, (*BESIDE, *TABLES), "all class images get the --class_prompt")
+        classes = tuple(class_examples(settings))
     output_dir = Path(settings.output_dir).expanduser()
     checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir)
     done = None if checkpoint is None else Progress.read(checkpoint)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ _COUNTS = (
 )
 _ABOVE_ZERO = ("learning_rate", "snr_gamma", "max_grad_norm", "adam_epsilon", "lr_power")
 _FROM_ZERO = ("prior_loss_weight", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "seed")
+_PROMPTS = ("instance_prompt", "class_prompt", "validation_prompt")
 _SHARES = ("adam_beta1", "adam_beta2")
 
 
@@ -85,7 +87,7 @@ class CustomizeSettings:
     # The training
     output_dir: str = _flag("comcat-model", "Where the adapter and the checkpoints go.")
     overwrite_output_dir: bool = _flag(False, "Remove the checkpoints of an earlier run from output_dir.")
-    seed: int | None = _flag(None, "Makes the run repeatable.")
+    seed: int | None = _flag(None, "Makes the run repeatable; default: that of the resumed run, else 42.")
     train_batch_size: int = _flag(4, "Images of the subject per step and process.")
     num_train_epochs: int = _flag(1, "Times through the data, where max_train_steps is not given.")
     max_train_steps: int | None = _flag(None, "Optimizer steps.")
@@ -135,6 +137,10 @@ class CustomizeSettings:
             InvalidValueError: one cannot.
         """
         _check_numbers(self)
+        for name in _PROMPTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise InvalidValueError(f"--{name} must be one text, got {value!r}.")
         given = {name: getattr(self, name) for name in ("pretrained_model_name_or_path", "instance_prompt")}
         for name, value in given.items():
             if not value or not value.strip():
@@ -210,8 +216,9 @@ class CustomizeSettings:
     def _has_token(self, prompt: str) -> bool:
         if self.instance_token is None:
             return False
-        word = rf"(?<!\w){re.escape(self.instance_token)}(?!\w)"
-        return re.search(word, prompt, flags=re.IGNORECASE) is not None
+        # The same letters may be written composed or not; the tokenizers compose them.
+        token, text = (unicodedata.normalize("NFC", one) for one in (self.instance_token, prompt))
+        return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", text, flags=re.IGNORECASE) is not None
 
 
 def parse_customize_settings(arguments: Sequence[str]) -> CustomizeSettings:
@@ -222,7 +229,17 @@ def parse_customize_settings(arguments: Sequence[str]) -> CustomizeSettings:
     """
     description = "Train a ComCAT adapter on images of a subject, DreamBooth style."
     ranks = ("qk_rank", "vo_rank")
-    return parse_settings(CustomizeSettings, arguments, kind="customize", description=description, nullable=ranks)
+    # A flag for a source of images displaces the whole source of a recipe.
+    alternatives = {("instance_data_dir", "dataset_name"): ("dataset_config_name", "image_column", "caption_column")}
+    return parse_settings(
+        CustomizeSettings,
+        arguments,
+        kind="customize",
+        description=description,
+        nullable=("rank", *ranks),
+        joint={"rank": ranks},
+        alternatives=alternatives,
+    )
 
 
 def _rank(name: str, value: Any) -> int | None:

@@ -300,6 +300,10 @@ class TestDryRun:
         assert result.plan.exact
         assert result.plan.plan.ranks == whole[1].plan.plan.ranks
 
+    def test_takes_the_seed_of_an_earlier_run_else_42(self, base, whole, tmp_path):
+        seeds = [run(base, folder, dry_run=True, seed=None).plan.seed for folder in (tmp_path, whole[0])]
+        assert seeds == [42, 1]
+
 
 class TestScript:
     """The script as a process: killed wherever it is, and resumed."""

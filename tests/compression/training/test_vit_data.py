@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from transformers import ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from comcat_hf.compression.training.augmentation import ImagePreparation, Mixing
-from comcat_hf.compression.training.data import BrokenImageError, BrokenImages, open_splits
+from comcat_hf.compression.training.data import BrokenImages, open_splits
 from comcat_hf.compression.training.settings import CompressSettings
 from comcat_hf.compression.training.stream import (
     batches_per_epoch,
@@ -21,6 +22,8 @@ from comcat_hf.compression.training.stream import (
     train_batches,
 )
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.training.images import BrokenImageError
+from tests.training.test_images import large
 
 
 datasets = pytest.importorskip("datasets")
@@ -242,6 +245,25 @@ def test_datasets_that_is_not_installed_is_named(given, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(InvalidValueError, match=r"pip install comcat_hf\[train\]"):
         open_splits(given(), model_config(), 0)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_images_of_other_kinds_are_read_alike(given, tmp_path):
+    """Grey values of 16 bits are scaled; a range that cannot be told and too many pixels count as broken."""
+    contents = [png(value) for value in range(4)]
+    wide, unknown = np.full((6, 6), 200 * 257, np.uint16), np.full((6, 6), -3, np.int32)
+    for index, (image, kind) in enumerate(((wide, "png"), (unknown, "tiff"))):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, kind)
+        contents[index] = file.getvalue()
+    contents[2] = large(13_000)
+    file = write_parquet(tmp_path / "kinds.parquet", contents)
+    for streaming in (False, True):
+        split = open_splits(given(train_file=str(file), streaming=streaming), model_config(), 0).train
+        broken = BrokenImages(2)
+        batches = evaluate(split, 4, broken=broken)[0]
+        assert seen([{"pixel_values": batches[0]["pixel_values"][batches[0]["valid"]]}]) == [200, 3]
+        assert [place.split("[")[1][0] for place in broken.places] == ["1", "2"]
 
 
 # Labels
