@@ -15,8 +15,8 @@ from .compression import count_parameters as count_parameters
 from .compression import measure_latency as measure_latency
 from .compression import measure_sensitivities as measure_sensitivities
 from .compression import search_ranks as search_ranks
-from .configs import ComCATConfig as ComCATConfig
-from .configs import RankPlan as RankPlan
+from .configs.adapter import ComCATConfig as ComCATConfig
+from .configs.ranks import RankPlan as RankPlan
 from .customization import export_pipeline as export_pipeline
 from .customization import load_comcat_weights as load_comcat_weights
 from .customization import save_comcat_weights as save_comcat_weights
@@ -26,9 +26,8 @@ from .native import plan_of as plan_of
 from .native.diffusers import register as _register_diffusers
 from .tuners import initialize_comcat_weights as initialize_comcat_weights
 from .tuners import register as _register
+from .version import __version__ as __version__
 
-
-__version__ = "0.1.0"
 
 _register()
 _register_diffusers()

@@ -8,14 +8,12 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .errors import CheckpointError
-from .transport import write_text_atomic
+from .transport import hub_id, write_text_atomic
 
 
-__all__ = ["CARD_NAME", "CardFacts", "Measured", "markdown_table", "quoted", "shown_base", "write_card"]
+__all__ = ["CARD_NAME", "CardFacts", "Measured", "code_span", "markdown_table", "quoted", "shown_base", "write_card"]
 
 CARD_NAME = "README.md"
 # What stands between these is ours, and is replaced when a card is written again. Of two beginnings the second counts:
@@ -49,7 +47,7 @@ class CardFacts:
         base: Hub id or folder of the base model. A folder is named in the text only, by its last part.
         relation: of the model to its base, one of the Hub's: `"finetune"` or `"adapter"`.
         library: which loads it: `"transformers"`, `"diffusers"` or `"peft"`.
-        task: its `pipeline_tag`.
+        task: its `pipeline_tag`, if it has one.
         snippet: Python that uses it; its first line imports comcat_hf.
         tags: beside `comcat`.
         dataset: Hub id of what it was trained and measured on, if there is one. A folder is not named.
@@ -66,7 +64,7 @@ class CardFacts:
     base: str | None
     relation: str
     library: str
-    task: str
+    task: str | None
     snippet: str
     tags: Sequence[str] = ()
     dataset: str | None = None
@@ -111,7 +109,7 @@ def write_card(folder: str | Path, facts: CardFacts) -> Path:
 
 def shown_base(base: str | None) -> str:
     """A base model as a card names it: a Hub id as it is, of a folder the last part."""
-    if not base or _is_hub_id(base):
+    if not base or hub_id(base):
         return base or "an unnamed model"
     # Windows' rules know both kinds of slashes.
     name = PureWindowsPath(base).name
@@ -123,11 +121,18 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def code_span(text: str) -> str:
+    """A name as code within a line of Markdown, whatever it holds."""
+    text = " ".join(text.split())
+    padding = " " if "`" in text else ""
+    return f"{_fence(text, 1)}{padding}{text}{padding}{_fence(text, 1)}"
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a table, the first one its head; nothing for no rows."""
     if not rows:
         return ""
-    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in rows]
+    rows = [[_line(cell).replace("|", "\\|") for cell in cells] for cells in rows]
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
@@ -160,13 +165,17 @@ def _line(text: str) -> str:
 
 def _fenced(text: str, language: str = "") -> str:
     text = text.strip()
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}\n"
+    return f"{_fence(text, 3)}{language}\n{text}\n{_fence(text, 3)}\n"
+
+
+def _fence(text: str, shortest: int) -> str:
+    """So many backticks as the text holds nowhere in a row."""
+    return "`" * max(shortest, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
     results = []
-    dataset = facts.dataset if facts.dataset and _is_hub_id(facts.dataset) else None
+    dataset = hub_id(facts.dataset)
     for one in facts.measured if dataset else ():
         results.append(
             EvalResult(
@@ -178,7 +187,7 @@ def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
                 metric_value=round(one.value, 6),
             )
         )
-    base = facts.base if facts.base and _is_hub_id(facts.base) else None
+    base = hub_id(facts.base)
     extra = dict(facts.extra or {})
     if base is not None:
         extra["base_model_relation"] = facts.relation
@@ -188,7 +197,7 @@ def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
         base_model=base,
         library_name=facts.library,
         pipeline_tag=facts.task,
-        tags=list(dict.fromkeys([*tags, facts.task, "comcat", *facts.tags])),
+        tags=list(dict.fromkeys([*tags, *([facts.task] if facts.task else []), "comcat", *facts.tags])),
         datasets=[dataset] if dataset else None,
         model_name=facts.title if results else None,
         eval_results=results or None,
@@ -212,13 +221,3 @@ def _read(path: Path) -> tuple[ModelCard, str]:
             f"{path}: expected a model card with YAML metadata between lines of three dashes, found one that cannot "
             f"be read ({type(error).__name__}). Repair it, or move it away."
         ) from error
-
-
-def _is_hub_id(name: str) -> bool:
-    if Path(name).expanduser().exists() or name.startswith((".", "~", "/")) or "\\" in name:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "comcat_hf"
 # their whole number: native builds on attention/, the rest of floor 0 on errors.py, training and demos on plots.
 FLOORS = {
     "errors": 0,
+    "version": 0,
     "core": 0.5,
     "factorization": 0.5,
     "transport": 0.5,
@@ -177,6 +178,13 @@ def test_nothing_prints_exits_or_looks_away(path):
         if ast.unparse(call.func) == "torch.load" and "weights_only" not in {word.arg for word in call.keywords}:
             found.append("torch.load without weights_only=True: say it")
     assert not found, f"{name_of(path)}: " + "; ".join(found)
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_errors_say_all_themselves(path):
+    """Who installed the package has neither docs/ nor scripts/ to look something up in."""
+    raised = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    assert not [text for text in raised if "docs/" in text or "scripts/" in text or ".md" in text]
 
 
 def test_no_file_names_a_place_outside_the_repository():

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from comcat_hf.cards import CardFacts, Measured, markdown_table, quoted, shown_base, write_card
+from comcat_hf.cards import CardFacts, Measured, code_span, markdown_table, quoted, shown_base, write_card
 from comcat_hf.errors import CheckpointError
 
 
@@ -152,6 +152,15 @@ def test_a_damaged_card_is_left_as_it_was(tmp_path):
     assert path.read_text() == "---\nlicense: [\n---\nMine.\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "span"),
+    [("user/dense", "`user/dense`"), ("my `best` vit", "`` my `best` vit ``"), ("a``\n# b", "``` a`` # b ```")],
+)
+def test_a_name_stays_in_its_code_span(name, span):
+    assert code_span(name) == span
+
+
 def test_tables():
+    assert markdown_table([("a", "<!-- b")]).startswith("| a | &lt;!-- b |\n")
     assert markdown_table(()) == ""
     assert markdown_table([("a", "b"), ("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"

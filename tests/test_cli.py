@@ -1,6 +1,7 @@
 """The command line: help, errors without tracebacks, exit codes."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -8,13 +9,24 @@ import pytest
 import typer
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, pipeline
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Dinov2Backbone,
+    Dinov2Config,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
+    pipeline,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
 import comcat_hf
-from comcat_hf import ComCATConfig, RankPlan, cli
-from comcat_hf.cli import demo as demo_commands
+from comcat_hf import ComCATConfig, RankPlan, cli, demo_customize
 from comcat_hf.cli import shell
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.transport import write_json_atomic
@@ -104,14 +116,14 @@ def test_the_demo_of_customizing_is_run_with_its_options(tmp_path, monkeypatch):
         asked.append((output, settings, progress))
         raise InvalidValueError("enough")
 
-    monkeypatch.setattr(demo_commands, "run_customize_demo", refuse)
+    monkeypatch.setattr(demo_customize, "run_customize_demo", refuse)
     options = ("--steps", "7", "--base-steps", "8", "--samples", "9", "--seed", "3", "--threads", "1", "--no-progress")
     result = run("demo-customize", "--output", str(tmp_path), *options)
     assert (result.exit_code, result.stderr) == (1, "comcat demo-customize: enough\n")
-    wanted = demo_commands.CustomizeDemoSettings(steps=7, base_steps=8, samples=9, seed=3, threads=1)
+    wanted = demo_customize.CustomizeDemoSettings(steps=7, base_steps=8, samples=9, seed=3, threads=1)
     assert asked == [(tmp_path, wanted, False)]
     run("demo-customize")
-    assert asked[1][1:] == (demo_commands.CustomizeDemoSettings(), True)
+    assert asked[1][1:] == (demo_customize.CustomizeDemoSettings(), True)
 
 
 def test_a_new_command_is_added_by_decorator_and_guarded(monkeypatch):
@@ -145,12 +157,43 @@ def test_columns_line_up():
     ]
 
 
-def test_the_module_runs_as_a_program():
-    command = [sys.executable, "-m", "comcat_hf.cli", "demo", "--reduction", "2"]
+@pytest.mark.parametrize("module", ["comcat_hf.cli", "comcat_cli"])
+def test_the_module_runs_as_a_program(module):
+    command = [sys.executable, "-m", module, "demo", "--reduction", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "comcat demo: reduction must be a share between 0 and 1, got 2.0.\n"
     assert done.stdout == ""
+
+
+def program(*arguments):
+    """`comcat` as a user starts it: which of torch and `compress` its process has in the end, and what it said."""
+    code = (
+        f"import sys, comcat_cli\nsys.argv = {['comcat', *arguments]!r}\ntry:\n    comcat_cli.main()\n"
+        "finally:\n    print('torch' in sys.modules, hasattr(sys.modules['comcat_hf'], 'compress'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[-1], done.stdout + done.stderr
+
+
+def test_what_needs_no_model_starts_without_torch(tmp_path):
+    plan = save_plan(tmp_path / "plan")
+    for arguments, says in (
+        (["--help"], "low-rank"),
+        (["--version"], f"comcat_hf {comcat_hf.__version__}\n"),
+        (["compress", "--help"], "--reduction"),
+        (["ranks", "show", plan], "qk 4, vo 6"),
+        (["ranks", "compare", plan, plan], "same ranks"),
+        (["info", plan], "kind: rank plan"),
+        (["pull", plan, str(tmp_path / "copy")], "copy"),
+    ):
+        loaded, said = program(*arguments)
+        assert (loaded, says in said) == ("False False", True), said
+
+
+def test_a_command_that_needs_models_registers_with_the_libraries(tmp_path):
+    loaded, said = program("convert", "vit", str(tmp_path), str(tmp_path / "out"))
+    assert loaded == "True True" and "comcat convert vit: " in said
 
 
 def save_plan(folder, **ranks):
@@ -303,6 +346,7 @@ def test_a_classifier_is_compressed_measured_and_reported(digits_vit):
     result = run("compress", str(digits_vit / "vit"), str(out), *options)
     assert result.exit_code == 0, result.output
     assert "top-1" in result.stdout
+    assert re.search(r"Sweep: 2\d\.\d\d% removed, top-1 \d+\.\d\d%, top-5 100\.00%\.\n", result.stdout)
     assert f"Report: {out / 'report.html'}" in result.stdout
     shown = Image.new("RGB", (8, 8), (30, 30, 30))
     assert {found["label"] for found in pipeline("image-classification", str(out))(shown)} == {"dark", "light"}
@@ -312,6 +356,63 @@ def test_a_classifier_is_compressed_measured_and_reported(digits_vit):
     )
     assert again.exit_code == 1
     assert "another OUT, or --overwrite" in again.stderr
+
+
+def test_a_budget_may_be_of_latency(digits_vit):
+    assert "latency" in plain(run("compress", "--help").stdout)
+    asked = ("--reduction", "0.99", "--metric", "latency")
+    result = run("compress", str(digits_vit / "vit"), str(digits_vit / "out"), *asked)
+    assert "latency is out of reach: " in result.stderr
+
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+KINDS = {
+    "encoder": lambda: ViTModel(ViTConfig(**VISION)),
+    "backbone": lambda: Dinov2Backbone(Dinov2Config(**VISION)),
+    "masked images": lambda: ViTForMaskedImageModeling(ViTConfig(**VISION)),
+    "text": lambda: BertForMaskedLM(BertConfig(**TEXT)),
+    "two towers": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
+    "unet": lambda: tiny_unet(attention_head_dim=4, use_linear_projection=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_any_kind_are_compressed(tmp_path, kind):
+    dense = KINDS[kind]()
+    subfolder = ("--subfolder", "unet") if kind == "unet" else ()
+    dense.save_pretrained(tmp_path / "dense" / "/".join(subfolder[1:]))
+    where = [*map(str, (tmp_path / "dense", tmp_path / "small")), "--scope", "attention", *subfolder]
+    where += ["--reduction", "0.2"]
+    result = run("compress", *where)
+    assert result.exit_code == 0, result.output
+    small = type(dense).from_pretrained(tmp_path / "small")
+    assert 0.2 <= comcat_hf.plan_of(small).reached <= 0.205
+    assert f"compressed  {comcat_hf.count_parameters(small):,}" in re.sub(" +", "  ", result.stdout)
+    assert f"{type(dense).__name__}.from_pretrained" in result.stdout
+    assert "`dense` compressed with ComCAT" in (tmp_path / "small" / "README.md").read_text()
+    assert "expected a folder without a model" in run("compress", *where).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--reduction", "0.4", "--data", "x"], "--data: expected an image classifier, found BertForMaskedLM"),
+        (["--reduction", "0.4", "--strategy", "sensitivity"], "--strategy sensitivity: expected an image classifier"),
+        ([], "Give one of --reduction and --plan, got neither"),
+    ],
+)
+def test_what_needs_images_is_refused_for_other_kinds(tmp_path, options, says):
+    KINDS["text"]().save_pretrained(tmp_path / "dense")
+    result = run("compress", str(tmp_path / "dense"), str(tmp_path / "small"), *options)
+    assert (result.exit_code, says in result.stderr, (tmp_path / "small").exists()) == (1, True, False)
+
+
+def test_a_pipeline_is_compressed_by_its_parts(tmp_path):
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    write_json_atomic(tmp_path / "model_index.json", {"_class_name": "X", **index, "safety_checker": [None, None]})
+    result = run("compress", str(tmp_path), str(tmp_path / "out"), "--reduction", "0.4")
+    assert result.stderr.endswith("Give one of its parts with --subfolder: unet.\n")
 
 
 def test_weights_alone_will_do_and_errors_speak_of_this_commands_options(digits_vit):

@@ -31,6 +31,7 @@ def run(*command, cwd, **environment):
 def installed(tmp_path_factory):
     """A folder with the package, installed from a wheel that was built from an sdist."""
     source, made, site = (tmp_path_factory.mktemp(name) for name in ("source", "made", "site"))
+    shutil.copy(ROOT / "comcat_cli.py", source)
     shutil.copytree(ROOT / "comcat_hf", source / "comcat_hf", ignore=shutil.ignore_patterns(*NOT_CODE))
     for name in ("setup.py", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -54,6 +55,6 @@ def test_every_file_of_the_package_is_there(installed):
 def test_it_runs_from_there(installed, tmp_path):
     code = "import comcat_hf, comcat_hf.original; print(comcat_hf.__file__)"
     assert run("-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).strip().startswith(str(installed))
-    shown = run("-m", "comcat_hf.cli", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    shown = run("-m", "comcat_cli", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert "convert" in shown
     assert "comcat" in os.listdir(installed / "bin")

@@ -10,6 +10,7 @@ from comcat_hf.transport import (
     files,
     push_folder,
     read_json,
+    readable_size,
     resolve_file,
     write_bytes_atomic,
     write_json_atomic,
@@ -173,6 +174,21 @@ def test_secrets_are_taken_out_of_errors_and_nothing_else(text, shown):
     assert without_secrets(text) == (shown or text)
     assert without_secrets(text + " token0") == (shown or text) + " token0"
     assert without_secrets(text + " token0", "token0") == (shown or text) + " ***"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (2432, "2.4 KB"),
+        (999_960, "1.0 MB"),
+        (3_300_000, "3.3 MB"),
+        (1.2e12, "1,200.0 GB"),
+    ],
+)
+def test_sizes_are_said_in_the_unit_that_fits(count, said):
+    assert readable_size(count) == said
 
 
 def test_the_tests_are_offline():

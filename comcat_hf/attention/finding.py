@@ -14,6 +14,7 @@ from .views import (
     check_not_quantised,
     class_path,
     is_plain_linear,
+    known_attention_classes,
     named_base_modules,
 )
 
@@ -82,8 +83,8 @@ def find_sites(model: nn.Module, scope: str = "model", *, width: bool = False) -
         check_not_quantised(model)
         raise UnsupportedModuleError(
             f"{class_path(type(model))} has nothing to factorise in scope {scope!r}: no known attention module was "
-            "found, or all are low-rank already. Models whose attention modules are known are listed in "
-            "docs/constraints.md."
+            f"found, or all are low-rank already. Known attention classes: {', '.join(known_attention_classes())}. "
+            "Describe another one with comcat_hf.register_attention_family."
         )
     order = {name: index for index, (name, _, _) in enumerate(named_base_modules(model))}
     # Not by the site's own name: BERT's MLP has that of its block, which also holds the attention before it.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core import head_basis
 from ..errors import InvalidValueError, UnsupportedModuleError
 from .sites import AttentionSite
-from .views import AttentionView, attention_views, base_module
+from .views import AttentionView, attention_views, base_module, known_attention_classes
 from .weights import float_weight
 
 
@@ -150,8 +150,9 @@ def find_residual_sites(model: nn.Module, core: bool = False) -> dict[str, Resid
     sites = {name: ResidualSite(view, core) for name, view in attention_views(model, whole=False).items()}
     if not sites:
         raise UnsupportedModuleError(
-            f"{type(model).__name__} has no attention module that is known. Models whose attention modules are known "
-            "are listed in docs/constraints.md."
+            f"{type(model).__name__} has no attention module that is known. Known classes: "
+            f"{', '.join(known_attention_classes())}. Describe another one with "
+            "comcat_hf.register_attention_family."
         )
     return sites
 

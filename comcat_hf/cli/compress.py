@@ -1,15 +1,14 @@
-"""`comcat compress`: from a dense image classifier to a small one, with its card and a report."""
+"""`comcat compress`: from a dense model to a small one, with its card and, of an image classifier, a report."""
 
 import re
 from pathlib import Path
-from typing import Annotated
+from textwrap import indent
+from typing import Annotated, Any
 
 import typer
 
-from ..compression.training.run import compress_vit
-from ..compression.training.settings import STAGES, CompressSettings
-from ..errors import ComCATError
-from .shell import app, command
+from ..errors import ComCATError, InvalidValueError
+from .shell import app, command, table
 
 
 _WORDS = {
@@ -25,15 +24,16 @@ _WORDS = {
 
 @command(app)
 def compress(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the dense image classifier.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the small model and the report.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the small model.")],
     reduction: Annotated[float | None, typer.Option(help="Share to remove, 0 to 1.")] = None,
     plan: Annotated[str | None, typer.Option(help="Rank plan to follow instead: folder, file or Hub id.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Labelled images: a folder or a Hub id.", show_default="weights alone")
+        str | None,
+        typer.Option(help="Labelled images for a classifier: a folder or a Hub id.", show_default="weights alone"),
     ] = None,
     scope: Annotated[str, typer.Option(help="model, attention or mlp.")] = "model",
-    metric: Annotated[str, typer.Option(help="What the reduction is of: params or macs.")] = "params",
+    metric: Annotated[str, typer.Option(help="What the reduction is of: params, macs or latency.")] = "params",
     strategy: Annotated[
         str | None,
         typer.Option(help="How ranks are chosen.", show_default="sensitivity with data, else uniform"),
@@ -42,36 +42,73 @@ def compress(
     eval_samples: Annotated[int | None, typer.Option(help="Validation images to use.", show_default="all")] = None,
     sweep: Annotated[str | None, typer.Option(help="Other reductions to measure, such as 0.3,0.7.")] = None,
     epochs: Annotated[float, typer.Option(help="Epochs of fine-tuning with distillation.", min=0)] = 0,
+    subfolder: Annotated[
+        str | None, typer.Option(help="Where the model lies in MODEL, such as unet of a pipeline.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice and the order of images.", min=0)] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run or model in OUT.")] = False,
 ) -> None:
-    """Compress an image classifier; with data, fitted to images and measured on others.
+    """Compress a model of transformers or diffusers; an image classifier with data is fitted to images and measured.
 
-    Everything else, such as augmentation, several processes and checkpoints, is scripts/compress_vit.py's, which goes
-    on in the same folder.
+    Everything else, such as augmentation, several processes and checkpoints, is for compress_vit.py of the source,
+    which goes on in the same folder.
     """
-    stages = [name for name in STAGES if name != "push" and (name != "finetune" or epochs > 0)]
-    settings = CompressSettings(
+    from ..native import class_name, is_image_classifier
+
+    name = class_name(model, subfolder=subfolder)
+    how = {"scope": scope, "metric": metric}
+    if subfolder is not None or (name is not None and not is_image_classifier(name)):
+        of_images = {"--data": data, "--sweep": sweep, "--epochs": epochs, "--eval-samples": eval_samples}
+        of_images |= {f"--strategy {strategy}": strategy in ("sensitivity", "search")}
+        if unfit := [flag for flag, value in of_images.items() if value]:
+            raise InvalidValueError(
+                f"{unfit[0]}: expected an image classifier, found {name or model}, which is compressed by its weights "
+                "alone. Leave the option out, or give batches to comcat_hf.compress in Python."
+            )
+        if (reduction is None) == (plan is None):
+            found = "neither" if plan is None else "both"
+            raise InvalidValueError(f"Give one of --reduction and --plan, got {found}.")
+        how |= {"reduction": reduction, "strategy": strategy}
+        _compress_folder(model, out, how, plan=plan, subfolder=subfolder, overwrite=overwrite)
+        return
+    _compress_classifier(
+        out,
+        epochs,
         model_name_or_path=model,
-        output_dir=str(out),
         reduction=reduction,
         plan=plan,
-        scope=scope,
-        metric=metric,
+        **how,
         strategy=strategy or ("uniform" if data is None else "sensitivity"),
         weights_only=data is None,
         dataset_name=data,
         calibration_samples=samples,
         max_eval_samples=eval_samples,
         sweep=sweep,
-        stages=",".join(stages),
-        **({"num_train_epochs": epochs} if epochs > 0 else {}),
         seed=seed,
         overwrite_output_dir=overwrite,
-        report_to="none",
     )
+
+
+def _compress_folder(model: str, out: Path, how: dict[str, Any], **where: Any) -> None:
+    from ..compression.training.folders import compress_folder
+
+    result = compress_folder(model, out, how, **where)
+    head, *rows = result.rows
+    snippet = indent(result.snippet, " " * 4)
+    typer.echo(f"\n{table(head, rows)}\n\nModel: {out}\n\nLoad it with:\n\n{snippet}")
+
+
+def _compress_classifier(out: Path, epochs: float, **fields: Any) -> None:
+    from ..cards import quoted
+    from ..compression.training.run import compress_vit
+    from ..compression.training.settings import STAGES, CompressSettings
+
+    stages = [name for name in STAGES if name != "push" and (name != "finetune" or epochs > 0)]
+    fields |= {"output_dir": str(out), "stages": ",".join(stages), "report_to": "none"}
     try:
-        result = compress_vit(settings, report=typer.echo)
+        result = compress_vit(
+            CompressSettings(**fields, **({"num_train_epochs": epochs} if epochs > 0 else {})), report=typer.echo
+        )
     except ComCATError as error:
         raise ComCATError(_as_typed(str(error))) from error
     if result.interrupted is not None:
@@ -82,7 +119,7 @@ def compress(
         f"Load it with:\n\n"
         f"    import comcat_hf\n"
         f"    from transformers import pipeline\n\n"
-        f'    pipeline("image-classification", "{out}")'
+        f'    pipeline("image-classification", {quoted(str(out))})'
     )
 
 

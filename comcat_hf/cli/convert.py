@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..compression import count_parameters
 from ..errors import InvalidValueError
-from ..original import convert_original_adapter, read_original_vit
 from .shell import app, command
 
 
@@ -22,9 +20,14 @@ def vit(
     heads: Annotated[int | None, typer.Option(help="Attention heads of a block.", show_default="width / 64")] = None,
 ) -> None:
     """A compressed ViT. Image and patch size come from the shapes; nothing is unpickled that could run code."""
+    from transformers import DeiTImageProcessorPil
+
+    from ..cards import quoted
+    from ..compression import count_parameters
+    from ..original import read_original_vit
+
     _check_output(out)
     model = read_original_vit(folder, heads=heads)
-    from transformers import DeiTImageProcessorPil
 
     size = model.config.image_size
     processor = DeiTImageProcessorPil(
@@ -37,7 +40,7 @@ def vit(
         f"{out}: {type(model).__name__}, {count_parameters(model):,} parameters, images of {size} × {size}.\n\n"
         f"    import comcat_hf\n"
         f"    from transformers import pipeline\n\n"
-        f'    pipeline("image-classification", "{out}")'
+        f'    pipeline("image-classification", {quoted(str(out))})'
     )
 
 
@@ -49,14 +52,17 @@ def adapter(
     alpha: Annotated[float, typer.Option(help="As given to the release when it draws.")] = 1.0,
 ) -> None:
     """A ComCAT adapter of a diffusion pipeline."""
+    from ..cards import quoted
+    from ..original import convert_original_adapter
+
     _check_output(out)
     convert_original_adapter(file, out, base, alpha=alpha)
     typer.echo(
         f"{out}: an adapter of {base}.\n\n"
         f"    import comcat_hf\n"
         f"    from diffusers import DiffusionPipeline\n\n"
-        f'    pipe = DiffusionPipeline.from_pretrained("{base}")\n'
-        f'    comcat_hf.load_comcat_weights(pipe, "{out}")'
+        f"    pipe = DiffusionPipeline.from_pretrained({quoted(base)})\n"
+        f"    comcat_hf.load_comcat_weights(pipe, {quoted(str(out))})"
     )
 
 

@@ -1,13 +1,17 @@
 """`comcat demo` and `comcat demo-customize`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..demo import BATCH, DemoResult, DemoSettings, run_demo
-from ..demo_customize import CustomizeDemoResult, CustomizeDemoSettings, run_customize_demo
+from ..transport import readable_size
 from .shell import app, command, table
+
+
+if TYPE_CHECKING:
+    from ..demo import DemoResult
+    from ..demo_customize import CustomizeDemoResult
 
 
 @command(app)
@@ -24,12 +28,16 @@ def demo(
 
     Takes a few minutes on two CPU cores. The table compares accuracy on images held out, size and latency.
     """
+    from ..demo import DemoSettings, run_demo
+
     settings = DemoSettings(reduction, epochs, finetune_epochs, seed, threads=threads)
     show(run_demo(output, settings, report=typer.echo, progress=progress))
 
 
-def show(result: DemoResult) -> None:
+def show(result: "DemoResult") -> None:
     """Print the demo's table and what to do next."""
+    from ..demo import BATCH
+
     head = ("model", "accuracy", "parameters", "MACs", "latency")
     lines = [
         (row.name, f"{row.accuracy:.2%}", f"{row.parameters:,}", f"{row.macs:,}", f"{row.latency * 1e3:.2f} ms")
@@ -66,16 +74,18 @@ def demo_customize(
     Takes several minutes on two CPU cores. The table compares the size of what is saved, how well the new digit is
     drawn, and how well the old ones still are.
     """
+    from ..demo_customize import CustomizeDemoSettings, run_customize_demo
+
     settings = CustomizeDemoSettings(steps, base_steps, samples=samples, seed=seed, threads=threads)
     show_customize(run_customize_demo(output, settings, report=typer.echo, progress=progress))
 
 
-def show_customize(result: CustomizeDemoResult) -> None:
+def show_customize(result: "CustomizeDemoResult") -> None:
     """Print the table of the demo of customizing and what to do next."""
-    head = ("method", "bytes", "trained", "steps", "rate", "seconds", "V* right", "old right")
+    head = ("method", "size", "trained", "steps", "rate", "seconds", "V* right", "old right")
     lines = [
         (
-            *(row.name, f"{row.size:,}", f"{row.parameters:,}", str(row.steps)),
+            *(row.name, readable_size(row.size), f"{row.parameters:,}", str(row.steps)),
             *("-" if row.rate is None else f"{row.rate:g}", f"{row.seconds:.1f}", f"{row.new:.1%}", f"{row.old:.1%}"),
         )
         for row in result.rows
@@ -84,7 +94,7 @@ def show_customize(result: CustomizeDemoResult) -> None:
     typer.echo()
     typer.echo(table(head, lines))
     typer.echo(
-        f"\nBytes of all files saved; seconds of training at the rate shown, which was the best of three on other "
+        f"\nSize of all files saved; seconds of training at the rate shown, which was the best of three on other "
         f"images.\n"
         f"V* right: share of {settings.samples} images of V* that a classifier reads as {result.new!r}; old right: of "
         f"{settings.caption_samples} images\nfor each of the nine old captions, as what they say. Of real images that "

@@ -8,18 +8,17 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError, safe_open
 
-from ..configs import RankPlan
-from ..customization.pipelines import INDEX
+from ..configs.ranks import RANKS_FORMAT, RankPlan
 from ..errors import CheckpointError
-from ..native.transformers import QUANT_METHOD
-from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, sizes_in
+from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, readable_size, sizes_in
 from .shell import app, command, table
 
 
+_INDEX = "comcat_adapter.json"
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 
 
-@command(app)
+@command(app, light=True)
 def push(
     folder: Annotated[Path, typer.Argument(help="What to upload: a folder or a file.")],
     repo_id: Annotated[str, typer.Argument(help="user/name, or a name of your own.")],
@@ -45,7 +44,7 @@ def push(
     typer.echo(address)
 
 
-@command(app)
+@command(app, light=True)
 def pull(
     repo_id: Annotated[str, typer.Argument(help="Hub id.")],
     folder: Annotated[Path, typer.Argument(help="Where the files should lie.")],
@@ -59,7 +58,7 @@ def pull(
     )
 
 
-@command(app)
+@command(app, light=True)
 def info(
     source: Annotated[str, typer.Argument(help="Folder or Hub id.")],
     revision: _Revision = None,
@@ -77,7 +76,7 @@ def info(
             typer.echo(f"{name}: {value}")
     typer.echo()
     typer.echo(table((f"file{place}", "bytes"), [(name, f"{size:,}") for name, size in sizes.items()]))
-    typer.echo(f"\n{len(sizes)} files, {sum(sizes.values()):,} bytes.")
+    typer.echo(f"\n{len(sizes)} files, {readable_size(sum(sizes.values()))}.")
 
 
 def _sizes(source: str, folder: Path) -> tuple[dict[str, int], str]:
@@ -100,7 +99,7 @@ def _parameters(folder: Path) -> str | None:
     count = 0
     for file in files:
         try:
-            with safe_open(file, framework="pt") as weights:
+            with safe_open(file, framework="numpy") as weights:
                 count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
         except SafetensorError:
             return f"unknown, as {file.name} cannot be read"
@@ -108,8 +107,8 @@ def _parameters(folder: Path) -> str | None:
 
 
 def _facts(folder: Path) -> dict[str, object] | None:
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX)
         facts = {"kind": "pipeline adapter", "base": index.get("base_model_name_or_path")}
         return facts | {f"part {name}": _adapter(folder / name) for name in _part_names(folder, index)}
     adapter, model = folder / "adapter_config.json", folder / "config.json"
@@ -119,7 +118,9 @@ def _facts(folder: Path) -> dict[str, object] | None:
     if model.is_file():
         config = read_json(model)
         recorded = dict(config.get("quantization_config") or {})
-        if recorded.pop("quant_method", None) == QUANT_METHOD:
+        recorded.pop("quant_method", None)
+        # Its own mark, which tells it from the methods of others.
+        if recorded.get("format") == RANKS_FORMAT:
             names = ", ".join(config.get("architectures") or ())
             plan = RankPlan.from_dict(recorded, str(model))
             return {"kind": "compressed model", "architecture": names} | _of_plan(plan)
@@ -133,7 +134,7 @@ def _part_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
     names = index.get("parts")
     if not isinstance(names, dict) or any(Path(name).name != name for name in names):
         raise CheckpointError(
-            f"{folder / INDEX}: expected 'parts' by their names, found {names!r}. Download or save the adapter again."
+            f"{folder / _INDEX}: expected 'parts' by their names, found {names!r}. Download or save the adapter again."
         )
     return list(names)
 

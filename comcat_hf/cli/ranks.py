@@ -7,8 +7,6 @@ import typer
 
 from ..configs import RankPlan
 from ..errors import CheckpointError
-from ..native import dense_skeleton
-from ..plots import plot_ranks
 from ..transport import resolve_file
 from .shell import app, command, table
 
@@ -18,7 +16,7 @@ ranks = typer.Typer(name="ranks", help="Look at rank plans.", no_args_is_help=Tr
 app.add_typer(ranks)
 
 
-@command(ranks)
+@command(ranks, light=True)
 def show(
     plan: Annotated[str, typer.Argument(help="Folder, file or Hub id.")],
     revision: _Revision = None,
@@ -38,7 +36,7 @@ def show(
     typer.echo(table(("site", "kept"), [(name, _entry(entry)) for name, entry in found.ranks.items()]))
 
 
-@command(ranks)
+@command(ranks, light=True)
 def compare(
     first: Annotated[str, typer.Argument(help="Folder, file or Hub id.")],
     second: Annotated[str, typer.Argument(help="Another.")],
@@ -69,6 +67,9 @@ def plot(
     revision: _Revision = None,
 ) -> None:
     """Draw which ranks and widths a plan keeps, layer by layer. Of the model only the configuration is read."""
+    from ..native import dense_skeleton
+    from ..plots import plot_ranks
+
     found = RankPlan.from_pretrained(plan, revision=revision)
     own = None if base else _with_config(plan, revision)
     model = dense_skeleton(found, base or own, revision=revision if own else None)

@@ -1,12 +1,14 @@
 """The app that the commands join, what becomes of errors, and tables of text."""
 
 import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import ComCATError
+from ..version import __version__
 
 
 __all__ = ["app", "command", "commands", "main", "table"]
@@ -24,16 +26,27 @@ def main() -> None:
     app(prog_name="comcat")
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"comcat_hf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def commands() -> None:
-    """Keeps `comcat` an app of several commands while it has one."""
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `comcat` itself."""
 
 
-def command(group: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(group: typer.Typer, *, light: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command; an error that comcat_hf raises on purpose is one message and exit code 1, no traceback.
 
     Args:
         group: the app, or one for commands of a common first word.
+        light: it needs no model, so that it starts without torch. Others import what they need when they run.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -43,6 +56,8 @@ def command(group: typer.Typer) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
+                if not light:
+                    _run_package()
                 function(*args, **kwargs)
             except ComCATError as error:
                 typer.echo(f"comcat {called}: {error}", err=True)
@@ -52,6 +67,13 @@ def command(group: typer.Typer) -> Callable[[Callable[..., None]], Callable[...,
         return function
 
     return add
+
+
+def _run_package() -> None:
+    """Run `comcat_hf/__init__.py`, which registers with the libraries, where comcat_cli.py left it to the command."""
+    package = sys.modules[__name__.partition(".")[0]]
+    if not hasattr(package, "compress"):
+        package.__spec__.loader.exec_module(package)
 
 
 def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:

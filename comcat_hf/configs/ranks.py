@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RankPlanError
-from ..transport import push_folder, read_json, resolve_file, write_json_atomic
+from ..transport import hub_id, push_folder, read_json, resolve_file, write_json_atomic
 
 
-__all__ = ["RANKS_NAME", "RankPlan"]
+__all__ = ["RANKS_FORMAT", "RANKS_NAME", "RankPlan"]
 
 RANKS_NAME = "comcat_ranks.json"
 
-_FORMAT = "comcat_ranks"
+RANKS_FORMAT = "comcat_ranks"
 _FORMAT_VERSION = 1
 
 Entry = int | Mapping[str, int]
@@ -30,7 +30,7 @@ class RankPlan:
             dense), `{"width": k}` for an MLP (hidden units kept) or a rank for a linear layer. An MLP has a width or
             ranks for its layers, not both. Modules that are not named stay dense.
         architecture: class name of the model the plan was made for.
-        base_model_name_or_path, revision: where that model came from, if known.
+        base_model_name_or_path, revision: where that model came from, if known; files name Hub ids only.
         scope: what was allowed to be compressed: `"model"`, `"attention"` or `"mlp"`.
         metric: what `reduction` counts: `"params"`, `"macs"` or `"latency"`.
         strategy: how the ranks were found.
@@ -58,10 +58,12 @@ class RankPlan:
         object.__setattr__(self, "ranks", copied)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as it stands in a rank file."""
+        """The plan as it stands in a rank file: a base that is a folder of this machine is not named."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+        if hub_id(self.base_model_name_or_path) is None:
+            values |= {"base_model_name_or_path": None, "revision": None}
         ranks = copy.deepcopy(values.pop("ranks"))
-        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **values, "ranks": ranks}
+        return {"format": RANKS_FORMAT, "format_version": _FORMAT_VERSION, **values, "ranks": ranks}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "this plan") -> "RankPlan":
@@ -76,8 +78,8 @@ class RankPlan:
         """
         content = dict(content)
         found = content.pop("format", None)
-        if found != _FORMAT:
-            raise RankPlanError(f"{source} is no rank file: 'format' must be {_FORMAT!r}, got {found!r}.")
+        if found != RANKS_FORMAT:
+            raise RankPlanError(f"{source} is no rank file: 'format' must be {RANKS_FORMAT!r}, got {found!r}.")
         version = content.pop("format_version", None)
         if version != _FORMAT_VERSION:
             raise RankPlanError(

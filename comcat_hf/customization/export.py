@@ -14,6 +14,7 @@ from ..attention.views import AttentionView, base_module, is_tuner_layer
 from ..errors import InvalidValueError, UnsupportedModuleError
 from ..factorization import factorize_qk, factorize_vo
 from ..native import attach_plan
+from ..native.diffusers import is_model, naming_no_folder
 from ..tuners.customize import CustomizeLayer
 
 
@@ -70,6 +71,8 @@ def export_pipeline(
                 module, lost[f"{name}.{path}"] = build(layer, names) if names else (layer.base_layer, _nothing())
                 swaps.append((layer, module))
             stack.enter_context(_standing_in(parts[name], swaps))
+        for host in (pipeline, *filter(is_model, parts.values())):
+            stack.enter_context(naming_no_folder(host))
         pipeline.save_pretrained(save_directory, **kwargs)
     return lost
 

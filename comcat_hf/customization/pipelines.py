@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..attention import attention_views, replace_module
 from ..attention.residuals import rows_in
-from ..configs import ComCATConfig
+from ..configs.adapter import ComCATConfig
 from ..errors import CheckpointError, InvalidValueError
-from ..transport import push_folder, read_json, resolve_file, write_bytes_atomic, write_json_atomic
+from ..transport import hub_id, push_folder, read_json, resolve_file, write_bytes_atomic, write_json_atomic
 from ..tuners.customize import CustomizeLayer
 from ..tuners.layer import ComCATLayer
 from ..tuners.model import remember
@@ -65,7 +65,8 @@ def save_comcat_weights(
         save_directory: where to; made if it does not exist.
         adapter_name: which adapter.
         dtype: of the weights in the file; by default that which they have.
-        base_model_name_or_path, revision: what the adapter belongs to; by default where the pipeline came from.
+        base_model_name_or_path, revision: what the adapter belongs to; by default where the pipeline came from. A
+            folder of this machine is not written down.
         push_to_hub: upload the adapter then, with the card of the folder if it has one.
         repo_id: where to; by default the name of the folder.
         **kwargs: `private`, `commit_message`, `create_pr` and `token`, as of [`push_folder`].
@@ -90,8 +91,8 @@ def save_comcat_weights(
             + (f"it has {', '.join(known)}." if known else "add one with unet.add_adapter(ComCATConfig(...)).")
         )
     folder = Path(save_directory)
-    base = base_model_name_or_path or _source(pipeline)
-    origin = {"base_model_name_or_path": base, "revision": revision}
+    base = hub_id(base_model_name_or_path or _source(pipeline))
+    origin = {"base_model_name_or_path": base, "revision": revision if base else None}
     index: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, **origin, "parts": {}}
     # That of an adapter which is written over would vouch for parts of two.
     (folder / INDEX).unlink(missing_ok=True)

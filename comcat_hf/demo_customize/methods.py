@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention import attention_views
-from ..configs import ComCATConfig
+from ..configs.adapter import ComCATConfig
 from ..customization import load_comcat_weights, save_comcat_weights
 from .base import BASE_FOLDER, Bar
 

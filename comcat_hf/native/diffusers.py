@@ -1,13 +1,18 @@
 """Compressed models of diffusers: `save_pretrained` and `UNet2DConditionModel.from_pretrained`, pipelines as well.
 
 As with transformers the door is the library's quantizers. diffusers keeps them in two tables, to which ours is added
-when this package is imported; a process that has not imported it stops on an unknown quantization type.
+when this package is imported, or when diffusers is, if that comes later: importing it here would take seconds. A
+process that has not imported this package stops on an unknown quantization type.
 """
 
 import functools
 import os
-from collections.abc import Mapping
-from importlib.util import find_spec
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -15,13 +20,17 @@ from torch import nn
 from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
+from ..transport import hub_id
 from .current import check_saveable, current_plan
 
 
-__all__ = ["attach", "is_model", "recorded", "register"]
+__all__ = ["attach", "is_model", "naming_no_folder", "recorded", "register"]
 
 QUANT_METHOD = "comcat"
 _CONFIG = "quantization_config"
+_SOURCE = "_name_or_path"
+# The module of diffusers that holds the tables.
+_TABLES = "diffusers.quantizers.auto"
 
 
 class _Method(str):
@@ -95,14 +104,48 @@ def _save_pretrained(
     if plan is not None and is_main_process:
         # First: an upload takes everything in the folder.
         plan.save_pretrained(save_directory)
-    type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    with naming_no_folder(model):
+        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+
+
+@contextmanager
+def naming_no_folder(host: Any) -> Iterator[None]:
+    """Within it the configuration of a model or a pipeline says where it came from only if that is a Hub id."""
+    config = host._internal_dict
+    if hub_id(config.get(_SOURCE)) is None:
+        host._internal_dict = type(config)({key: value for key, value in config.items() if key != _SOURCE})
+    try:
+        yield
+    finally:
+        host._internal_dict = config
 
 
 def register() -> None:
-    """Add the quantizer to diffusers' tables, where that library is installed."""
-    if find_spec("diffusers") is None:
-        return
-    from diffusers.quantizers import auto
+    """Add the quantizer to diffusers' tables as soon as they are imported."""
+    if _TABLES in sys.modules:
+        _add_to(sys.modules[_TABLES])
+    else:
+        sys.meta_path.insert(0, _OnImport())
+
+
+class _OnImport(MetaPathFinder):
+    """Finds the module of the tables as Python does, and adds the quantizer when the module is executed."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == _TABLES else None
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_add(module: ModuleType) -> None:
+            execute(module)
+            _add_to(module)
+
+        spec.loader.exec_module = execute_and_add
+        return spec
+
+
+def _add_to(tables: ModuleType) -> None:
     from diffusers.quantizers.base import DiffusersQuantizer
 
     class ComCATDiffusersQuantizer(DiffusersQuantizer):
@@ -136,8 +179,8 @@ def register() -> None:
         def is_trainable(self) -> bool:
             return True
 
-    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = ComCATDiffusersQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = ComCATConfigFile
+    tables.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = ComCATDiffusersQuantizer
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = ComCATConfigFile
 
 
 def _check_missing(model: nn.Module, missing: list[str]) -> None:

@@ -107,6 +107,8 @@ def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
         model.config.__dict__.pop("quantization_config", None)
         return
     model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
+    # In memory it may name a folder of this machine as base.
+    model.config.quantization_config.plan = plan
     # An instance attribute, since the class must stay the host's; a partial, since that can be copied and pickled.
     model.save_pretrained = functools.partial(_save_pretrained, model)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.views import base_module
-from ..configs import ComCATConfig
+from ..configs.adapter import ComCATConfig
 from ..customization import save_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..transport import write_bytes_atomic

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from ..errors import InvalidValueError
+from ..transport import without_secrets
 
 
 __all__ = ["parse_settings", "recipe_names"]
@@ -63,8 +64,10 @@ def parse_settings(
         [*_spread(given, joint), *_spread(flags, joint)], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        hint = _hint(unknown[0].lstrip("-").split("=")[0], known)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        # By its name alone: what stands behind a mistyped --hub_token is a secret.
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        hint = _hint(flags[0].lstrip("-"), known) if flags else ""
+        parser.error(f"unrecognized arguments: {', '.join(flags) or 'a value without a flag'}{hint}")
     return parsed
 
 
@@ -77,6 +80,7 @@ class _Parser(HfArgumentParser):
     """Raises where argparse would print and exit."""
 
     def error(self, message: str) -> NoReturn:
+        message = without_secrets(message)
         raise InvalidValueError(f"The command line cannot be read: {message}. `--help` lists the flags.")
 
 
@@ -108,12 +112,18 @@ def _read_recipe(name: str, kind: str) -> Mapping[str, Any]:
         content = yaml.safe_load(source.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InvalidValueError(
-            f"{name}: expected a YAML file of flags and values, found one that cannot be read ({error}). "
+            f"{name}: expected a YAML file of flags and values, found one that cannot be read ({_problem(error)}). "
             "Correct the file."
         ) from error
     if not isinstance(content, Mapping):
         raise InvalidValueError(f"{name}: expected flags and values, found {type(content).__name__}. Correct it.")
     return content
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a recipe and where, without its lines, which may hold a token."""
+    mark = getattr(error, "problem_mark", None)
+    return str(error) if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _name_of(flag: str) -> str:
@@ -135,7 +145,7 @@ def _as_flags(recipe: str, content: Mapping[str, Any], known: Sequence[str], nul
                 f"{recipe}: expected the names of flags, found {key!r}{_hint(str(key), known)}. `--help` lists them."
             )
         if isinstance(value, Mapping | list):
-            raise InvalidValueError(f"{recipe}: {key}: expected one value, found {value!r}. Write a single value.")
+            raise InvalidValueError(f"{recipe}: {key}: expected one value, found a {type(value).__name__}. Write one.")
         if value is not None:
             flags.append(f"--{key}={value}")
         elif key in nullable:

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
 
-__all__ = ["kind_of", "sizes_in", "sizes_on_the_hub"]
+__all__ = ["kind_of", "readable_size", "sizes_in", "sizes_on_the_hub"]
 
 # By a file that only this kind has, most telling first: what it is, and how it is loaded.
 _KINDS: Mapping[str, tuple[str, str]] = {
@@ -41,6 +41,15 @@ def kind_of(names: Collection[str], read: Callable[[str], Mapping[str, Any]]) ->
     if mark == "comcat_ranks.json" and "config.json" in names:
         return "a compressed model", "AutoModel....from_pretrained after import comcat_hf"
     return what, how
+
+
+def readable_size(count: int) -> str:
+    """A number of bytes as people read it, in units of a thousand as on the Hub: `"2.4 KB"`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        # What rounds up to a thousand is one of the next unit.
+        if count >= 0.99995 * size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,} bytes"
 
 
 def sizes_in(folder: Path) -> dict[str, int]:

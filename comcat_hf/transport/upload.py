@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import ComCATError, InvalidValueError
 from .failures import NOT_THE_HUB, detail_of, without_secrets
+from .sources import shareable
 
 
 __all__ = ["NOT_UPLOADED", "push_folder"]
@@ -67,7 +68,7 @@ def push_folder(
     """Upload a folder, a file or several files (under their own names) in one commit.
 
     The repository is made if it is absent. A commit takes all files or none. Links are followed inside the folder
-    only.
+    only. Where a configuration or a card names a folder of this machine as base, that is left out.
 
     Args:
         source: what to upload. Of a folder, hidden files and those that fit [`NOT_UPLOADED`] stay where they are.
@@ -124,7 +125,7 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, branch: str | None)
 def _commit(
     api: HfApi, full_id: str, files: Mapping[str, Path], message: str | None, revision: str | None, create_pr: bool
 ) -> str:
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()]
+    operations = [CommitOperationAdd(name, shareable(path) or str(path)) for name, path in files.items()]
     try:
         commit = api.create_commit(
             full_id,

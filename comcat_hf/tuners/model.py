@@ -15,7 +15,7 @@ from ..attention import Site, find_sites, named_base_modules, read_ranks, replac
 from ..attention.residuals import find_residual_sites
 from ..attention.sites import check_disjoint
 from ..attention.views import check_not_quantised
-from ..configs import ComCATConfig
+from ..configs.adapter import ComCATConfig
 from ..errors import InvalidValueError, RankPlanError
 from ..native import attach_plan, is_native, plan_of
 from .customize import CustomizeLayer

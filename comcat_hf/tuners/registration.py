@@ -3,7 +3,7 @@
 from aenum import extend_enum
 from peft.utils import PeftType, register_peft_method
 
-from ..configs import ComCATConfig
+from ..configs.adapter import ComCATConfig
 from .model import ComCATModel
 
 

@@ -11,7 +11,6 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import comcat_hf
 from comcat_hf.app import classify, load_pair
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
-from tests.helpers import small_vit
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +46,19 @@ def test_what_cannot_be_counted_is_left_out(pair, classifiers, monkeypatch):
     assert load_pair(str(classifiers["dense"]), str(classifiers["compressed"])).dense.macs is None
 
 
-def test_the_base_is_read_from_the_compressed_model(classifiers, tmp_path):
+def test_the_base_is_read_from_the_compressed_model(classifiers, tmp_path, monkeypatch):
     dense = AutoModelForImageClassification.from_pretrained(classifiers["dense"])
+    # A folder of this machine is not written down.
+    comcat_hf.compress(dense, 0.4).save_pretrained(tmp_path / "orphan")
+    dense.name_or_path = "user/dense"
     comcat_hf.compress(dense, 0.4).save_pretrained(tmp_path / "small")
+    # What the Hub would give.
+    shutil.copytree(classifiers["dense"], tmp_path / "user" / "dense")
+    monkeypatch.chdir(tmp_path)
     pair = load_pair("", str(tmp_path / "small"))
-    assert pair.dense.source == str(classifiers["dense"])
+    assert pair.dense.source == "user/dense"
     # No image processor of its own either.
     assert pair.compressed.processor is pair.dense.processor
-    comcat_hf.compress(small_vit()[0], 0.4).save_pretrained(tmp_path / "orphan")
     with pytest.raises(InvalidValueError, match="give the dense model too"):
         load_pair("", str(tmp_path / "orphan"))
     with pytest.raises(InvalidValueError, match="no low-rank modules"):

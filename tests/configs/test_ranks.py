@@ -47,6 +47,20 @@ def test_a_folder_and_a_file_hold_the_whole_plan(tmp_path):
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [RANKS_NAME]
 
 
+@pytest.mark.parametrize(
+    "base", ["./vit", "/models/vit", "~/vit", "C:\\models\\vit", "C:/vit", "a/b/c", "models/vit", "vit"]
+)
+def test_a_folder_of_this_machine_is_not_written_down(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/vit", "vit"):
+        (tmp_path / folder).mkdir(parents=True)
+    plan = dataclasses.replace(_plan(), base_model_name_or_path=base)
+    content = plan.to_dict()
+    assert (content["base_model_name_or_path"], content["revision"]) == (None, None)
+    assert plan.base_model_name_or_path == base
+    assert _plan().to_dict()["base_model_name_or_path"] == "user/base"
+
+
 def test_saving_again_replaces_the_file(tmp_path):
     RankPlan({"layers.9.fc1": 3}).save_pretrained(tmp_path)
     _plan().save_pretrained(tmp_path)

@@ -59,6 +59,7 @@ def test_exact(base, tmp_path, core):
     lost = export_pipeline(pipeline, tmp_path)
     assert torch.equal(draw(pipeline), expected)
     assert pipeline.get_active_adapters() == ["dog", "style"]
+    assert not [path for path in tmp_path.rglob("*.json") if str(base) in path.read_text()]
     loaded = load(tmp_path)
     assert not torch.allclose(expected, before, atol=1e-2)
     assert torch.allclose(draw(loaded), expected, atol=1e-5)

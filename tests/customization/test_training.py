@@ -432,7 +432,7 @@ def test_flags_go_over_recipes(tmp_path):
         parse_customize_settings([str(recipe)])
     with pytest.raises(InvalidValueError, match=r"nowhere.yaml: expected a recipe.*sd15_dreambooth"):
         parse_customize_settings(["nowhere.yaml"])
-    with pytest.raises(InvalidValueError, match=r"unrecognized arguments: --resolutoin 512 \(did you mean resolution"):
+    with pytest.raises(InvalidValueError, match=r"unrecognized arguments: --resolutoin \(did you mean resolution"):
         parse_customize_settings(["--resolutoin", "512"])
 
 

@@ -46,6 +46,27 @@ def test_what_was_pushed_is_pulled_byte_for_byte_without_what_belongs_to_a_run(h
     assert {name: content for name, content in pulled.items() if name != ".gitattributes"} == FILES
 
 
+def test_folders_of_this_machine_are_not_pushed_as_bases(hub, client, tmp_path):
+    """As PEFT and diffusers write them, which need them to load again from here."""
+    ours, theirs = "  base_model: /home/me/vit  ", "user/dense"
+    card = "---\nbase_model: {0}\ntags:\n- base_model:adapter:{0}\n- mine\n---\n\n# {1}\n"
+    files = {
+        "README.md": card.format("/home/me/vit", ours).encode(),
+        "adapter_config.json": b'{"base_model_name_or_path": "/home/me/vit", "r": 4}',
+        "unet/config.json": b'{"parts": [{"_name_or_path": "C:\\\\sd\\\\unet"}], "other": "/home/me"}',
+        "vae/README.md": card.format(theirs, "mine").encode(),
+        "vae/config.json": b'{"_name_or_path":"user/dense"}',
+        "damaged.json": b'{"_name_or_path": "/home',
+    }
+    push(client, write(tmp_path / "out", files))
+    pushed = hub.files("user/repo")
+    assert json.loads(pushed["adapter_config.json"]) == {"base_model_name_or_path": None, "r": 4}
+    assert json.loads(pushed["unet/config.json"]) == {"parts": [{"_name_or_path": None}], "other": "/home/me"}
+    assert pushed["README.md"].decode() == f"---\ntags:\n- mine\n---\n\n# {ours}\n"
+    kept = ("vae/README.md", "vae/config.json", "damaged.json")
+    assert {name: pushed[name] for name in kept} == {name: files[name] for name in kept}
+
+
 def test_private_a_branch_a_message_and_patterns(hub, client, folder):
     push(client, folder, private=True, revision="v1", commit_message="Try it", ignore_patterns="*.md")
     repository = hub.repositories["user/repo"]

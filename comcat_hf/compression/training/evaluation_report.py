@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...cards import shown_base
 from ...errors import InvalidValueError, UnsupportedModuleError
 from ...training.recipes import parse_settings
 from ...transport import write_json_atomic
@@ -251,7 +252,7 @@ def evaluate_models(
     for name, model in models.items():
         data = settings.data() if name == _MODEL else settings.data(sources[name])
         found[name] = {
-            "source": sources[name],
+            "source": shown_base(sources[name]),
             **_accuracy(model, data, accelerator, f"Evaluating {name}"),
             "parameters": count_parameters(model),
             "macs": _macs(model, sources[name], say),

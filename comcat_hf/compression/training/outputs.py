@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...cards import CardFacts, Measured, quoted, shown_base, write_card
+from ...cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
 from ...transport import push_folder, write_json_atomic
 from .planning import CompressPlan
 from .reporting import Metrics, comparison
@@ -28,13 +28,14 @@ _RANKS = "Ranks and widths kept of every layer, and the spectra of the attention
 
 
 def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
-    """Write a model and its image processor into a folder that may hold other files.
+    """Write a model and its processor, if it has one, into a folder that may hold other files.
 
     Files appear under their names when they are whole, the weights last.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as staging:
         model.save_pretrained(staging)
-        processor.save_pretrained(staging)
+        if processor is not None:
+            processor.save_pretrained(staging)
         # A process that is killed in between leaves the weights and the configuration of one model, or none.
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.suffix == ".safetensors"):
             path.replace(folder / path.name)
@@ -64,8 +65,8 @@ def write_model_card(
         folder,
         CardFacts(
             title=name.rpartition("/")[-1],
-            summary=f"`{shown_base(settings.model_name_or_path)}` compressed with ComCAT: {dense:,} parameters became "
-            f"{small:,} ({small / dense - 1:+.1%}).",
+            summary=f"{code_span(shown_base(settings.model_name_or_path))} compressed with ComCAT: {dense:,} "
+            f"parameters became {small:,} ({small / dense - 1:+.1%}).",
             base=settings.model_name_or_path,
             relation="finetune",
             library="transformers",

@@ -9,6 +9,7 @@ from ...attention import apply_ranks, meta_copy
 from ...cards import shown_base
 from ...configs import RankPlan
 from ...errors import InvalidValueError
+from ...transport import readable_size
 from ..allocation import allocate_ranks
 from ..counting import count_macs, count_parameters
 from .artefacts import Artefacts
@@ -98,6 +99,8 @@ class CompressPlan:
         """The plan in lines of text."""
         settings = self.settings
         note = "" if self.exact else " (spread evenly; which module loses how much is chosen later)"
+        if not self.exact and settings.metric == "latency":
+            note = " before times are measured, which decide"
         (dense, small), (dense_macs, small_macs) = self.parameters, self.macs
         asked = f"{settings.reduction:.0%} asked, " if settings.reduction is not None else ""
         lines = {
@@ -119,7 +122,7 @@ class CompressPlan:
         settings = self.settings
         return {
             "Trained": f"{self.trained:,} parameters, route {settings.route}",
-            "Memory": f"{self.bytes / 2**20:,.0f} MiB per process for weights, gradients, optimizer and teacher; "
+            "Memory": f"{readable_size(self.bytes)} per process for weights, gradients, optimizer and teacher; "
             "activations come on top",
             "Steps": f"{self.steps.total:,} ({self.steps.epochs:.2f} epochs) of "
             f"{settings.per_device_train_batch_size} images x {self.processes} processes x "
@@ -165,7 +168,9 @@ def describe_run(
         mlp = settings.mlp or ("rank" if settings.weights_only or settings.strategy == "search" else "width")
         mlp = "width" if mlp == "mixed" else mlp
         even = {"scope": settings.scope, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
-        plan = allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
+        # Nothing is timed only to be described.
+        timed = settings.metric == "latency"
+        plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
     small = meta_copy(dense)
     apply_ranks(small, plan.ranks, initialize=False)
     parameters = count_parameters(dense), count_parameters(small)

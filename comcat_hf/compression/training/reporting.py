@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import __version__
 from ...cards import shown_base
 from ...plots import plot_compression, plot_reductions, rank_table
 from ...report import Section, write_report
+from ...version import __version__
 from .artefacts import Artefacts
 from .planning import CompressPlan
 from .sweep import SweepPoint

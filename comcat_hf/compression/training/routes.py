@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ...attention import eval_mode
-from ...configs import ComCATConfig, RankPlan
+from ...configs import RankPlan
+from ...configs.adapter import ComCATConfig
 from ...errors import CheckpointError, InvalidValueError
 from ...native import plan_of
 from ...tuners.layer import CompressLayer

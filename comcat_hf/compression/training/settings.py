@@ -68,7 +68,7 @@ class CompressSettings:
     # What becomes of it
     reduction: float | None = _flag(None, "Share to remove, of the whole model or of the scope's own.")
     scope: Literal["model", "attention", "mlp"] = _flag("model", "What may be compressed.")
-    metric: Literal["params", "macs"] = _flag("params", "What the reduction is of.")
+    metric: Literal["params", "macs", "latency"] = _flag("params", "What the reduction is of.")
     strategy: Strategy = _flag("sensitivity", "How ranks are chosen; search is the paper's.")  # noqa: RUF009
     mlp: Literal["width", "rank", "mixed"] | None = _flag(None, "How MLPs shrink; default: width, rank with search.")
     rank_step: int | None = _flag(None, "Steps of candidate ranks; default: 8 for heads of 64 and more, else 4.")
@@ -230,6 +230,10 @@ class CompressSettings:
             raise InvalidValueError("--reduction must be a share above 0 and below 1, got 0.")
         if self.strategy == "search" and self.mlp in ("width", "mixed"):
             raise InvalidValueError(f"--strategy search chooses ranks only, got --mlp {self.mlp}. Give --mlp rank.")
+        if self.strategy == "search" and self.metric == "latency":
+            raise InvalidValueError(
+                "--strategy search counts parameters or MACs, got --metric latency. Take another strategy or metric."
+            )
         if self.strategy == "search" and self.sweep_reductions:
             raise InvalidValueError(
                 "--sweep measures reductions one after the other, got --strategy search, which would be run for each. "

@@ -17,10 +17,12 @@ from ...training.interruption import Interruption, stopped_by
 from ..allocation import allocate_ranks
 from ..compress import compress
 from ..distillation import DistillationLoss
+from ..latency import LatencyTable
 from ..search import SearchState, search_ranks
 from ..sensitivity import Sensitivities, measure_sensitivities
 from ..statistics import Statistics, collect_statistics
 from ..strategies import MEASURING
+from ..timing import measure_latency
 from .artefacts import Artefacts, facts_of, whole_folder
 from .augmentation import ImagePreparation
 from .data import BrokenImages, Split, Splits
@@ -65,6 +67,7 @@ class Setting:
     say: Callable[[str], None]
     _batches: list[dict[str, Tensor]] = field(default_factory=list)
     _sensitivities: list[Sensitivities] = field(default_factory=list)
+    _latency: list[LatencyTable] = field(default_factory=list)
 
     def calibration_batches(self) -> list[dict[str, Tensor]]:
         """The same on every process; read once."""
@@ -87,6 +90,12 @@ class Setting:
             )
             self._sensitivities.append(found)
         return self._sensitivities[0]
+
+    def latency(self) -> LatencyTable:
+        """Of the dense model with one image; measured once, by this process alone."""
+        if not self._latency:
+            self._latency.append(measure_latency(self.dense, progress=True))
+        return self._latency[0]
 
     def train_split(self, purpose: str) -> Split:
         if self.splits.train is None:
@@ -205,6 +214,8 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
     measures = settings.strategy in MEASURING
     # One reduction measures what it needs by itself; several share it.
     shared = {"sensitivities": run.sensitivities(statistics)} if measures and settings.sweep_reductions else {}
+    if settings.metric == "latency":
+        shared["latency"] = run.latency()
     return allocate_ranks(
         run.dense,
         reduction,

@@ -57,6 +57,7 @@ def measure_sweep(
         small = load_classifier(run.artefacts.sweep, "--output_dir")
         found = evaluate(small, f"{reduction:.0%} less")
         points.append(SweepPoint(reduction, plan_of(small).reached, found["top1"], found["top5"]))
+        run.say(f"Sweep: {points[-1].reached:.2%} removed, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}.")
 
     def finish() -> None:
         shutil.rmtree(run.artefacts.sweep, ignore_errors=True)

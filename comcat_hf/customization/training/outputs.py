@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...cards import CardFacts, quoted, shown_base, write_card
+from ...cards import CardFacts, code_span, quoted, shown_base, write_card
 from ...transport import push_folder
 from ..pipelines import save_comcat_weights
 from .planning import CustomizePlan
@@ -50,8 +50,8 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
         folder,
         CardFacts(
             title=f"ComCAT adapter: {prompt}",
-            summary=f"A ComCAT adapter for `{base}`, trained DreamBooth style on {plan.images} images of the subject. "
-            f"{sum(plan.parameters.values()):,} parameters.",
+            summary=f"A ComCAT adapter for {code_span(base)}, trained DreamBooth style on {plan.images} images of the "
+            f"subject. {sum(plan.parameters.values()):,} parameters.",
             base=settings.pretrained_model_name_or_path,
             relation="adapter",
             library="diffusers",

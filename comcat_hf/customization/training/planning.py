@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...cards import shown_base
+from ...transport import readable_size
 from .settings import CustomizeSettings
 
 
@@ -59,7 +60,7 @@ class CustomizePlan:
             f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output",
             "Parameters": f"{total:,} trained ({total / self.base_parameters:.3%} of the adapted parts): "
             + ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()),
-            "Bytes": f"{self.adapter_bytes:,} ({self.adapter_bytes / 1e6:.2f} MB) in float32",
+            "Bytes": f"{self.adapter_bytes:,} ({readable_size(self.adapter_bytes)}) in float32",
             "Images": f"{self.images} of the subject" + self._describe_class(),
             "Steps": f"{self.steps:,} of {settings.train_batch_size} images x {self.processes} processes x "
             f"{settings.gradient_accumulation_steps} accumulated"

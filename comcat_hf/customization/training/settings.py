@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...configs import ComCATConfig
+from ...configs.adapter import ComCATConfig
 from ...errors import InvalidValueError
 from ...training.recipes import parse_settings
 

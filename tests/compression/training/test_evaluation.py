@@ -331,7 +331,7 @@ BAD = {
     "dtype": ({"dtypes": "float32,int8"}, "--dtypes must be among float32, bfloat16, float16"),
     "seconds": ({"throughput_seconds": -1}, "--throughput_seconds must be a number from 0"),
     "samples": ({"max_eval_samples": 0}, "--max_eval_samples must be a whole number from 1"),
-    "unknown": ({"batch_size": 4}, "unrecognized arguments: --batch_size=4 .did you mean batch_sizes"),
+    "unknown": ({"batch_size": 4}, "unrecognized arguments: --batch_size .did you mean batch_sizes"),
     "output": ({"output": "/"}, "--output /: expected a file, found a folder"),
     "column": ({"image_column_name": "img"}, "--image_column_name 'img'"),
     "too many broken": ({"validation_file": "broken.parquet"}, "3 images cannot be read|images cannot be read"),

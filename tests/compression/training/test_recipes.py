@@ -11,6 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 from comcat_hf.compression.training.evaluation_report import EvaluateSettings
 from comcat_hf.compression.training.settings import CompressSettings, parse_compress_settings
 from comcat_hf.customization.training.settings import CustomizeSettings
+from comcat_hf.errors import InvalidValueError
 from comcat_hf.training.recipes import recipe_names
 
 
@@ -75,6 +76,26 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 def test_every_recipe_is_expected():
     assert set(recipe_names("compress")) == set(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--hub_tokn", "s3cret"], r"unrecognized arguments: --hub_tokn \(did you mean hub_token"),
+        (["--hubtoken=s3cret"], "unrecognized arguments: --hubtoken"),
+        (["--seed", "1", "s3cret"], "unrecognized arguments: a value without a flag"),
+        (["--seed", "hf_s3cretabcdefghijklmno"], r"--seed: invalid .*\*\*\*"),
+        (["r.yaml"], "r.yaml: .*line 1, column 18: mapping values are not allowed here"),
+        (["l.yaml"], "l.yaml: hub_token: expected one value, found a list"),
+    ],
+)
+def test_what_may_be_a_token_is_not_repeated(tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("hub_token: s3cret: x")
+    (tmp_path / "l.yaml").write_text("hub_token: [s3cret]")
+    with pytest.raises(InvalidValueError, match=says) as caught:
+        parse_compress_settings(words)
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", recipe_names("compress"))
