@@ -161,7 +161,7 @@ def finish_plan(
     skeleton = meta_copy(model)
     apply_ranks(skeleton, ranks, initialize=False)
     reached = 1 - count(skeleton) / total
-    if not reduction - 1e-12 <= reached <= reduction + TOLERANCE:
+    if not reduction - 1e-12 <= reached <= reduction + TOLERANCE + 1e-12:
         raise BudgetError(
             f"The plan removes {reached:.4f} of {type(model).__name__}'s {metric}, asked were {reduction} to "
             f"{reduction + TOLERANCE}: its modules share weights in a way that cannot be budgeted."

@@ -1,6 +1,7 @@
 """How much every rank moves a model's output, measured one site at a time."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -171,6 +172,15 @@ def _check_measured(budget: Budget, sensitivities: Sensitivities) -> None:
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
             + ". Measure them on this model, with the scope and the mlp= of the plan."
         )
+    for option in budget.options:
+        for rank, moved in sensitivities[option.site.name, option.choice].items():
+            number = isinstance(moved, int | float) and math.isfinite(moved)
+            if type(rank) is not int or not 1 <= rank <= option.limit or not number:
+                raise InvalidValueError(
+                    f"The sensitivities of {option.site.name}, {option.choice}: expected ranks from 1 to "
+                    f"{option.limit} with finite numbers, found {rank!r} with {moved!r}. Measure them again on this "
+                    "model."
+                )
 
 
 def interpolate(energy: Tensor, measured: Mapping[int, float]) -> Tensor:
