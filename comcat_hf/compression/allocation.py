@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from .budget import (
     check_choice,
     entries,
     find_budget,
+    module_paths,
     sites_by_way,
     sites_of,
 )
@@ -177,6 +179,25 @@ def finish_plan(
         reduction=float(reduction),
         reached=reached,
     )
+
+
+def count_again(plan: RankPlan, model: nn.Module, small: nn.Module) -> RankPlan:
+    """A plan with what it removes counted on what was built from it, where the metric can be counted.
+
+    Args:
+        plan: perhaps edited.
+        model: the dense model; `small` the compressed one.
+    """
+    if plan.metric not in METRICS:
+        return plan
+    sites = None if plan.scope == "model" else find_sites(model, plan.scope, width=True)
+    names = sites and module_paths(sites)
+    try:
+        dense, kept = (METRICS[plan.metric](each, names) for each in (model, small))
+    except InvalidValueError:
+        # One sample of native size cannot be made up.
+        return plan
+    return replace(plan, reached=1 - kept / dense)
 
 
 def check_ask(reduction: Any, metric: Any, step: Any, metrics: Iterable[str] = tuple(METRICS)) -> None:

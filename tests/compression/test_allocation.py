@@ -1,5 +1,6 @@
 """The reduction asked for is the reduction reached, counted on the built model."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from comcat_hf import allocate_ranks, compress, count_macs, count_parameters
+from comcat_hf import allocate_ranks, compress, count_macs, count_parameters, plan_of
 from comcat_hf.attention import find_sites
 from comcat_hf.compression.allocation import TOLERANCE
 from comcat_hf.compression.budget import METRICS, find_budget, find_options
@@ -233,3 +234,21 @@ def test_reductions_that_are_no_share_are_refused(wrong):
 def test_options_that_do_not_exist_are_refused(option, value):
     with pytest.raises(InvalidValueError, match=option):
         allocate_ranks(small_vit()[0], 0.5, **{option: value})
+
+
+@pytest.mark.parametrize("scope", ["model", "attention", "mlp"])
+@pytest.mark.parametrize("metric", ["params", "macs"])
+def test_an_edited_plan_is_counted_again(metric, scope):
+    model = demo_vit()
+    plan = allocate_ranks(model, 0.3, metric=metric, scope=scope)
+    name, entry = next(iter(plan.ranks.items()))
+    smaller = {pair: rank - 1 for pair, rank in entry.items()} if isinstance(entry, dict) else entry - 1
+    count = {"params": count_parameters, "macs": count_macs}[metric]
+    names = None if scope == "model" else tuple(find_sites(model, scope))
+    for edited in (plan.with_ranks({name: smaller}), replace(plan, ranks={name: smaller}), plan):
+        small = compress(model, plan=edited)
+        reached = 1 - count(small, names) / count(model, names)
+        assert plan_of(small) == replace(edited, reached=reached)
+    assert reached == plan.reached
+    small.vit.layers[0] = model.vit.layers[0]
+    assert plan_of(small).reached is None
