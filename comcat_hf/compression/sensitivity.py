@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attention import Site, eval_mode, find_sites, replace_module
+from ..attention.filling import fill
 from ..attention.sites import block_of
 from ..errors import InvalidValueError
 from .budget import METRICS, WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
@@ -318,7 +319,7 @@ def _watching(model: nn.Module, watch: tuple[str, list] | None) -> Iterator[None
 def _truncated(model: nn.Module, site: Site, choice: str, rank: int, moments: Any | None) -> Iterator[None]:
     """Within it one choice of a site has this rank."""
     substitutes = site.substitutes({choice: rank})
-    site.initialize(substitutes, moments)
+    fill(site, substitutes, moments)
     dense = site.dense_modules()
     try:
         for path, substitute in substitutes.items():
