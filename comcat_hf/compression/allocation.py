@@ -49,7 +49,7 @@ def allocate_ranks(
     latency: LatencyTable | None = None,
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> RankPlan:
     """Choose a rank for every attention pair and linear layer so that a model shrinks by a given share.
 
@@ -80,7 +80,7 @@ def allocate_ranks(
             else 4; ranks of wide linear layers in multiples of four times this.
         inputs: one sample, for `metric="macs"` where the configuration does not say the native size; for `"latency"`
             that of the table.
-        progress: show a progress bar while measuring.
+        progress: show bars while measuring; by default where transformers shows its own.
 
     Returns:
         a plan that removes at least `reduction` and at most 0.005 more, counted on the built model; of latency by the
@@ -119,7 +119,7 @@ def _timed(
     sites: Mapping[str, Any],
     table: LatencyTable | None,
     inputs: Mapping[str, Any] | None,
-    progress: bool,
+    progress: bool | None,
 ) -> Metric:
     """What a table says of these sites; the table is measured where none is given."""
     if table is None:

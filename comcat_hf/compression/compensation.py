@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..attention import LinearSite, LowRankLinear, Site, apply_ranks, eval_mode
 from ..attention.filling import fill, warn_not_finite
 from ..attention.sites import block_of
 from ..attention.surgery import sites_for, substitute_module
+from ..training.bars import progress_bar
 from .regression import Regression
 from .statistics import TokenMask, collecting, prepare_batch, read_batches, run_batch, token_mask
 
@@ -41,7 +41,7 @@ def compress_in_order(
     batches: Iterable[Any],
     *,
     ridge: float | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> None:
     """Replace the modules named in a plan, in place and in forward order, with compensation.
 
@@ -54,7 +54,7 @@ def compress_in_order(
         batches: calibration inputs, read once.
         ridge: pull of the output factors toward the closed form, as a share of their inputs' mean variance; by
             default the one with which either half of the batches predicts the other best.
-        progress: show a progress bar over the blocks.
+        progress: show a bar over the blocks; by default where transformers shows its own.
 
     Where the batches give no finite weights, those of the closed form stay, with a warning that names the modules.
 
@@ -77,7 +77,7 @@ def compress_in_order(
         calls = _record_calls(model, order, inputs)
         before: _Calls | None = None
         unfitted: list[str] = []
-        for path in tqdm(order, desc="Compressing", disable=not progress):
+        for path in progress_bar(order, desc="Compressing", progress=progress):
             record = calls.pop(path)
             if record.chained:
                 record.dense_in, record.small_in = before.dense_out, before.small_out

@@ -32,7 +32,7 @@ def compress(
     strategy: str | None = None,
     mlp: str | None = None,
     compensate: bool | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Make a smaller model of the same class.
@@ -56,7 +56,8 @@ def compress(
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
             output again to the dense model's residual stream. Needs `batches`; by default done where there are any.
-        progress: show a progress bar.
+        progress: show bars; by default where transformers shows its own, so that its switches, that of huggingface_hub
+            and `TQDM_DISABLE` turn them off.
         **kwargs: further arguments of [`allocate_ranks`].
 
     Returns:
