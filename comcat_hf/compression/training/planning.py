@@ -9,7 +9,7 @@ from ...attention import apply_ranks, meta_copy
 from ...cards import shown_base
 from ...configs import RankPlan
 from ...errors import InvalidValueError
-from ..allocation import allocate_ranks
+from ..allocation import allocate_ranks, count_again
 from ..counting import count_macs, count_parameters
 from .artefacts import Artefacts
 from .settings import CompressSettings
@@ -168,6 +168,8 @@ def describe_run(
         plan = allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
     small = meta_copy(dense)
     apply_ranks(small, plan.ranks, initialize=False)
+    if exact:
+        plan = count_again(plan, dense, small)
     parameters = count_parameters(dense), count_parameters(small)
     trained, size = _memory(settings, parameters)
     return CompressPlan(
