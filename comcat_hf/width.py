@@ -24,6 +24,9 @@ __all__ = ["RIDGE", "HiddenUnits", "NarrowFactors", "narrow_mlp", "order_units"]
 
 RIDGE = 1e-2
 
+# Share of the sum of squared means that a covariance may be off by where next to nothing varies.
+_ROUNDING = 1e-14
+
 # Units are picked from the most promising `_POOL`, `_BLOCK` at a time, so that what is large is updated in products.
 _POOL = 128
 _BLOCK = 32
@@ -113,7 +116,7 @@ def narrow_mlp(
     weight, mean = _work(output_weight), _work(units.moments.mean, output_weight.device)
     covariance, index = _work(units.moments.covariance, weight.device), kept.to(weight.device)
     cross = covariance[index]
-    system, pull = _add_ridge(cross[:, index], ridge)
+    system, pull = _add_ridge(cross[:, index], ridge, mean)
     fitted = torch.linalg.solve(system, cross @ weight.mT + pull * weight[:, index].mT)
     new_bias = _work(bias) + weight @ mean - mean[index] @ fitted
     return NarrowFactors(kept, fitted.mT.to(output_weight).contiguous(), new_bias.to(bias))
@@ -167,13 +170,13 @@ def _greedy(schur: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]
 def _regularised(moments: LinearMoments, ridge: float, device: torch.device) -> Tensor:
     covariance = _work(moments.covariance, device)
     # At least what rounding leaves undetermined, so that linearly dependent units can be factorised.
-    return _add_ridge((covariance + covariance.mT) / 2, max(ridge, 1e-8))[0]
+    return _add_ridge((covariance + covariance.mT) / 2, max(ridge, 1e-8), _work(moments.mean, device))[0]
 
 
-def _add_ridge(covariance: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The covariance with a ridge, and that ridge; one where nothing varies."""
-    mean = covariance.diagonal().mean()
-    pull = torch.where(mean > torch.finfo(mean.dtype).tiny, ridge * mean, 1.0)
+def _add_ridge(covariance: Tensor, ridge: float, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The covariance with a ridge, and that ridge, no less than the rounding of the means; one where nothing is."""
+    pull = torch.maximum(ridge * covariance.diagonal().mean(), _ROUNDING * mean.square().sum())
+    pull = torch.where(pull > torch.finfo(pull.dtype).tiny, pull, 1.0)
     return covariance + pull * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device), pull
 
 

@@ -31,10 +31,14 @@ Entry = int | Mapping[str, int]
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens one sample sends through a site: as queries (or rows of a linear layer), and as keys."""
+    """How many tokens one sample sends through a site in a call: as queries (or rows of a linear layer), and as keys.
+
+    `calls`: how often; more than once where blocks share a module.
+    """
 
     queries: int
     keys: int
+    calls: int = 1
 
 
 class Site(Protocol):
@@ -147,7 +151,7 @@ class AttentionSite:
         if rank is None:
             return 0
         view = self.view
-        cut = view.num_heads * (view.head_dim - rank)
+        cut = tokens.calls * view.num_heads * (view.head_dim - rank)
         product = tokens.queries * tokens.keys
         if choice == "qk":
             return cut * (tokens.queries * view.query.in_features + tokens.keys * view.key.in_features + product)
@@ -238,7 +242,7 @@ class LinearSite:
         if rank is None:
             return 0
         n, m = self.linear.in_features, self.linear.out_features
-        return tokens.queries * (n * m - rank * (n + m))
+        return tokens.calls * tokens.queries * (n * m - rank * (n + m))
 
     def dense_modules(self) -> dict[str, nn.Module]:
         return {self.name: self.linear}
@@ -311,7 +315,7 @@ class MLPSite:
             return 0
         view = self.view
         a_unit = sum(first.in_features for _, first in view.first) + view.output.out_features
-        return tokens.queries * (view.width - rank) * a_unit
+        return tokens.calls * tokens.queries * (view.width - rank) * a_unit
 
     def dense_modules(self) -> dict[str, nn.Module]:
         return self.view.layers()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import RankPlanError
+from .filling import fill, warn_not_finite
 from .finding import find_sites
 from .mlps import narrowed_mlps
 from .modules import LowRankAttention, LowRankLinear
@@ -65,7 +66,8 @@ def apply_ranks(
         model: a model without adapters.
         ranks: entries of a plan by module path.
         initialize: fill the factors with the closed form; `False` leaves them empty, for weights to be loaded into.
-        statistics: moments by module path, as gathered by `collect_statistics`.
+        statistics: moments by module path, as gathered by `collect_statistics`. Where they give no finite factors
+            these are those of the weights alone, with a warning that names the modules.
 
     Raises:
         RankPlanError: unknown module names, ranks that do not fit, an MLP with a width and a rank for one of its
@@ -75,17 +77,19 @@ def apply_ranks(
     """
     sites = sites_for(ranks, model)
     swaps: list[tuple[nn.Module, nn.Module]] = []
+    unfitted = []
     for name, entry in ranks.items():
         site = sites[name]
         substitutes = site.substitutes(site.ranks(entry, wider=not initialize))
-        if initialize:
-            site.initialize(substitutes, (statistics or {}).get(site.moments_path))
+        if initialize and not fill(site, substitutes, (statistics or {}).get(site.moments_path)):
+            unfitted.append(name)
         dense = site.dense_modules()
         for path in substitutes:
             check_no_adapter(path, model.get_submodule(path))
         swaps += [(dense[path], substitute) for path, substitute in substitutes.items()]
     for dense, substitute in swaps:
         substitute_module(model, dense, substitute)
+    warn_not_finite(unfitted)
 
 
 def substitute_module(model: nn.Module, dense: nn.Module, substitute: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from .budget import (
     check_choice,
     entries,
     find_budget,
+    module_paths,
     sites_by_way,
     sites_of,
 )
@@ -47,7 +49,7 @@ def allocate_ranks(
     latency: LatencyTable | None = None,
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> RankPlan:
     """Choose a rank for every attention pair and linear layer so that a model shrinks by a given share.
 
@@ -78,7 +80,7 @@ def allocate_ranks(
             else 4; ranks of wide linear layers in multiples of four times this.
         inputs: one sample, for `metric="macs"` where the configuration does not say the native size; for `"latency"`
             that of the table.
-        progress: show a progress bar while measuring.
+        progress: show bars while measuring; by default where transformers shows its own.
 
     Returns:
         a plan that removes at least `reduction` and at most 0.005 more, counted on the built model; of latency by the
@@ -117,7 +119,7 @@ def _timed(
     sites: Mapping[str, Any],
     table: LatencyTable | None,
     inputs: Mapping[str, Any] | None,
-    progress: bool,
+    progress: bool | None,
 ) -> Metric:
     """What a table says of these sites; the table is measured where none is given."""
     if table is None:
@@ -161,7 +163,7 @@ def finish_plan(
     skeleton = meta_copy(model)
     apply_ranks(skeleton, ranks, initialize=False)
     reached = 1 - count(skeleton) / total
-    if not reduction - 1e-12 <= reached <= reduction + TOLERANCE:
+    if not reduction - 1e-12 <= reached <= reduction + TOLERANCE + 1e-12:
         raise BudgetError(
             f"The plan removes {reached:.4f} of {type(model).__name__}'s {metric}, asked were {reduction} to "
             f"{reduction + TOLERANCE}: its modules share weights in a way that cannot be budgeted."
@@ -177,6 +179,25 @@ def finish_plan(
         reduction=float(reduction),
         reached=reached,
     )
+
+
+def count_again(plan: RankPlan, model: nn.Module, small: nn.Module) -> RankPlan:
+    """A plan with what it removes counted on what was built from it, where the metric can be counted.
+
+    Args:
+        plan: perhaps edited.
+        model: the dense model; `small` the compressed one.
+    """
+    if plan.metric not in METRICS:
+        return plan
+    sites = None if plan.scope == "model" else find_sites(model, plan.scope, width=True)
+    names = sites and module_paths(sites)
+    try:
+        dense, kept = (METRICS[plan.metric](each, names) for each in (model, small))
+    except InvalidValueError:
+        # One sample of native size cannot be made up.
+        return plan
+    return replace(plan, reached=1 - kept / dense)
 
 
 def check_ask(reduction: Any, metric: Any, step: Any, metrics: Iterable[str] = tuple(METRICS)) -> None:

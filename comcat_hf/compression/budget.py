@@ -1,5 +1,6 @@
 """What is to be removed, what can be chosen, and how a choice lands on the budget."""
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ __all__ = [
 
 # The finished plan removes at least what was asked, and at most this share more.
 TOLERANCE = 0.005
+
+# Of a count, far below one.
+_ROUNDING = 1e-4
 
 # How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
 WAYS = ("width", "rank", "mixed")
@@ -72,11 +76,8 @@ class Metric(Protocol):
 
     def savings(
         self, model: nn.Module, inputs: Mapping[str, Any] | None = None
-    ) -> Callable[[Site, str], tuple[Saved, int | None]]:
-        """Of a dense model, for each site and choice: what a rank removes, and the rank from which on it is nothing.
-
-        `None` for the latter is the limit of the choice.
-        """
+    ) -> Callable[[Site, str], tuple[Saved, int]]:
+        """For each site and choice of a dense model: what a rank removes, and the lowest rank that removes nothing."""
         ...
 
 
@@ -103,9 +104,16 @@ class _Counted:
 
     def savings(
         self, model: nn.Module, inputs: Mapping[str, Any] | None = None
-    ) -> Callable[[Site, str], tuple[Saved, int | None]]:
+    ) -> Callable[[Site, str], tuple[Saved, int]]:
         tokens = trace(model, inputs, whole=False).tokens if self.runs else {}
-        return lambda site, choice: (partial(self.saved, site, tokens.get(site.moments_path), choice), None)
+
+        def of(site: Site, choice: str) -> tuple[Saved, int]:
+            saved = partial(self.saved, site, tokens.get(site.moments_path), choice)
+            # A layer without a bias gets one, which may be more than the last ranks save.
+            ranks = range(1, site.choices[choice])
+            return saved, 1 + bisect_left(ranks, True, key=lambda rank: saved(rank) <= 0)
+
+        return of
 
 
 def _saved_macs(site: Site, tokens: Tokens | None, choice: str, rank: int | None) -> int:
@@ -278,7 +286,7 @@ def find_options(
                 group = groups.get(site.moments_path) if mixed else None
                 options.append(Option(site, choice, limit, saved, group, dense_from))
     # Where even rank 1 saves nothing there is nothing to choose.
-    return tuple(option for option in options if option.dense_from is None or option.dense_from > 1)
+    return tuple(option for option in options if option.end > 1)
 
 
 def find_budget(
@@ -299,14 +307,15 @@ def find_budget(
     count = partial(metric, names=None if scope == "model" else module_paths(sites), inputs=inputs)
     total = count(model)
     options = find_options(model, sites, metric, inputs)
-    asked = -int(-reduction * total // 1)
-    budget = Budget(options, total, asked, int((reduction + TOLERANCE) * total), step or default_step(sites))
-    most = budget.saved(budget.smallest())
-    if most < asked:
-        reachable = f"at rank 1 everywhere {_floor(most / total)} would be removed. Ask for no more than that"
+    # What rounding adds or takes is not asked for.
+    asked, most = math.ceil(reduction * total - _ROUNDING), math.floor((reduction + TOLERANCE) * total + _ROUNDING)
+    budget = Budget(options, total, asked, most, step or default_step(sites))
+    reach = budget.saved(budget.smallest())
+    if reach < asked:
+        reachable = f"at rank 1 everywhere {_floor(reach / total)} would be removed. Ask for no more than that"
         raise BudgetError(
             f"A reduction of {reduction} of {type(model).__name__}'s {metric.name} is out of reach: "
-            + (reachable if most > 0 else "nothing is left in this scope that is worth factorising. Ask for less")
+            + (reachable if reach > 0 else "nothing is left in this scope that is worth factorising. Ask for less")
             + ", or widen the scope."
         )
     return budget, count

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..attention import LinearSite, LowRankLinear, Site, apply_ranks, eval_mode
+from ..attention.filling import fill, warn_not_finite
 from ..attention.sites import block_of
 from ..attention.surgery import sites_for, substitute_module
+from ..training.bars import progress_bar
 from .regression import Regression
 from .statistics import TokenMask, collecting, prepare_batch, read_batches, run_batch, token_mask
 
@@ -40,7 +41,7 @@ def compress_in_order(
     batches: Iterable[Any],
     *,
     ridge: float | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> None:
     """Replace the modules named in a plan, in place and in forward order, with compensation.
 
@@ -53,7 +54,9 @@ def compress_in_order(
         batches: calibration inputs, read once.
         ridge: pull of the output factors toward the closed form, as a share of their inputs' mean variance; by
             default the one with which either half of the batches predicts the other best.
-        progress: show a progress bar over the blocks.
+        progress: show a bar over the blocks; by default where transformers shows its own.
+
+    Where the batches give no finite weights, those of the closed form stay, with a warning that names the modules.
 
     Raises:
         RankPlanError: unknown module names or ranks that do not fit.
@@ -73,18 +76,20 @@ def compress_in_order(
     with eval_mode(model):
         calls = _record_calls(model, order, inputs)
         before: _Calls | None = None
-        for path in tqdm(order, desc="Compressing", disable=not progress):
+        unfitted: list[str] = []
+        for path in progress_bar(order, desc="Compressing", progress=progress):
             record = calls.pop(path)
             if record.chained:
                 record.dense_in, record.small_in = before.dense_out, before.small_out
             else:
                 record.small_in = record.dense_in
             block = _Block(model, path, record, ridge)
-            block.compress({name: sites[name] for name in sites if name in blocks.get(path, ())}, chosen)
+            unfitted += block.compress({name: sites[name] for name in sites if name in blocks.get(path, ())}, chosen)
             before = record
         if rest:
             moments = _rest_moments(model, sites, rest, inputs)
             apply_ranks(model, {name: ranks[name] for name in rest}, statistics=moments)
+    warn_not_finite(unfitted)
     for name in training.intersection(path for site in sites.values() for path in site.dense_modules()):
         model.get_submodule(name).train()
 
@@ -128,7 +133,9 @@ class _Block:
         self.module = model.get_submodule(path)
         self.mask = TokenMask()
 
-    def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> None:
+    def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> list[str]:
+        """Compress these sites of the block; returns those whose weights the batches give no finite values."""
+        unfitted = []
         outputs = {name: _output_of(site) for name, site in sites.items()}
         residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()})
         for name, site in sites.items():
@@ -136,13 +143,16 @@ class _Block:
                 for _ in self._run(self.calls.small_in, outputs[name][1]):
                     pass
             substitutes = site.substitutes(ranks[name])
-            site.initialize(substitutes, collector.moments(name))
+            fitted = fill(site, substitutes, collector.moments(name))
             for path, dense in site.dense_modules().items():
                 if path in substitutes:
                     substitute_module(self.model, dense, substitutes[path])
             if name in residuals:
-                self._refit(self.model.get_submodule(outputs[name][0]), residuals[name], totals[name])
+                fitted &= self._refit(self.model.get_submodule(outputs[name][0]), residuals[name], totals[name])
+            if not fitted:
+                unfitted.append(name)
         self.calls.small_out = list(self._run(self.calls.small_in))
+        return unfitted
 
     def _run(self, states: list[Tensor], until: nn.Module | None = None) -> Iterator[Tensor | None]:
         """Run the block on all batches; with `until` only until that module has been called."""
@@ -174,7 +184,8 @@ class _Block:
                         totals[name].append(events[residuals[name].total])
         return residuals, totals
 
-    def _refit(self, linear: nn.Module, residual: _Residual, totals: list[Tensor]) -> None:
+    def _refit(self, linear: nn.Module, residual: _Residual, totals: list[Tensor]) -> bool:
+        """Fit the output factor again; what would not be finite is left as it is, which is returned as false."""
         inner = linear.first_factor if isinstance(linear, LowRankLinear) else linear
         held: dict[str, Tensor] = {}
         if isinstance(linear, LowRankLinear):
@@ -193,9 +204,15 @@ class _Block:
         scale = residual.scale
         # With a scale on the output the stream gets `scale * output`; where that is nothing, nothing can be fitted.
         used = scale.abs() > _NO_SCALE * scale.abs().max()
-        weight, bias = regression.solve(linear.weight.double().T, torch.where(used, scale, 1.0), self.ridge)
-        linear.weight[used] = weight.T.to(linear.weight)[used]
-        linear.bias[used] = bias.to(linear.bias)[used]
+        try:
+            weight, bias = regression.solve(linear.weight.double().T, torch.where(used, scale, 1.0), self.ridge)
+        except torch.linalg.LinAlgError:
+            return False
+        weight, bias = weight.T.to(linear.weight)[used], bias.to(linear.bias)[used]
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            return False
+        linear.weight[used], linear.bias[used] = weight, bias
+        return True
 
 
 def _in_between(model: nn.Module, blocks: Collection[str]) -> list[str]:

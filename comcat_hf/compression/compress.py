@@ -11,7 +11,7 @@ from ..attention import apply_ranks
 from ..configs import RankPlan
 from ..errors import InvalidValueError
 from ..native import attach_plan, is_native
-from .allocation import allocate_ranks
+from .allocation import allocate_ranks, count_again
 from .compensation import compress_in_order
 from .statistics import Statistics, collect_statistics, read_batches
 from .strategies import INFORMED, MEASURING, default_strategy
@@ -32,7 +32,7 @@ def compress(
     strategy: str | None = None,
     mlp: str | None = None,
     compensate: bool | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Make a smaller model of the same class.
@@ -56,7 +56,8 @@ def compress(
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
             output again to the dense model's residual stream. Needs `batches`; by default done where there are any.
-        progress: show a progress bar.
+        progress: show bars; by default where transformers shows its own, so that its switches, that of huggingface_hub
+            and `TQDM_DISABLE` turn them off.
         **kwargs: further arguments of [`allocate_ranks`].
 
     Returns:
@@ -88,6 +89,7 @@ def compress(
     if plan is not None and (kwargs or mlp):
         named = [*kwargs, *(["mlp"] if mlp else [])]
         raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(named)} cannot be used.")
+    given = plan is not None
     how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "progress": progress}
     allocate = partial(allocate_ranks, model, reduction, batches=batches, **how, **kwargs)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
@@ -106,4 +108,6 @@ def compress(
         compress_in_order(small, plan.ranks, batches, progress=progress)
     else:
         apply_ranks(small, plan.ranks, statistics=statistics)
-    return attach_plan(small, plan) if is_native(small) else small
+    if not is_native(small):
+        return small
+    return attach_plan(small, count_again(plan, model, small) if given else plan)

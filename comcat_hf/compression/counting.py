@@ -104,6 +104,10 @@ class Trace:
     macs: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, Tokens] = field(default_factory=dict)
 
+    def add_call(self, name: str, queries: int, keys: int) -> None:
+        calls = self.tokens[name].calls if name in self.tokens else 0
+        self.tokens[name] = Tokens(queries, keys, calls + 1)
+
 
 @torch.no_grad()
 def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: bool = True) -> Trace:
@@ -193,7 +197,7 @@ def _record(
     result.macs[name] = result.macs.get(name, 0) + counter(module, args, output) // batch
     if isinstance(output, Tensor):
         rows = output[..., 0].numel() // batch
-        result.tokens[name] = Tokens(queries=rows, keys=rows)
+        result.add_call(name, rows, rows)
 
 
 def _count_products(result: Trace, name: str, module: nn.Module, family: AttentionFamily, batch: int) -> None:
@@ -209,6 +213,6 @@ def _count_products(result: Trace, name: str, module: nn.Module, family: Attenti
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         (queries, width), (keys, _), (_, value_width) = shapes["query"], shapes["key"], shapes["value"]
         result.macs[name] = result.macs.get(name, 0) + queries * keys * (width + value_width)
-        result.tokens[name] = Tokens(queries=queries, keys=keys)
+        result.add_call(name, queries, keys)
 
     module.register_forward_hook(hook)

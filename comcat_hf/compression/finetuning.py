@@ -11,9 +11,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 
 from ..errors import ComCATError, InvalidValueError
+from ..training.bars import progress_bar
 from .distillation import DistillationLoss, LossParts, ask_teacher
 
 
@@ -36,7 +36,7 @@ def finetune(
     warmup: float = 0.1,
     max_norm: float = 1.0,
     accelerator: Accelerator | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     description: str = "Fine-tuning",
     on_epoch: Callable[[int, EpochLosses], None] | None = None,
 ) -> list[EpochLosses]:
@@ -53,7 +53,8 @@ def finetune(
         warmup: share of the steps in which the rate rises.
         max_norm: gradients are scaled down to this norm.
         accelerator: by default `Accelerator()`; its gradient accumulation and mixed precision are respected.
-        progress, description: show one bar on the main process, and what it says.
+        progress, description: show one bar on the main process, by default where transformers shows its own, and what
+            it says.
         on_epoch: called after each epoch with its number, from 1, and its mean losses.
 
     Returns:
@@ -73,8 +74,8 @@ def finetune(
     teacher = None if teacher is None else teacher.to(accelerator.device)
     training = _Training(accelerator, model, teacher, optimizer, scheduler, loss, max_norm)
     history: list[EpochLosses] = []
-    total, quiet = epochs * len(loader), not progress or not accelerator.is_main_process
-    with tqdm(total=total, desc=description, unit="step", mininterval=0.5, disable=quiet) as bar:
+    total, shown = epochs * len(loader), progress if accelerator.is_main_process else False
+    with progress_bar(total=total, desc=description, unit="step", mininterval=0.5, progress=shown) as bar:
         for epoch in range(epochs):
             model.train()
             seen: list[Tensor] = []

@@ -217,7 +217,7 @@ class LatencyMetric:
 
     def savings(
         self, model: nn.Module, inputs: Mapping[str, Any] | None = None
-    ) -> Callable[[Site, str], tuple[Saved, int | None]]:
+    ) -> Callable[[Site, str], tuple[Saved, int]]:
         def of(site: Site, choice: str) -> tuple[Saved, int]:
             curve = self._curve(site, choice)
             return partial(_look_up, curve), curve.index(0)
@@ -227,12 +227,15 @@ class LatencyMetric:
     def _sum_of_sites(self) -> int:
         # The layers of an MLP that is a site itself are in its time.
         inside = {path for site in self.sites.values() if site.kind == "mlp" for path in site.dense_modules()}
-        shapes = [self._shape(site) for name, site in self.sites.items() if name not in inside]
-        return sum(self.table.shapes[shape].dense for shape in shapes if shape is not None)
+        run = [s for name, s in self.sites.items() if name not in inside and s.moments_path in self.tokens]
+        return sum(self.table.shapes[self._shape(s)].dense * self.tokens[s.moments_path].calls for s in run)
 
     def _curve(self, site: Site, choice: str) -> tuple[int, ...]:
         shape = self._shape(site)
-        return (0,) if shape is None else self._curves(shape, choice, site.choices[choice])
+        if shape is None:
+            return (0,)
+        calls = self.tokens[site.moments_path].calls
+        return tuple(calls * saved for saved in self._curves(shape, choice, site.choices[choice]))
 
     def _shape(self, site: Site) -> str | None:
         # What no sample runs through takes no time.

@@ -14,6 +14,9 @@ _DEFAULT_RIDGE = 0.25
 
 _FOLDS = 2
 
+# Share of the inputs' mean square that their rounding in float32 may be, and more.
+_ROUNDING = 1e-12
+
 
 class Regression:
     """Weighted regression of `wanted` (tokens, d) on `inputs` (tokens, k), kept as sums of two halves of the data.
@@ -49,40 +52,42 @@ class Regression:
         """
         folds = [_centred(fold, scale) for fold in self._folds if fold is not None]
         whole = [sum(parts) for parts in zip(*(fold for fold in self._folds if fold is not None), strict=True)]
-        covariance, cross, mean, target = _centred(whole, scale)
+        covariance, cross, mean, target, least = _centred(whole, scale)
         if ridge is None:
             # All of the data takes less of a pull than half of it.
             ridge = _choose(folds, start, scale) / len(folds) if len(folds) > 1 else _DEFAULT_RIDGE
-        pull = _pull(covariance, ridge)
+        pull = _pull(covariance, ridge, least)
         system = covariance + pull * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         weight = start + torch.linalg.solve(system, cross - covariance @ start)
         return weight, target - mean @ weight
 
 
-_Centred = tuple[Tensor, Tensor, Tensor, Tensor]
+# Covariance, cross moments, the two means, and the least pull: what is below it is rounding of the inputs.
+_Centred = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _centred(sums: list[Tensor], scale: Tensor) -> _Centred:
     count, z_sum, y_sum, zz, zy = sums
     count = count.clamp(min=1e-12)
     z, y = z_sum / count, y_sum / count
-    return zz / count - torch.outer(z, z), (zy / count - torch.outer(z, y)) / scale, z, y / scale
+    least = _ROUNDING * (zz.diagonal().mean() / count) + torch.finfo(zz.dtype).tiny
+    return zz / count - torch.outer(z, z), (zy / count - torch.outer(z, y)) / scale, z, y / scale, least
 
 
-def _pull(covariance: Tensor, ridge: float) -> Tensor:
-    return ridge * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+def _pull(covariance: Tensor, ridge: float, least: Tensor) -> Tensor:
+    return torch.maximum(ridge * covariance.diagonal().mean(), least)
 
 
 def _choose(folds: list[_Centred], start: Tensor, scale: Tensor) -> float:
     errors = torch.zeros(len(RIDGES), dtype=start.dtype)
-    for index, (covariance, cross, _, _) in enumerate(folds):
-        other, other_cross, _, _ = folds[1 - index]
+    for index, (covariance, cross, _, _, least) in enumerate(folds):
+        other, other_cross, *_ = folds[1 - index]
         energy, basis = torch.linalg.eigh(covariance)
         gradient, other_gradient = (
             basis.mT @ ((x - c @ start) * scale) for c, x in ((covariance, cross), (other, other_cross))
         )
         other = basis.mT @ other @ basis
         for i, ridge in enumerate(RIDGES):
-            change = gradient / (energy.clamp(min=0) + _pull(covariance, ridge))[:, None]
+            change = gradient / (energy.clamp(min=0) + _pull(covariance, ridge, least))[:, None]
             errors[i] += float((change * (other @ change)).sum() - 2 * (change * other_gradient).sum())
     return RIDGES[int(errors.argmin())]

@@ -18,11 +18,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
 from ..attention import find_sites
 from ..configs import RankPlan
 from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..training.bars import progress_bar
 from .allocation import check_ask, finish_plan
 from .budget import METRICS, Budget, entries, find_budget
 from .distillation import DistillationLoss, ask_teacher
@@ -164,7 +164,7 @@ def search_ranks(
     accelerator: Accelerator | None = None,
     state: SearchState | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> RankPlan:
     """Learn the ranks by gradient descent on Gumbel-softmax weights of candidates (COMCAT, arXiv 2305.17235).
 
@@ -188,7 +188,7 @@ def search_ranks(
         accelerator: by default `Accelerator()`; every process needs the same `seed` and `state`.
         state: filled in place, see [`SearchState`].
         seed: of noise and order.
-        progress: show a bar on the main process.
+        progress: show a bar on the main process; by default where transformers shows its own.
 
     Returns:
         a plan that removes at least `reduction` and at most 0.005 more, counted on the built model; the same on every
@@ -237,7 +237,13 @@ class _Search:
     steps: int
 
     def run(
-        self, loader: Iterable[Any], state: SearchState, learning_rate: float, decay: float, seed: int, progress: bool
+        self,
+        loader: Iterable[Any],
+        state: SearchState,
+        learning_rate: float,
+        decay: float,
+        seed: int,
+        progress: bool | None,
     ) -> None:
         logits = nn.Parameter(state.logits.clone())
         optimizer = AdamW([logits], lr=learning_rate, weight_decay=decay)
@@ -246,8 +252,8 @@ class _Search:
         if state.step:
             moments = {"exp_avg": state.exp_avg.clone(), "exp_avg_sq": state.exp_avg_sq.clone()}
             optimizer.state[logits] = {"step": torch.tensor(float(state.step)), **moments}
-        quiet = not progress or not self.accelerator.is_main_process
-        bar = tqdm(total=self.steps, initial=state.step, desc="Rank search", unit="step", disable=quiet)
+        shown = progress if self.accelerator.is_main_process else False
+        bar = progress_bar(total=self.steps, initial=state.step, desc="Rank search", unit="step", progress=shown)
         with bar, torch.random.fork_rng(devices=[]):
             for batch in _batches(loader, state.step, self.steps, seed):
                 cost = self.step(batch, state.step, logits, optimizer, generator)

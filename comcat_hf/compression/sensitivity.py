@@ -1,6 +1,7 @@
 """How much every rank moves a model's output, measured one site at a time."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..attention import Site, eval_mode, find_sites, replace_module
+from ..attention.filling import fill
 from ..attention.sites import block_of
 from ..errors import InvalidValueError
+from ..training.bars import progress_bar
 from .budget import METRICS, WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
 from .outputs import Movement, main_output
 from .solver import ranks_of, solve
@@ -49,7 +51,7 @@ def sensitivity(
     batches: Iterable[Any] | None = None,
     statistics: Mapping[str, Any] | None = None,
     sensitivities: Sensitivities | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     **_: Any,
 ) -> Choice:
     """The least sum of movements of the model's output, each site truncated alone."""
@@ -73,7 +75,7 @@ def measure_sensitivities(
     mlp: str = "width",
     statistics: Mapping[str, Any] | None = None,
     step: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Sensitivities:
     """Measure once how far the output moves when each site alone is truncated, for plans of several reductions.
 
@@ -84,7 +86,7 @@ def measure_sensitivities(
         batches: calibration inputs, read once and kept: mappings, or tensors of the main input.
         scope, mlp, step: as for the plans; see [`allocate_ranks`].
         statistics: what [`collect_statistics`] returned for this model; gathered from the batches if not given.
-        progress: show a progress bar.
+        progress: show bars; by default where transformers shows its own.
 
     Returns:
         by path and choice (`"qk"`, `"vo"`, `"rank"`, `"width"`), the movement of the output at a few ranks: mean
@@ -112,7 +114,7 @@ def measure(
     batches: Sequence[Any],
     prepared: Mapping[str, Any] | None = None,
     *,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Sensitivities:
     """Truncate one option at a time at a few ranks and measure how far the model's output moves ([`Movement`]).
 
@@ -124,7 +126,7 @@ def measure(
         options: what there is to choose; ranks in multiples of `step`.
         batches: calibration inputs.
         prepared: by site, its moments as `Site.prepare` made them ready; without, the closed forms of the weights.
-        progress: show a progress bar.
+        progress: show bars; by default where transformers shows its own.
 
     Raises:
         InvalidValueError: batches that do not fit the model, outputs that are not finite.
@@ -132,7 +134,7 @@ def measure(
     ranks = {option: _measured_ranks(option, step) for option in options}
     count = sum(map(len, ranks.values()))
     result: Sensitivities = {(option.site.name, option.choice): {} for option in options}
-    with eval_mode(model), tqdm(total=count, desc="Sensitivity", disable=not progress) as bar:
+    with eval_mode(model), progress_bar(total=count, desc="Sensitivity", progress=progress) as bar:
         start = time.perf_counter()
         meter = _Meter(model, batches)
         _say_cost(options, count, len(batches), time.perf_counter() - start)
@@ -171,6 +173,15 @@ def _check_measured(budget: Budget, sensitivities: Sensitivities) -> None:
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
             + ". Measure them on this model, with the scope and the mlp= of the plan."
         )
+    for option in budget.options:
+        for rank, moved in sensitivities[option.site.name, option.choice].items():
+            number = isinstance(moved, int | float) and math.isfinite(moved)
+            if type(rank) is not int or not 1 <= rank <= option.limit or not number:
+                raise InvalidValueError(
+                    f"The sensitivities of {option.site.name}, {option.choice}: expected ranks from 1 to "
+                    f"{option.limit} with finite numbers, found {rank!r} with {moved!r}. Measure them again on this "
+                    "model."
+                )
 
 
 def interpolate(energy: Tensor, measured: Mapping[int, float]) -> Tensor:
@@ -308,7 +319,7 @@ def _watching(model: nn.Module, watch: tuple[str, list] | None) -> Iterator[None
 def _truncated(model: nn.Module, site: Site, choice: str, rank: int, moments: Any | None) -> Iterator[None]:
     """Within it one choice of a site has this rank."""
     substitutes = site.substitutes({choice: rank})
-    site.initialize(substitutes, moments)
+    fill(site, substitutes, moments)
     dense = site.dense_modules()
     try:
         for path, substitute in substitutes.items():

@@ -17,6 +17,9 @@ Errors = Mapping[Option, Tensor]
 # Partial choices that the dynamic programme keeps.
 BINS = 4000
 
+# Up to here an error is rounding.
+_FREE = 1e-12
+
 # What can be chosen in one place: what it removes, the ranks, the error.
 _Ladder = list[tuple[int, Choice, float]]
 
@@ -30,7 +33,7 @@ def solve(budget: Budget, errors: Errors) -> Choice:
     step = budget.step
     best: Choice | None = None
     while step >= 1:
-        ladders = [_ladder(alternatives, errors, step, budget.step) for alternatives in budget.alternatives()]
+        ladders = [_ladder(budget, found, errors, step, budget.step) for found in budget.alternatives()]
         chosen = _program(budget, ladders)
         if chosen is not None and budget.saved(chosen) <= budget.most:
             return chosen
@@ -42,29 +45,34 @@ def solve(budget: Budget, errors: Errors) -> Choice:
 def ranks_of(option: Option, step: int) -> list[int]:
     """The ranks that an option is chosen from, ascending; staying dense is always one more."""
     grid = option.grid(step)
-    return list(range(grid, option.limit, grid))
+    return list(range(grid, option.end, grid))
 
 
-def _ladder(alternatives: list[tuple[Option, ...]], errors: Errors, step: int, coarse: int) -> _Ladder:
-    """What can be chosen in one place, by what it removes, without what removes less and is worse."""
-    rungs: _Ladder = [(0, {}, 0.0)]
+def _ladder(budget: Budget, alternatives: list[tuple[Option, ...]], errors: Errors, step: int, coarse: int) -> _Ladder:
+    """What can be chosen in one place, by what it removes; of equal removals the least error.
+
+    What removes less at the same error, or even at a larger one, stays: what removes more may be too much.
+    """
+    best: dict[int, tuple[Choice, float]] = {0: ({}, 0.0)}
     for options in alternatives:
-        single = [
-            [(0, None, 0.0)] + [(option.saved(rank), rank, float(errors[option][rank])) for rank in ranks]
-            for option in options
-            # All pairs of fine ranks would be too many, and others can land on the budget.
-            for ranks in [ranks_of(option, step if len(options) == 1 else coarse)]
-        ]
-        for picks in itertools.product(*single):
-            chosen = {option: rank for option, (_, rank, _) in zip(options, picks, strict=True) if rank is not None}
-            if chosen:
-                rungs.append((sum(pick[0] for pick in picks), chosen, sum(pick[2] for pick in picks)))
-    ladder: _Ladder = []
-    # From the largest removal on; of equal ones the least error.
-    for rung in sorted(rungs, key=lambda rung: (-rung[0], rung[2])):
-        if not ladder or rung[2] < ladder[-1][2]:
-            ladder.append(rung)
-    return ladder[::-1]
+        # All pairs of fine ranks would be too many, and others can land on the budget.
+        size, room = (step, (budget.most - budget.asked) // 2) if len(options) == 1 else (coarse, budget.total)
+        ranks = [ranks_of(option, size) + _free(option, errors[option], room) for option in options]
+        for picks in itertools.product(*([None, *dict.fromkeys(found)] for found in ranks)):
+            chosen = {option: rank for option, rank in zip(options, picks, strict=True) if rank is not None}
+            saved = sum(option.saved(rank) for option, rank in chosen.items())
+            error = sum(float(errors[option][rank]) for option, rank in chosen.items())
+            if saved not in best or error < best[saved][1]:
+                best[saved] = chosen, error
+    return [(saved, *best[saved]) for saved in sorted(best)]
+
+
+def _free(option: Option, errors: Tensor, room: int) -> list[int]:
+    """Ranks that cost nothing, from the least one on; neighbours differ by no more than `room` in what they remove."""
+    least = max(int((errors <= _FREE).int().argmax()), 1)
+    above = range(least, option.end)
+    apart = room * len(above) // max(option.saved(least), 1) if above else 1
+    return list(above[:: max(apart, 1)])
 
 
 def _program(budget: Budget, ladders: list[_Ladder]) -> Choice | None:

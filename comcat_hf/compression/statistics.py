@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..attention import AttentionSite, LinearSite, MLPSite, Site, eval_mode, find_sites
 from ..attention.views import class_path
 from ..errors import InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
+from ..training.bars import progress_bar
 from .moments import Statistics, Sums, sum_names
 
 
@@ -32,7 +32,7 @@ def collect_statistics(
     batches: Iterable[Batch],
     *,
     scope: str = "model",
-    progress: bool = False,
+    progress: bool | None = None,
     accelerator: Any | None = None,
 ) -> Statistics:
     """Run calibration batches through a model and gather what the closed forms need.
@@ -49,7 +49,7 @@ def collect_statistics(
         batches: model inputs: mappings, or tensors of the main input. Labels are allowed and not used. Finite; it is
             read once.
         scope: `"model"`, `"attention"` or `"mlp"`.
-        progress: show a progress bar, under several processes that of the first.
+        progress: show a bar, under several processes that of the first; by default where transformers shows its own.
         accelerator: an `accelerate.Accelerator`: every process reads its own batches and gets the statistics of all.
             A sample that a prepared loader repeats to even out its batches counts again.
 
@@ -62,7 +62,7 @@ def collect_statistics(
     """
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
-        progress = progress and accelerator.is_main_process
+        progress = progress if accelerator.is_main_process else False
     found = find_sites(model, scope, width=True).values()
     # Of an MLP and its output layer the MLP: what it gathers serves both.
     sites = {site.moments_path: site for site in sorted(found, key=lambda site: site.kind == "mlp")}
@@ -72,7 +72,7 @@ def collect_statistics(
         mask = stack.enter_context(token_mask(model))
         collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
         try:
-            for index, batch in enumerate(tqdm(batches, desc="Statistics", disable=not progress)):
+            for index, batch in enumerate(progress_bar(batches, desc="Statistics", progress=progress)):
                 samples += _run(model, batch, index)
         except Exception as caught:
             if accelerator is None:

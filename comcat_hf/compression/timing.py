@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 
 from ..attention import AttentionSite, MLPSite, Site, eval_mode, find_sites
 from ..attention.views import class_path
 from ..errors import InvalidValueError, UnsupportedModuleError
+from ..training.bars import progress_bar
 from .budget import METRICS, Option, default_step, find_options
 from .counting import example_inputs, trace
 from .latency import LatencyTable, ShapeTimes, shape_of
@@ -46,7 +46,7 @@ def measure_latency(
     batch_size: int = 1,
     step: int | None = None,
     repeats: int = 15,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> LatencyTable:
     """Time a dense model and, at a few ranks, every shape that its attention, linear layers and MLPs have.
 
@@ -62,7 +62,7 @@ def measure_latency(
         batch_size: samples that are run at once.
         step: ranks that are timed are multiples of this; see [`allocate_ranks`].
         repeats: rounds.
-        progress: show a progress bar.
+        progress: show a bar; by default where transformers shows its own.
 
     Returns:
         the table; pass it to [`allocate_ranks`] or [`compress`] as `latency`.
@@ -161,7 +161,7 @@ def _runs(
 
 
 def _rounds(
-    runs: Mapping[_Key, Callable[[], Any]], repeats: int, device: torch.device, progress: bool
+    runs: Mapping[_Key, Callable[[], Any]], repeats: int, device: torch.device, progress: bool | None
 ) -> dict[_Key, list[float]]:
     """Nanoseconds of one call, by run and round."""
 
@@ -187,7 +187,7 @@ def _rounds(
         seconds,
     )
     rounds: dict[_Key, list[float]] = {key: [] for key in runs}
-    for index in tqdm(range(repeats), desc="Latency", disable=not progress):
+    for index in progress_bar(range(repeats), desc="Latency", progress=progress):
         # There and back, so that nothing always finds the caches of the same neighbour.
         for key in list(runs)[:: 1 if index % 2 else -1]:
             rounds[key].append(taken(runs[key], calls[key]))

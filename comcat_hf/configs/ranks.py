@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class RankPlan:
         strategy: how the ranks were found.
         reduction: the share that was asked to be removed, 0 to 1.
         reached: the share that the plan removes, counted on the built model; of latency as a table of times predicts.
+            `None` where that was not counted since the ranks were changed.
     """
 
     ranks: Mapping[str, Entry]
@@ -56,6 +57,20 @@ class RankPlan:
             check_entry(f"{self._source}: {name}", entry)
         copied = {name: dict(entry) if isinstance(entry, Mapping) else entry for name, entry in self.ranks.items()}
         object.__setattr__(self, "ranks", copied)
+
+    def with_ranks(self, ranks: Mapping[str, Entry | None]) -> "RankPlan":
+        """A plan with other entries for these modules; `compress` counts again what it removes.
+
+        Args:
+            ranks: entries by module path, each in place of the old one; `None` leaves that module dense.
+
+        Raises:
+            RankPlanError: ranks that are no ranks.
+        """
+        if not isinstance(ranks, Mapping):
+            raise RankPlanError(f"{self._source}: with_ranks takes a mapping of module names to ranks, got {ranks!r}.")
+        edited = {name: entry for name, entry in {**self.ranks, **ranks}.items() if entry is not None}
+        return replace(self, ranks=edited, reached=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as it stands in a rank file: a base that is a folder of this machine is not named."""

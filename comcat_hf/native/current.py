@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..attention import read_ranks
+from ..attention import fit_names, read_ranks
 from ..configs.ranks import RankPlan
 from ..errors import InvalidValueError
 
@@ -13,12 +13,16 @@ __all__ = ["check_saveable", "current_plan"]
 
 
 def current_plan(model: nn.Module, recorded: RankPlan | None) -> RankPlan | None:
-    """The recorded plan with the ranks and the class that the model has now; `None` where nothing is compressed."""
+    """The recorded plan with the ranks and the class that the model has now; `None` where nothing is compressed.
+
+    What a plan with other ranks reached is left out.
+    """
     ranks = read_ranks(model)
     if not ranks:
         return None
-    plan = RankPlan(ranks) if recorded is None else replace(recorded, ranks=ranks)
-    return replace(plan, architecture=type(model).__name__)
+    plan = RankPlan(ranks) if recorded is None else recorded
+    reached = plan.reached if fit_names(plan.ranks, model) == ranks else None
+    return replace(plan, ranks=ranks, reached=reached, architecture=type(model).__name__)
 
 
 def check_saveable(model: nn.Module) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import InvalidValueError
-from .figures import COLORS, check_format, new_figure, save_figure
+from .figures import COLORS, axes_for, check_target, finish
 
 
 __all__ = ["plot_reductions"]
@@ -17,39 +18,41 @@ _LINES = ("solid", "dashed", "dotted", "dashdot")
 
 def plot_reductions(
     curves: Mapping[str, Sequence[tuple[float, float]]],
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     dense: float | None = None,
     quality: str = "accuracy",
     title: str | None = None,
-) -> Path:
-    """Write a picture of accuracy, or another quality, against reduction: PNG or SVG, by the name's end.
+    ax: Any | None = None,
+) -> Any:
+    """Draw a picture of accuracy, or another quality, against reduction: PNG or SVG, by the name's end.
 
     Curves differ in colour, marker and line, so that neither print nor colour vision hides which is which.
 
     Args:
         curves: by name, points `(reduction, quality)`: reductions and accuracies as shares, 0 to 1.
-        path: file to write; a file that is there is replaced in one step.
+        path: file to write; a file that is there is replaced in one step. Without one nothing is written.
         dense: quality of the dense model, a thin line across.
         quality: what the vertical axis shows.
         title: a line above.
+        ax: matplotlib axes to draw on, in place of a new figure.
 
     Returns:
-        the path.
+        the path, or without one the matplotlib figure, which a notebook shows.
 
     Raises:
-        InvalidValueError: no points, a reduction outside 0 to 1, or a name that does not end in `.png` or `.svg`.
+        InvalidValueError: no points, a reduction outside 0 to 1, a name that does not end in
+            `.png` or `.svg`, or both a name and axes.
         ComCATError: matplotlib is not installed.
     """
-    check_format(path)
+    check_target(path, ax)
     for name, points in curves.items():
         for reduction, _ in points:
             if not 0 <= reduction <= 1:
                 raise InvalidValueError(f"{name}: expected reductions from 0 to 1, found {reduction!r}.")
     if not any(curves.values()):
         raise InvalidValueError("A picture of quality against reduction needs points, found none.")
-    figure = new_figure(7.2, 4.2)
-    axes = figure.subplots()
+    axes = axes_for(ax, 7.2, 4.2)
     if dense is not None:
         axes.axhline(dense, color="#777777", linewidth=1, zorder=1)
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (-2, 3)}
@@ -77,6 +80,4 @@ def plot_reductions(
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=12)
-    return save_figure(figure, path)
+    return finish(axes.figure, path, title, ax)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InvalidValueError
-from .figures import RIGHT, WRONG, new_figure, save_figure
+from .figures import RIGHT, WRONG, axes_for, check_target, finish
 
 
 __all__ = ["plot_image_grid"]
@@ -15,40 +15,42 @@ __all__ = ["plot_image_grid"]
 
 def plot_image_grid(
     images: Mapping[str, Tensor],
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     columns: Sequence[str],
     notes: Mapping[str, Sequence[str]] | None = None,
     right: Mapping[str, Sequence[bool]] | None = None,
     title: str | None = None,
     size: float = 0.75,
-) -> Path:
-    """Write a picture of images in rows: PNG or SVG, by the name's end.
+    ax: Any | None = None,
+) -> Any:
+    """Draw a picture of images in rows: PNG or SVG, by the name's end.
 
     Args:
         images: by the name of the row, grey `(columns, h, w)` or in colour `(columns, 3, h, w)`, from 0 to 1.
-        path: file to write; a file that is there is replaced in one step.
+        path: file to write; a file that is there is replaced in one step. Without one nothing is written.
         columns: a name for each column.
         notes: by row, a short text for the corner of each image.
         right: by row, whether an image is what it should be: such have a solid blue frame, others a dashed
             vermilion one.
         title: a line above the images.
         size: of an image, in inches (130 pixels each in a PNG).
+        ax: matplotlib axes to draw on, in place of a new figure.
 
     Returns:
-        the path.
+        the path, or without one the matplotlib figure, which a notebook shows.
 
     Raises:
-        InvalidValueError: a row that has not one image, note and verdict for each column, images of another shape, or
-            a name that does not end in `.png` or `.svg`.
+        InvalidValueError: a row that has not one image, note and verdict for each column, images of another shape, a
+            name that does not end in `.png` or `.svg`, or both a name and axes.
         ComCATError: matplotlib is not installed.
     """
+    check_target(path, ax)
     _check_grid(len(columns), images=images, notes=notes or {}, right=right or {})
-    figure = new_figure(1.8 + size * len(columns), 0.7 + size * len(images))
+    # One for all: axes for each image would take seconds to lay out.
+    axes = axes_for(ax, 1.8 + size * len(columns), 0.7 + size * len(images))
     from matplotlib.patches import Rectangle
 
-    # One for all: axes for each image would take seconds to lay out.
-    axes = figure.subplots()
     for i, (name, row) in enumerate(images.items()):
         for j, image in enumerate(row):
             pixels = (image if image.ndim == 2 else image.movedim(0, -1)).clamp(0, 1).float().tolist()
@@ -68,9 +70,7 @@ def plot_image_grid(
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if title:
-        figure.suptitle(title, fontsize=12)
-    return save_figure(figure, path)
+    return finish(axes.figure, path, title, ax)
 
 
 def _check_grid(columns: int, **given: Mapping[str, Any]) -> None:

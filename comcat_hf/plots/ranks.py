@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs import RankPlan
-from .figures import check_format, new_figure, save_figure
+from .figures import axes_for, check_target, finish, new_figure
 from .tables import PAIRS, RankTable, head_spectra, rank_table
 
 
@@ -22,28 +22,29 @@ _FLOOR = 1e-3  # of the largest singular value; what is below is drawn there
 def plot_compression(
     dense: nn.Module,
     plan: RankPlan,
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     statistics: Mapping[str, Any] | None = None,
     title: str | None = None,
-) -> Path:
-    """Write a rank map (layers × sites) and the attention spectra, with the kept ranks marked: PNG or SVG.
+) -> Any:
+    """Draw a rank map (layers × sites) and the attention spectra, with the kept ranks marked: PNG or SVG.
 
     Args:
         dense: the model that the plan is for, not compressed.
         plan: its ranks.
-        path: file to write, by whose end the format goes; a file that is there is replaced in one step.
+        path: file to write, by whose end the format goes; a file that is there is replaced in one step. Without one
+            nothing is written.
         statistics: moments by module path; the spectra are then those that the data sees.
         title: a line above the panels.
 
     Returns:
-        the path.
+        the path, or without one the matplotlib figure, which a notebook shows.
 
     Raises:
         InvalidValueError: a name that does not end in `.png` or `.svg`.
         ComCATError: matplotlib is not installed.
     """
-    check_format(path)
+    check_target(path)
     table, spectra = rank_table(dense, plan), head_spectra(dense, statistics)
     rows = len({row for row, column in table if column})
     # A deep model's spectra stand above each other beside its tall map.
@@ -59,35 +60,40 @@ def plot_compression(
         panel.set_ylim(max(_FLOOR, min(lowest, 0.1)) * 0.9, 1.15)
         panel.set_title(f"{label}: singular values" + ("" if statistics is None else " seen by the data"), fontsize=10)
     _add_layer_bar(figure, panels, len(spectra))
-    if title:
-        figure.suptitle(title, fontsize=12)
-    return save_figure(figure, path)
+    return finish(figure, path, title)
 
 
-def plot_ranks(dense: nn.Module, plan: RankPlan, path: str | Path, *, title: str | None = None) -> Path:
-    """Write a rank map alone (layers × sites): PNG or SVG. No weights are read.
+def plot_ranks(
+    dense: nn.Module,
+    plan: RankPlan,
+    path: str | Path | None = None,
+    *,
+    title: str | None = None,
+    ax: Any | None = None,
+) -> Any:
+    """Draw a rank map alone (layers × sites): PNG or SVG. No weights are read.
 
     Args:
         dense: the model that the plan is for, not compressed; on the meta device it will do.
         plan: its ranks.
-        path: file to write, by whose end the format goes; a file that is there is replaced in one step.
+        path: file to write, by whose end the format goes; a file that is there is replaced in one step. Without one
+            nothing is written.
         title: a line above.
+        ax: matplotlib axes to draw on, in place of a new figure.
 
     Returns:
-        the path.
+        the path, or without one the matplotlib figure, which a notebook shows.
 
     Raises:
-        InvalidValueError: a name that does not end in `.png` or `.svg`.
+        InvalidValueError: a name that does not end in `.png` or `.svg`, or both a name and axes.
         ComCATError: matplotlib is not installed.
     """
-    check_format(path)
+    check_target(path, ax)
     table = rank_table(dense, plan)
     rows, columns = ({place[i] for place in table if place[1]} for i in (0, 1))
-    figure = new_figure(2.6 + 0.95 * len(columns), 1.7 + 0.32 * len(rows))
-    _draw_ranks(figure.subplots(), table)
-    if title:
-        figure.suptitle(title, fontsize=12)
-    return save_figure(figure, path)
+    axes = axes_for(ax, 2.6 + 0.95 * len(columns), 1.7 + 0.32 * len(rows))
+    _draw_ranks(axes, table)
+    return finish(axes.figure, path, title, ax)
 
 
 def _draw_ranks(axes: Any, table: RankTable) -> None:

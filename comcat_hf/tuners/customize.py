@@ -317,8 +317,7 @@ class CustomizeLayer(ComCATLayer):
         Full factors give projections with wider heads, cores ones of the dense shapes; both are exact. The dense
         module is kept.
         """
-        names = [*self.merged_adapters]
-        names += [n for n in self.check_mergeable(safe_merge, adapter_names) if n not in names]
+        names = [*self.merged_adapters, *self.to_merge(safe_merge, adapter_names)]
         if names == self.merged_adapters:
             return
         scales = {name: self.scaling[name] for name in names} | self._merged_scales

@@ -4,7 +4,7 @@ import re
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..attention import LowRankAttention
@@ -55,6 +55,11 @@ class ComCATLayer(nn.Module, BaseTunerLayer):
             if safe_merge and not all(p.isfinite().all() for p in self.comcat_factors[name].parameters()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return names
+
+    def to_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
+        """Which adapters [`merge`] has still to merge here; PEFT's warning says which are merged already."""
+        names = self.check_mergeable(safe_merge, adapter_names)
+        return check_adapters_to_merge(self, names) if names else []
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # PEFT puts no adapter into a tuner layer, and leaves what it found no place for at a warning.
@@ -120,8 +125,7 @@ class CompressLayer(ComCATLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let the factors of one adapter stand in for the dense module until [`unmerge`], whatever is active."""
-        names = self.check_mergeable(safe_merge, adapter_names)
-        self.merged_adapters.extend(name for name in names if name not in self.merged_adapters)
+        self.merged_adapters.extend(self.to_merge(safe_merge, adapter_names))
 
     def unmerge(self) -> None:
         """Undo [`merge`]; the dense module was kept."""

@@ -1,6 +1,7 @@
 """The tuner: finds the modules that a configuration gives ranks or widths to and puts tuner layers around them."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from torch import nn
 
 from ..attention import Site, find_sites, named_base_modules, read_ranks, replace_module
+from ..attention.filling import fill, warn_not_finite
 from ..attention.residuals import find_residual_sites
 from ..attention.sites import check_disjoint
 from ..attention.views import check_not_quantised
@@ -47,7 +49,11 @@ class ComCATModel(BaseTuner):
         restore = remember(model)
         try:
             _check_adapter_name(model, adapter_name)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # PEFT looks for the entry of an MLP among its layers alone; `_warn_of_ignored` knows better.
+                warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _warn_of_ignored(self.peft_config[adapter_name], self._sites)
         except BaseException:
             restore()
             if not any(adapter_name in layer.comcat_factors for layer in self._layers()):
@@ -68,7 +74,9 @@ class ComCATModel(BaseTuner):
         # A site may stand for several modules (the layers of an MLP; attention, and its output projection in a
         # sibling); PEFT asks for each.
         self._pending: dict[str, tuple[Site, dict[str, nn.Module]]] = {}
-        for site, ranks in targets_of(peft_config, model).values():
+        targets = targets_of(peft_config, model)
+        self._sites = tuple(targets)
+        for site, ranks in targets.values():
             substitutes = site.substitutes(ranks)
             self._pending |= dict.fromkeys(substitutes, (site, substitutes))
         self._targets = frozenset(self._pending)
@@ -107,7 +115,7 @@ class ComCATModel(BaseTuner):
         if _on_meta_device() or next(site.dense_modules()[current_key].parameters()).is_meta:
             substitutes = {path: module.to("meta") for path, module in substitutes.items()}
         elif peft_config.init_weights:
-            site.initialize(substitutes)
+            fill(site, substitutes)
         else:
             for module in substitutes.values():
                 _randomize(module)
@@ -234,6 +242,7 @@ def initialize_comcat_weights(
         )
     if statistics is not None and hasattr(statistics, "check_model"):
         statistics.check_model(base)
+    unfitted = []
     for site in find_sites(base, _scope(base.peft_config[adapter_name]), width=True).values():
         substitutes = {
             path: layers[id(dense)].comcat_factors[adapter_name]
@@ -241,8 +250,10 @@ def initialize_comcat_weights(
             if id(dense) in layers and adapter_name in layers[id(dense)].comcat_factors
         }
         # The factors of a layer may be those of its MLP's width.
-        if substitutes and isinstance(next(iter(substitutes.values())), site.replacement):
-            site.initialize(substitutes, (statistics or {}).get(site.moments_path))
+        own = substitutes and isinstance(next(iter(substitutes.values())), site.replacement)
+        if own and not fill(site, substitutes, (statistics or {}).get(site.moments_path)):
+            unfitted.append(site.name)
+    warn_not_finite(unfitted)
 
 
 def _scope(config: ComCATConfig) -> str:
@@ -318,6 +329,13 @@ def _yields(config: ComCATConfig, site: Site, sites: Mapping[str, Site], entries
         return not entries.keys().isdisjoint(site.dense_modules())
     mlps = [mlp for mlp in sites.values() if mlp.kind == "mlp" and site.name in mlp.dense_modules()]
     return any(config.mlp_width is not None or mlp.name in entries for mlp in mlps)
+
+
+def _warn_of_ignored(config: ComCATConfig, names: Iterable[str]) -> None:
+    ignored = sorted(key for key in config.rank_pattern if not any(_matches(key, name) for name in names))
+    if ignored:
+        message = f"The following rank_pattern keys did not match any targeted module and were ignored: {ignored}."
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _matches(key: str, name: str) -> bool:

@@ -1,5 +1,6 @@
 """The reduction asked for is the reduction reached, counted on the built model."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -17,9 +18,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from comcat_hf import allocate_ranks, compress, count_macs, count_parameters
+from comcat_hf import allocate_ranks, compress, count_macs, count_parameters, plan_of
 from comcat_hf.attention import find_sites
 from comcat_hf.compression.allocation import TOLERANCE
+from comcat_hf.compression.budget import METRICS, find_budget, find_options
 from comcat_hf.errors import BudgetError, InvalidValueError
 from tests.helpers import assert_unchanged, classes_of, small_vit, state_of
 
@@ -186,6 +188,40 @@ def test_nothing_left_to_factorise_is_said():
         allocate_ranks(model, 0.3)
 
 
+@pytest.mark.parametrize("share", ["", "attention", "mlp"])
+@pytest.mark.parametrize("metric", ["params", "macs"])
+def test_modules_that_blocks_share_count_as_often_as_they_run(metric, share):
+    model, _ = small_vit(num_hidden_layers=3)
+    layers = model.vit.layers
+    if share:
+        setattr(layers[1], share, getattr(layers[0], share))
+    else:
+        layers[1] = layers[0]
+    plan = allocate_ranks(model, 0.3, metric=metric)
+    count = {"params": count_parameters, "macs": count_macs}[metric]
+    assert plan.reached == 1 - count(compress(model, plan=plan)) / count(model)
+
+
+def test_every_rank_to_choose_saves_something():
+    # A factorised layer has a bias: of 29 ranks it is more than what the last one saves.
+    model, inputs = small_vit(intermediate_size=76)
+    model.vit.layers[0].mlp.fc1.bias = None
+    model.vit.spare = torch.nn.ModuleList([model.vit.layers[0].__class__(model.config)])
+    for metric in ("params", "macs"):
+        options = find_options(model, find_sites(model, width=True), METRICS[metric], inputs)
+        assert all(option.saved(rank) > 0 for option in options for rank in range(1, option.end))
+        ends = {option.site.name: option.end for option in options}
+        assert ends["vit.layers.0.mlp.fc1"] == (29 if metric == "params" else 30)
+        assert ("vit.spare.0.mlp.fc1" in ends) == (metric == "params"), "what is not run has no MACs to save"
+
+
+def test_rounding_asks_for_nothing():
+    model = demo_vit()
+    sites, total = find_sites(model), count_parameters(model)
+    found = [find_budget(model, sites, asked / total, METRICS["params"])[0].asked for asked in range(1, 2000)]
+    assert found == list(range(1, 2000))
+
+
 @pytest.mark.parametrize("wrong", [0, 1, -0.1, 1.5, 50, float("nan"), float("inf"), "0.5", None, True, Fraction(1, 2)])
 def test_reductions_that_are_no_share_are_refused(wrong):
     with pytest.raises(InvalidValueError, match="reduction"):
@@ -198,3 +234,21 @@ def test_reductions_that_are_no_share_are_refused(wrong):
 def test_options_that_do_not_exist_are_refused(option, value):
     with pytest.raises(InvalidValueError, match=option):
         allocate_ranks(small_vit()[0], 0.5, **{option: value})
+
+
+@pytest.mark.parametrize("scope", ["model", "attention", "mlp"])
+@pytest.mark.parametrize("metric", ["params", "macs"])
+def test_an_edited_plan_is_counted_again(metric, scope):
+    model = demo_vit()
+    plan = allocate_ranks(model, 0.3, metric=metric, scope=scope)
+    name, entry = next(iter(plan.ranks.items()))
+    smaller = {pair: rank - 1 for pair, rank in entry.items()} if isinstance(entry, dict) else entry - 1
+    count = {"params": count_parameters, "macs": count_macs}[metric]
+    names = None if scope == "model" else tuple(find_sites(model, scope))
+    for edited in (plan.with_ranks({name: smaller}), replace(plan, ranks={name: smaller}), plan):
+        small = compress(model, plan=edited)
+        reached = 1 - count(small, names) / count(model, names)
+        assert plan_of(small) == replace(edited, reached=reached)
+    assert reached == plan.reached
+    small.vit.layers[0] = model.vit.layers[0]
+    assert plan_of(small).reached is None

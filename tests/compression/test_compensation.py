@@ -4,13 +4,22 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
-from comcat_hf import allocate_ranks, collect_statistics, compress, count_parameters
-from comcat_hf.attention import find_sites, read_ranks
+from comcat_hf import (
+    ComCATConfig,
+    allocate_ranks,
+    collect_statistics,
+    compress,
+    count_parameters,
+    initialize_comcat_weights,
+)
+from comcat_hf.attention import apply_ranks, find_sites, read_ranks
 from comcat_hf.compression import compensation
 from comcat_hf.compression.compensation import compress_in_order
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.factorization import AttentionMoments
 from tests.helpers import MODELS, outputs
 
 
@@ -170,3 +179,68 @@ def test_the_drift_passes_through_a_block_that_stays_dense(monkeypatch):
     compress_in_order(copy.deepcopy(model), ranks, batches_for(model, inputs, 2))
     assert drift["vit.layers.0"] == 0
     assert drift["vit.layers.2"] > 1e-3
+
+
+def with_norms(value):
+    """Layer norms that pass next to nothing on: every layer's input is its bias."""
+    model, inputs = MODELS["vit"]()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data.fill_(value)
+            module.bias.data.zero_()
+    return model, inputs["pixel_values"]
+
+
+@pytest.mark.parametrize("value", [1e-10, 1e-30, 0])
+@pytest.mark.parametrize(("mlp", "strategy"), [("width", "sensitivity"), ("rank", "uniform"), ("width", "spectrum")])
+def test_inputs_that_hardly_vary_give_finite_weights(value, mlp, strategy):
+    model, images = with_norms(value)
+    for batches in ([images], [torch.zeros_like(images)], list(images.split(1))):
+        small = compress(model, 0.4, batches=batches, mlp=mlp, strategy=strategy)
+        assert all(parameter.isfinite().all() for parameter in small.parameters())
+        assert error(small, model, [{"pixel_values": images}]) < 1
+
+
+def test_moments_that_give_nothing_finite_are_left_out(caplog):
+    model, _ = MODELS["vit"]()
+    sites = find_sites(model, "attention")
+    ranks = {name: {"qk": 3, "vo": 5} for name in sites}
+    shape = (sites["vit.layers.0.attention"].view.num_heads, 16, 16)
+    one = torch.eye(16, dtype=torch.float64).expand(shape)
+    moments = AttentionMoments(one * 1e-290, one, one * 1e-290, one[:, 0])
+    found, expected = copy.deepcopy(model), copy.deepcopy(model)
+    apply_ranks(expected, ranks)
+    apply_ranks(found, ranks, statistics=dict.fromkeys(ranks, moments))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+    assert [r.getMessage().partition(" would")[0] for r in caplog.records] == [
+        "Fitted to the calibration data, the weights of vit.layers.0.attention, vit.layers.1.attention"
+    ]
+    adapted = get_peft_model(copy.deepcopy(model), ComCATConfig(rank_pattern=ranks))
+    caplog.clear()
+    initialize_comcat_weights(adapted, dict.fromkeys(ranks, moments))
+    assert "vit.layers.0.attention, vit.layers.1.attention would not be finite" in caplog.text
+    assert all(
+        torch.equal(a, b) for a, b in zip(adapted.merge_and_unload().parameters(), expected.parameters(), strict=True)
+    )
+
+
+def test_weights_that_overflow_by_themselves_are_refused():
+    model, _ = MODELS["vit"]()
+    attention = model.vit.layers[1].attention
+    attention.v_proj.bias.data.fill_(6e4)
+    with pytest.raises(InvalidValueError, match=r"vit\.layers\.1\.attention: expected finite factors.*torch\.float16"):
+        compress(model.half(), 0.4)
+
+
+def test_outputs_that_cannot_be_fitted_again_keep_the_closed_form(caplog):
+    model, inputs = MODELS["vit"]()
+    # Of hidden units as small as these any drift would take infinite weights.
+    for parameter in model.vit.layers[1].mlp.fc1.parameters():
+        parameter.data.mul_(1e-42)
+    ranks = {name: site.entry(dict.fromkeys(site.choices, 8)) for name, site in find_sites(model, "mlp").items()}
+    ranks |= {"vit.layers.0.attention": {"qk": 2, "vo": 2}}
+    compress_in_order(model, ranks, [inputs])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert [r.getMessage().partition(" would")[0] for r in caplog.records] == [
+        "Fitted to the calibration data, the weights of vit.layers.1.mlp.fc2"
+    ]

@@ -1,14 +1,17 @@
 """The dynamic programme against every choice there is."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from comcat_hf.compression.budget import Budget, Option
 from comcat_hf.compression.solver import solve
+from comcat_hf.errors import BudgetError
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,81 @@ def test_rank_one_everywhere_is_found():
     most = budget.saved(dict.fromkeys(budget.options, 1))
     budget = Budget(budget.options, budget.total, most, most, 4)
     assert set(solve(budget, errors).values()) == {1}
+
+
+def options_of(sizes, limit, grouped):
+    """One option per size; with `grouped` the first is an MLP's width and the next two are its layers' ranks."""
+    kinds = ["mlp", "linear", "linear"] if grouped else []
+    return tuple(
+        Option(
+            Place(str(i), *kinds[i : i + 1]), "rank", limit, partial(removed, limit, n), "mlp" if kinds[i:] else None
+        )
+        for i, n in enumerate(sizes)
+    )
+
+
+def everything(budget, step=1):
+    """Every choice there is, in multiples of a step."""
+    places = []
+    for alternatives in budget.alternatives():
+        found = [{}]
+        for options in alternatives:
+            ranks = [[None, *range(step, option.limit, step)] for option in options]
+            found += [dict(zip(options, picks, strict=True)) for picks in itertools.product(*ranks)]
+        places.append(found)
+    for parts in itertools.product(*places):
+        yield dict.fromkeys(budget.options) | {o: rank for part in parts for o, rank in part.items()}
+
+
+@st.composite
+def small_problems(draw, steps=(1,)):
+    """Sizes, falling errors with many ties and zeros, and a window anywhere, as wide as it likes."""
+    limit = draw(st.integers(2, 4 if steps == (1,) else 6))
+    options = options_of(draw(st.lists(st.integers(1, 9), min_size=3, max_size=4)), limit, draw(st.booleans()))
+    total = 9 * 4 * limit
+    budget = Budget(options, total, 1, total, draw(st.sampled_from(steps)))
+    asked = draw(st.integers(1, budget.saved(budget.smallest())))
+    budget = replace(budget, asked=asked, most=asked + draw(st.integers(0, total // 4)))
+    falls = st.lists(st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0]), min_size=limit, max_size=limit)
+    errors = {o: torch.tensor([*draw(falls), 0.0], dtype=torch.float64).flip(0).cumsum(0).flip(0) for o in options}
+    return budget, errors
+
+
+def best_of(choices, budget, errors):
+    fitting = (c for c in choices if budget.asked <= budget.saved(c) <= budget.most)
+    return min((price(errors, chosen) for chosen in fitting), default=None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(small_problems())
+def test_no_choice_within_the_budget_is_better(problem):
+    budget, errors = problem
+    best = best_of(everything(budget), budget, errors)
+    if best is None:
+        with pytest.raises(BudgetError):
+            solve(budget, errors)
+        return
+    chosen = solve(budget, errors)
+    assert budget.asked <= budget.saved(chosen) <= budget.most
+    assert price(errors, chosen) == pytest.approx(best)
+
+
+@settings(max_examples=100, deadline=None)
+@given(small_problems(steps=(2, 3)))
+def test_no_choice_in_steps_is_better(problem):
+    budget, errors = problem
+    best = best_of(everything(budget, budget.step), budget, errors)
+    if best is not None:
+        chosen = solve(budget, errors)
+        assert budget.asked <= budget.saved(chosen) <= budget.most
+        assert price(errors, chosen) <= best + 1e-9
+
+
+def test_a_free_cut_is_taken_between_the_steps_too():
+    options = options_of([100, 100], 64, grouped=False)
+    free, dear = torch.zeros(65, dtype=torch.float64), torch.linspace(1, 0, 65, dtype=torch.float64)
+    for asked in (90, 1300, 6290):
+        budget = Budget(options, 12800, asked, asked + 60, 8)
+        chosen = solve(budget, dict(zip(options, (free, dear), strict=True)))
+        assert budget.asked <= budget.saved(chosen) <= budget.most
+        assert chosen[options[1]] is None

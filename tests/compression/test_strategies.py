@@ -104,6 +104,20 @@ def test_a_layer_of_low_rank_gets_a_low_rank(strategy):
     assert dense or min(others) > 3 * plan.ranks[LOW]
 
 
+@pytest.mark.parametrize("asked", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("mlp", ["width", "rank", "mixed"])
+@pytest.mark.parametrize("strategy", ["spectrum", "sensitivity"])
+def test_a_cut_that_costs_nothing_is_taken(strategy, mlp, asked):
+    model, inputs = small_vit()
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            for parameter in layer.mlp.parameters():
+                parameter.zero_()
+    small = compress(model, 1.05 * asked, batches=[inputs], strategy=strategy, mlp=mlp)
+    assert not any("attention" in name for name in plan_of(small).ranks)
+    assert movement(model, small, inputs) < 1e-10
+
+
 def test_statistics_change_what_counts_as_energy():
     model, _ = small_vit()
     seen = correlated_images(32, 1)
@@ -195,6 +209,20 @@ def test_sensitivities_of_another_way_are_refused():
     measured = measure_sensitivities(model, batches, statistics=statistics)
     with pytest.raises(InvalidValueError, match=r"lack vit.layers.0.mlp.fc1, rank, and 3 more"):
         allocate_ranks(model, 0.3, strategy="sensitivity", mlp="mixed", statistics=statistics, sensitivities=measured)
+
+
+@pytest.mark.parametrize("wrong", [{4: float("nan")}, {4: float("inf")}, {4: "0.1"}, {"4": 0.1}, {0: 0.1}, {17: 0.1}])
+def test_sensitivities_that_are_none_are_refused(wrong):
+    model, inputs = small_vit()
+    statistics = collect_statistics(model, [inputs])
+    measured = {
+        **measure_sensitivities(model, [inputs], statistics=statistics),
+        ("vit.layers.1.attention", "vo"): wrong,
+    }
+    with pytest.raises(
+        InvalidValueError, match=r"vit\.layers\.1\.attention, vo: expected ranks from 1 to 16 with finite"
+    ):
+        allocate_ranks(model, 0.3, statistics=statistics, sensitivities=measured)
 
 
 def test_the_model_is_left_as_it_was_also_on_error(monkeypatch):

@@ -162,3 +162,24 @@ def test_a_missing_file_is_named(tmp_path):
 def test_an_error_outside_a_file_names_no_file():
     with pytest.raises(RankPlanError, match=r"^this plan: fc1"):
         RankPlan({"fc1": 0})
+
+
+def test_an_edited_plan_has_reached_nothing_yet():
+    plan = _plan()
+    edited = plan.with_ranks({"layers.0.attention": {"qk": 3}, "layers.0.fc1": None, "layers.2.fc1": 5})
+    assert edited.ranks == {
+        "layers.0.attention": {"qk": 3},
+        "layers.1.attention": {"vo": 2},
+        "layers.1.mlp": {"width": 30},
+        "layers.2.fc1": 5,
+    }
+    assert edited == dataclasses.replace(plan, ranks=edited.ranks, reached=None)
+    assert plan == _plan()
+
+
+@pytest.mark.parametrize(
+    "ranks", [{"layers.0.fc1": 0}, {"layers.0.fc1": "8"}, {"layers.0.fc1": {"qk": -1}}, [8], None]
+)
+def test_edits_that_are_no_ranks_are_refused(ranks):
+    with pytest.raises(RankPlanError, match=r"layers\.0\.fc1: expected a whole|takes a mapping"):
+        _plan().with_ranks(ranks)

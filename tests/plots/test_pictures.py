@@ -2,8 +2,10 @@
 
 import builtins
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 
 import matplotlib
+import matplotlib.figure
 import pytest
 import torch
 from PIL import Image
@@ -237,3 +239,35 @@ def test_images_in_colour_keep_their_colours(tmp_path):
     assert colors[0, 0, 255] > 10_000
     with pytest.raises(InvalidValueError, match=r"expected the shape \(columns, h, w\) or \(columns, 3, h, w\)"):
         plot_image_grid({"a": torch.zeros(2, 4, 8, 8)}, tmp_path / "other.png", columns=("a", "b"))
+
+
+def drawings():
+    """Each picture of one panel, by what draws it but for its place."""
+    model, _ = small_vit()
+    plan = RankPlan({"vit.layers.1.attention": {"qk": 4}})
+    return {
+        "ranks": partial(plot_ranks, model, plan),
+        "reductions": partial(plot_reductions, {"one": [(0.1, 0.9), (0.5, 0.7)]}),
+        "images": partial(plot_image_grid, {"row": torch.rand(2, 4, 4)}, columns=["a", "b"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["ranks", "reductions", "images"])
+def test_a_notebook_gets_a_figure_or_draws_on_axes_of_its_own(name, tmp_path):
+    draw = drawings()[name]
+    figure = draw(title="A title")
+    assert isinstance(figure, matplotlib.figure.Figure) and figure.get_suptitle() == "A title"
+    figure.savefig(tmp_path / "figure.png")
+    own = matplotlib.figure.Figure()
+    left, right = own.subplots(1, 2)
+    assert draw(ax=left, title="A title") is own
+    assert left.get_title() == "A title" and left.has_data() and not right.has_data() and not own.get_suptitle()
+    own.savefig(tmp_path / "own.png")
+    with pytest.raises(InvalidValueError, match="both"):
+        draw(tmp_path / "both.png", ax=left)
+
+
+def test_a_compression_is_a_figure_of_panels():
+    model, _ = small_vit()
+    figure = plot_compression(model, RankPlan({"vit.layers.1.attention": {"qk": 4}}), title="A title")
+    assert len(figure.axes) >= 3 and figure.get_suptitle() == "A title"

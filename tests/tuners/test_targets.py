@@ -268,3 +268,32 @@ class TestAnErrorInTheMiddle:
 def test_every_error_is_ours():
     with pytest.raises(ComCATError):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), low_config())
+
+
+IGNORED = "The following rank_pattern keys did not match any targeted module and were ignored: "
+
+
+def warned(recwarn):
+    return [str(w.message) for w in recwarn if "rank_pattern" in str(w.message)]
+
+
+def test_only_entries_that_are_ignored_are_said_to_be(recwarn):
+    entries = {"vit.layers.0.attention": {"qk": 4, "vo": 6}, "layers.1.mlp": {"width": 30}, "vit.layers.0.mlp.fc1": 5}
+    model = get_peft_model(small_vit()[0], ComCATConfig.from_plan(RankPlan(entries)))
+    assert len(layers_of(model)) == 4
+    inject_adapter_in_model(ComCATConfig(rank_pattern={"layers.0.mlp": {"width": 9}}), small_vit()[0])
+    assert not warned(recwarn)
+    get_peft_model(small_vit()[0], ComCATConfig(rank_pattern=entries, exclude_modules=["layers.1.mlp"]))
+    assert warned(recwarn) == [f"{IGNORED}['layers.1.mlp']."]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ComCATConfig(**LOW_CONFIG, mlp_width=9), ComCATConfig(mode="customize", qk_rank=2), ComCATConfig(linear_rank=3)],
+)
+def test_merging_what_is_merged_is_said_in_the_words_of_peft(config):
+    model = get_peft_model(small_vit()[0], config)
+    model.merge_adapter()
+    for merge in (model.merge_adapter, lambda: model.merge_adapter(["default"]), model.merge_and_unload):
+        with pytest.warns(UserWarning, match="^All adapters are already merged, nothing to do"):
+            merge()

@@ -10,7 +10,7 @@ from ...cards import shown_base
 from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ...transport import readable_size
-from ..allocation import allocate_ranks
+from ..allocation import allocate_ranks, count_again
 from ..counting import count_macs, count_parameters
 from .artefacts import Artefacts
 from .settings import CompressSettings
@@ -173,6 +173,8 @@ def describe_run(
         plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
     small = meta_copy(dense)
     apply_ranks(small, plan.ranks, initialize=False)
+    if exact:
+        plan = count_again(plan, dense, small)
     parameters = count_parameters(dense), count_parameters(small)
     trained, size = _memory(settings, parameters)
     return CompressPlan(

@@ -147,7 +147,8 @@ def _carry_out(
         return result
     ranks = allocate(run, statistics, interruption)
     result = replace(result, plan=describe(plan=ranks))
-    run.say(f"The plan removes {ranks.reached:.1%}." if ranks.reached is not None else "The plan is read.")
+    reached = result.plan.plan.reached
+    run.say(f"The plan removes {reached:.1%}." if reached is not None else "The plan is read.")
     if last == "allocate":
         return result
     initialize(run, ranks, statistics)
