@@ -69,6 +69,7 @@ class ComCATQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         _check_files(checkpoint_files or ())
+        self.quantization_config.plan.check_model(model)
         apply_ranks(model, _fit_plan(self.quantization_config.plan, model), initialize=False)
         for module in model.modules():
             if isinstance(module, LowRankAttention):
