@@ -204,9 +204,8 @@ def open_document(
     digest = content.pop("digest", None)
     fields = dict(content)
     found = fields.pop("format", None)
-    # Some files of earlier versions call it so.
-    earlier = fields.pop("version", None)
-    said = fields.pop("format_version", earlier)
+    # Files of earlier versions may call it `version`.
+    said = fields.pop("format_version" if "format_version" in fields else "version", None)
     if found != name or type(said) is not type(version) or said != version:
         raise error(
             f"{source}: expected format {name!r}, format_version {version}, found format {shown(found)}, "

@@ -23,6 +23,7 @@ FLOORS = {
     "configs": 1,
     "cards": 1,
     "metrics": 1,
+    "tensor_files": 1,
     "training": 1.5,
     "attention": 2,
     "native": 2.5,

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from safetensors import SafetensorError, safe_open
 
-from ..configs import RankPlan
-from ..customization.pipelines import INDEX
+from ..checks import TEXT, check, list_of
+from ..configs import ComCATConfig, RankPlan
+from ..configs.adapter import read_config
+from ..customization.pipelines import INDEX, read_index
 from ..errors import CheckpointError
 from ..native.transformers import QUANT_METHOD
+from ..tensor_files import open_safetensors
 from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, sizes_in
 from .shell import app, command, table
 
@@ -100,49 +102,42 @@ def _parameters(folder: Path) -> str | None:
     count = 0
     for file in files:
         try:
-            with safe_open(file, framework="pt") as weights:
+            with open_safetensors(file) as weights:
                 count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        except SafetensorError:
+        except CheckpointError:
             return f"unknown, as {file.name} cannot be read"
     return f"{count:,}" if files else None
 
 
 def _facts(folder: Path) -> dict[str, object] | None:
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        facts = {"kind": "pipeline adapter", "base": index.get("base_model_name_or_path")}
-        return facts | {f"part {name}": _adapter(folder / name) for name in _part_names(folder, index)}
+        index = read_index(folder / INDEX)
+        facts = {"kind": "pipeline adapter", "base": index["base_model_name_or_path"]}
+        parts = {name: read_config(folder / name / "adapter_config.json")[1] for name in index["parts"]}
+        return facts | {f"part {name}": _adapter(config) for name, config in parts.items()}
     adapter, model = folder / "adapter_config.json", folder / "config.json"
-    if adapter.is_file() and (fields := read_json(adapter)).get("peft_type") == "COMCAT":
-        base = fields.get("base_model_name_or_path")
-        return {"kind": f"adapter, mode {fields.get('mode')}", "base": base, "ranks": _adapter(folder)}
+    if adapter.is_file() and read_json(adapter).get("peft_type") == "COMCAT":
+        config = read_config(adapter)[1]
+        base = config.base_model_name_or_path
+        return {"kind": f"adapter, mode {config.mode}", "base": base, "ranks": _adapter(config)}
     if model.is_file():
-        config = read_json(model)
-        recorded = dict(config.get("quantization_config") or {})
-        if recorded.pop("quant_method", None) == QUANT_METHOD:
-            names = ", ".join(config.get("architectures") or ())
-            plan = RankPlan.from_dict(recorded, str(model))
-            return {"kind": "compressed model", "architecture": names} | _of_plan(plan)
+        found = read_json(model)
+        recorded = found.get("quantization_config")
+        if isinstance(recorded, Mapping) and recorded.get("quant_method") == QUANT_METHOD:
+            names = found.get("architectures") or ()
+            check(names, list_of(TEXT), f"{model}: architectures", error=CheckpointError)
+            plan = RankPlan.from_dict({k: v for k, v in recorded.items() if k != "quant_method"}, str(model))
+            return {"kind": "compressed model", "architecture": ", ".join(names)} | _of_plan(plan)
     try:
         return {"kind": "rank plan"} | _of_plan(RankPlan.from_pretrained(folder))
     except CheckpointError:
         return None
 
 
-def _part_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
-    names = index.get("parts")
-    if not isinstance(names, dict) or any(Path(name).name != name for name in names):
-        raise CheckpointError(
-            f"{folder / INDEX}: expected 'parts' by their names, found {names!r}. Download or save the adapter again."
-        )
-    return list(names)
-
-
-def _adapter(folder: Path) -> str:
-    fields = read_json(folder / "adapter_config.json")
-    sizes = {name: fields.get(name) for name in ("qk_rank", "vo_rank", "linear_rank", "mlp_width")}
+def _adapter(config: ComCATConfig) -> str:
+    sizes = {name: getattr(config, name) for name in ("qk_rank", "vo_rank", "linear_rank", "mlp_width")}
     said = [f"{name} {value}" for name, value in sizes.items() if value is not None]
-    return ", ".join(said + (["core"] if fields.get("core") else []))
+    return ", ".join(said + (["core"] if config.core else []))
 
 
 def _of_plan(plan: RankPlan) -> dict[str, object]:

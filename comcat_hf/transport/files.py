@@ -11,9 +11,9 @@ from ..checks import parse_json
 from ..errors import CheckpointError, InvalidValueError
 
 
-__all__ = ["LARGEST_JSON", "read_json", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+__all__ = ["read_json", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
 
-LARGEST_JSON = 2**26
+_LARGEST_JSON = 2**26
 
 
 def write_bytes_atomic(path: str | os.PathLike, payload: bytes) -> Path:
@@ -54,7 +54,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Read a JSON object from `path`; raise a `CheckpointError` naming file and position if it is none."""
     path = Path(path)
     try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
+        if (size := path.stat().st_size) > _LARGEST_JSON:
             raise CheckpointError(f"{path}: expected a small JSON file, found {size:,} bytes; check the path")
         content = parse_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
