@@ -16,6 +16,7 @@ PACKAGE = ROOT / "comcat_hf"
 FLOORS = {
     "errors": 0,
     "version": 0,
+    "checks": 0.25,
     "core": 0.5,
     "factorization": 0.5,
     "transport": 0.5,
@@ -23,6 +24,7 @@ FLOORS = {
     "configs": 1,
     "cards": 1,
     "metrics": 1,
+    "tensor_files": 1,
     "training": 1.5,
     "attention": 2,
     "native": 2.5,

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 import comcat_hf
 from comcat_hf import ComCATConfig, RankPlan, cli, demo_customize
+from comcat_hf.checks import make_document
 from comcat_hf.cli import shell
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.transport import write_json_atomic
@@ -292,7 +293,8 @@ def test_info_refuses_what_is_not_ours_by_name(tmp_path):
 def test_info_reads_nothing_outside_of_the_folder(tmp_path, name):
     for folder in ("outside", "in"):
         write_json_atomic(tmp_path / folder / "adapter_config.json", {"qk_rank": 77})
-    write_json_atomic(tmp_path / "in" / "comcat_adapter.json", {"parts": {name: {}}})
+    index = {"base_model_name_or_path": None, "revision": None, "parts": {name: {}}}
+    write_json_atomic(tmp_path / "in" / "comcat_adapter.json", make_document("comcat_adapter", 1, index))
     result = run("info", str(tmp_path / "in"))
     assert result.exit_code == 1
     assert "expected 'parts' by their names" in result.stderr and "77" not in result.output

@@ -492,9 +492,11 @@ def test_edited_ranks(saved, ranks, error, says):
     ("change", "says"),
     [
         (lambda plan: plan.update(ranks=[]), "ranks"),
-        (lambda plan: plan.pop("ranks"), "'ranks' is missing"),
+        (lambda plan: plan.pop("ranks"), "found no ranks"),
         (lambda plan: plan.update(format_version=9), "format_version 9"),
-        (lambda plan: plan.update(colour="red"), "unknown colour"),
+        (lambda plan: plan.update(colour="red"), "unknown 'colour'"),
+        (lambda plan: plan.update(reached="x"), "reached: expected a finite number"),
+        (lambda plan: plan.update(architecture="BertModel"), "for ViTForImageClassification, found one for BertModel"),
     ],
 )
 def test_edited_plans(saved, change, says):

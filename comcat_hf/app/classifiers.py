@@ -9,7 +9,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
@@ -180,13 +179,7 @@ def _most_probable(model: nn.Module, scores: Tensor) -> tuple[tuple[str, float],
 
 
 def _read(source: str, what: str) -> nn.Module:
-    try:
-        model = load_classifier(expanded(source), what)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{source}: expected whole safetensors files of the {what}, found {error}. One was cut short or is "
-            "damaged; download or save the model again."
-        ) from error
+    model = load_classifier(expanded(source), what)
     model_labels(model.config, f"{what} {source}")
     return model
 

@@ -8,13 +8,22 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError, safe_open
 
+from ..checks import FLAG, TEXT, check, check_fields, list_of, optional, whole
+from ..configs.index import INDEX, read_index
 from ..configs.ranks import RANKS_FORMAT, RankPlan
 from ..errors import CheckpointError
 from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, readable_size, sizes_in
 from .shell import app, command, table
 
 
-_INDEX = "comcat_adapter.json"
+_CONFIG = "adapter_config.json"
+_SIZES = ("qk_rank", "vo_rank", "linear_rank", "mlp_width")
+# The fields of an adapter's configuration that are shown; PEFT's class for all of them would import torch.
+_ADAPTER = {
+    **dict.fromkeys(("mode", "base_model_name_or_path"), optional(TEXT)),
+    **dict.fromkeys(_SIZES, optional(whole(1))),
+    "core": optional(FLAG),
+}
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 
 
@@ -101,49 +110,46 @@ def _parameters(folder: Path) -> str | None:
         try:
             with safe_open(file, framework="numpy") as weights:
                 count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        except SafetensorError:
+        except (SafetensorError, OSError):
             return f"unknown, as {file.name} cannot be read"
     return f"{count:,}" if files else None
 
 
 def _facts(folder: Path) -> dict[str, object] | None:
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX)
-        facts = {"kind": "pipeline adapter", "base": index.get("base_model_name_or_path")}
-        return facts | {f"part {name}": _adapter(folder / name) for name in _part_names(folder, index)}
-    adapter, model = folder / "adapter_config.json", folder / "config.json"
-    if adapter.is_file() and (fields := read_json(adapter)).get("peft_type") == "COMCAT":
-        base = fields.get("base_model_name_or_path")
-        return {"kind": f"adapter, mode {fields.get('mode')}", "base": base, "ranks": _adapter(folder)}
+    if (folder / INDEX).is_file():
+        index = read_index(folder / INDEX)
+        facts = {"kind": "pipeline adapter", "base": index["base_model_name_or_path"]}
+        return facts | {f"part {name}": _ranks(_adapter(folder / name)) for name in index["parts"]}
+    model = folder / "config.json"
+    if (folder / _CONFIG).is_file() and read_json(folder / _CONFIG).get("peft_type") == "COMCAT":
+        fields = _adapter(folder)
+        kind = f"adapter, mode {fields['mode']}"
+        return {"kind": kind, "base": fields["base_model_name_or_path"], "ranks": _ranks(fields)}
     if model.is_file():
-        config = read_json(model)
-        recorded = dict(config.get("quantization_config") or {})
-        recorded.pop("quant_method", None)
+        found = read_json(model)
+        recorded = found.get("quantization_config")
         # Its own mark, which tells it from the methods of others.
-        if recorded.get("format") == RANKS_FORMAT:
-            names = ", ".join(config.get("architectures") or ())
-            plan = RankPlan.from_dict(recorded, str(model))
-            return {"kind": "compressed model", "architecture": names} | _of_plan(plan)
+        if isinstance(recorded, Mapping) and recorded.get("format") == RANKS_FORMAT:
+            names = found.get("architectures") or ()
+            check(names, list_of(TEXT), f"{model}: architectures", error=CheckpointError)
+            plan = RankPlan.from_dict({k: v for k, v in recorded.items() if k != "quant_method"}, str(model))
+            return {"kind": "compressed model", "architecture": ", ".join(names)} | _of_plan(plan)
     try:
         return {"kind": "rank plan"} | _of_plan(RankPlan.from_pretrained(folder))
     except CheckpointError:
         return None
 
 
-def _part_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
-    names = index.get("parts")
-    if not isinstance(names, dict) or any(Path(name).name != name for name in names):
-        raise CheckpointError(
-            f"{folder / _INDEX}: expected 'parts' by their names, found {names!r}. Download or save the adapter again."
-        )
-    return list(names)
+def _adapter(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / _CONFIG)
+    fields = {name: found.get(name) for name in _ADAPTER}
+    check_fields(fields, _ADAPTER, str(folder / _CONFIG), error=CheckpointError)
+    return fields
 
 
-def _adapter(folder: Path) -> str:
-    fields = read_json(folder / "adapter_config.json")
-    sizes = {name: fields.get(name) for name in ("qk_rank", "vo_rank", "linear_rank", "mlp_width")}
-    said = [f"{name} {value}" for name, value in sizes.items() if value is not None]
-    return ", ".join(said + (["core"] if fields.get("core") else []))
+def _ranks(fields: Mapping[str, Any]) -> str:
+    said = [f"{name} {fields[name]}" for name in _SIZES if fields[name] is not None]
+    return ", ".join(said + (["core"] if fields["core"] else []))
 
 
 def _of_plan(plan: RankPlan) -> dict[str, object]:

@@ -90,6 +90,8 @@ def compress(
         named = [*kwargs, *(["mlp"] if mlp else [])]
         raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(named)} cannot be used.")
     given = plan is not None
+    if given:
+        plan.check_model(model)
     how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "progress": progress}
     allocate = partial(allocate_ranks, model, reduction, batches=batches, **how, **kwargs)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.

@@ -4,9 +4,10 @@ Multiply-accumulates say little of time where kernels are small, work on tiles o
 times from the device that counts and can be carried to another machine, where the ranks are then chosen.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..attention import AttentionSite, LinearSite, MLPSite, Site, Tokens, read_ranks
+from ..checks import TEXT, Kind, check_fields, make_document, mapping_of, open_document, optional, whole
 from ..errors import CheckpointError, InvalidValueError
 from ..transport import read_json, resolve_file, write_json_atomic
 from .budget import Saved
@@ -26,6 +28,21 @@ LATENCY_NAME = "comcat_latency.json"
 
 _FORMAT = "comcat_latency"
 _FORMAT_VERSION = 1
+_FIELDS = {
+    "total": whole(1),
+    "shapes": mapping_of(Kind("times of a shape", lambda times: isinstance(times, Mapping | ShapeTimes))),
+    **dict.fromkeys(("architecture", "device", "dtype"), optional(TEXT)),
+    "threads": optional(whole(1)),
+    "batch_size": whole(1),
+}
+# JSON has no names but texts.
+_RANK = re.compile("[1-9][0-9]{0,8}")
+_TIME = whole(1)
+_RANKS = Kind(
+    "nanoseconds by rank",
+    lambda ranks: isinstance(ranks, Mapping) and all(_RANK.fullmatch(r) and _TIME.holds(t) for r, t in ranks.items()),
+)
+_TIMES = {"sites": whole(1), "dense": whole(1), "choices": mapping_of(_RANKS)}
 
 
 @dataclass(frozen=True)
@@ -102,10 +119,7 @@ class LatencyTable:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("total", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidValueError(f"{name} must be a whole number from 1, got {value!r}. Use measure_latency.")
+        check_fields(vars(self), _FIELDS, "A latency table", fix="Use measure_latency.")
 
     def check_model(self, sites: Mapping[str, Site], tokens: Mapping[str, Tokens], *, whole: bool) -> None:
         """Raise InvalidValueError if the table is of another model.
@@ -136,7 +150,7 @@ class LatencyTable:
 
     def to_dict(self) -> dict[str, Any]:
         """The table as it stands in its file."""
-        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self)}
+        return make_document(_FORMAT, _FORMAT_VERSION, asdict(self))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "this table") -> "LatencyTable":
@@ -145,30 +159,9 @@ class LatencyTable:
         Raises:
             CheckpointError: another format, a newer version, fields that are missing, unknown or damaged.
         """
-        content = dict(content)
-        found = content.pop("format", None), content.pop("format_version", None)
-        if found != (_FORMAT, _FORMAT_VERSION):
-            raise CheckpointError(
-                f"{source}: expected a latency table (format {_FORMAT!r}, version {_FORMAT_VERSION}), found format "
-                f"{found[0]!r}, version {found[1]!r}. Give what LatencyTable.save_pretrained wrote; update comcat_hf "
-                "if the file is newer."
-            )
-        try:
-            # JSON has no keys but strings.
-            shapes = {
-                shape: ShapeTimes(
-                    times["sites"],
-                    times["dense"],
-                    {c: {int(rank): taken for rank, taken in ranks.items()} for c, ranks in times["choices"].items()},
-                )
-                for shape, times in content.pop("shapes").items()
-            }
-            return cls(shapes=shapes, **content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{source}: expected the fields {', '.join(f.name for f in fields(cls))}, found a table without or "
-                f"with a damaged one ({error}). Save it again, or measure anew."
-            ) from error
+        content = open_document(content, _FORMAT, _FORMAT_VERSION, _FIELDS, source)
+        shapes = {name: _read_times(f"{source}: {name}", times) for name, times in content.pop("shapes").items()}
+        return cls(shapes=shapes, **content)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the table into a folder, made if absent. A file that is there is replaced in one step."""
@@ -241,6 +234,12 @@ class LatencyMetric:
         # What no sample runs through takes no time.
         tokens = self.tokens.get(site.moments_path)
         return None if tokens is None else shape_of(site, tokens)
+
+
+def _read_times(source: str, times: Any) -> ShapeTimes:
+    check_fields(times, _TIMES, source, error=CheckpointError, fix="Save it again, or measure anew.")
+    choices = {choice: {int(rank): t for rank, t in ranks.items()} for choice, ranks in times["choices"].items()}
+    return ShapeTimes(times["sites"], times["dense"], choices)
 
 
 def _look_up(saved: tuple[int, ...], rank: int | None) -> int:

@@ -1,21 +1,22 @@
 """Statistics: sums of activation moments by module path, how they add up, and the file that holds them."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..attention import AttentionSite, LinearSite, MLPSite, find_sites
 from ..attention.views import class_path
+from ..checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, whole
 from ..errors import CheckpointError, InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
+from ..tensor_files import read_safetensors
 from ..transport import push_folder, resolve_file, write_bytes_atomic
 
 
@@ -77,6 +78,15 @@ _NAMES = {
     "input": _LINEAR_NAMES,
     "output": _LINEAR_NAMES,
 }
+_COUNTS = ("count", "keys", "rows")
+# By name, from the shape of the second moments; `input` is as wide as the layer's input.
+_SHAPE_OF: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    **dict.fromkeys(_COUNTS, lambda shape: ()),
+    **dict.fromkeys(("query", "key", "attended"), lambda shape: (shape[0], shape[-1], shape[-1])),
+    **dict.fromkeys(("attended_sum", "mean", "input"), lambda shape: shape[:-1]),
+    "second": lambda shape: (shape[0], shape[0]),
+}
+_FIELDS = dict.fromkeys(("architecture", "samples", "scope", "sides"), TEXT)
 _MOMENTS: dict[str, Callable[..., Any]] = {
     "heads": _attention_moments,
     "input": _linear_moments,
@@ -174,14 +184,13 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the statistics into a folder, made if absent. A file that is there is replaced in one step."""
-        metadata = {
-            "format": _FORMAT,
-            "format_version": str(_FORMAT_VERSION),
+        fields = {
             "architecture": self.architecture,
             "samples": str(self.samples),
             "scope": self.scope,
             "sides": json.dumps({name: sums.side for name, sums in self.sums.items()}),
         }
+        metadata = make_document(_FORMAT, str(_FORMAT_VERSION), fields)
         tensors = {
             f"{name}:{key}": value.detach().cpu().contiguous()
             for name, sums in self.sums.items()
@@ -204,17 +213,8 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
             CheckpointError: no such folder, repository or file; a file that is damaged, newer or holds no statistics.
         """
         path = resolve_file(pretrained_model_name_or_path, STATISTICS_NAME, revision=revision, **kwargs)
-        try:
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                _check_format(path, metadata)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: expected a safetensors file of statistics, found one that cannot be read ({error}); it is "
-                "truncated or of another kind: save or download it again."
-            ) from error
-        return cls(*_read(path, metadata, tensors))
+        tensors, metadata = read_safetensors(path, "statistics")
+        return cls(*_read(str(path), metadata, tensors))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the statistics file; `kwargs` and the result are those of [`RankPlan.push_to_hub`]."""
@@ -223,31 +223,38 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
             return push_folder(folder, repo_id, **kwargs)
 
 
-def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path}: expected statistics ('format' {_FORMAT!r} in the header), found {metadata.get('format')!r}; "
-            "give a file that Statistics.save_pretrained wrote."
-        )
-    if metadata.get("format_version") != str(_FORMAT_VERSION):
-        raise CheckpointError(
-            f"{path}: expected format_version {_FORMAT_VERSION}, found {metadata.get('format_version')!r}; "
-            "update comcat_hf if the file is newer."
-        )
-
-
 def _read(
-    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+    path: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Sums], str, int, str]:
-    try:
-        sides = json.loads(metadata["sides"])
-        sums = {n: Sums(side, {k: tensors[f"{n}:{k}"] for k in sum_names(side)}) for n, side in sides.items()}
-        return sums, metadata["architecture"], int(metadata["samples"]), metadata["scope"]
-    except (KeyError, ValueError, AttributeError) as error:
+    fields = open_document(metadata, _FORMAT, str(_FORMAT_VERSION), _FIELDS, path)
+    samples = int(fields["samples"]) if re.fullmatch("[0-9]{1,18}", fields["samples"]) else fields["samples"]
+    check(samples, whole(1), f"{path}: samples", error=CheckpointError)
+    sides = parse_json(fields["sides"], f"{path}: sides")
+    check(sides, mapping_of(listed(*_NAMES)), f"{path}: sides", error=CheckpointError)
+    expected = {f"{name}:{key}" for name, side in sides.items() for key in _NAMES[side]}
+    if differing := sorted(expected - tensors.keys()) or sorted(tensors.keys() - expected):
         raise CheckpointError(
-            f"{path}: expected architecture, samples, scope, sides and every module's sums, found a file without or "
-            f"with a damaged {error}; save or download it again."
-        ) from error
+            f"{path}: expected the sums of the modules that its header names, found {differing[0]} in one of the "
+            "two only. Save or download it again."
+        )
+    sums = {name: Sums(side, {k: tensors[f"{name}:{k}"] for k in _NAMES[side]}) for name, side in sides.items()}
+    for name, found in sums.items():
+        _check_sums(f"{path}: {name}", found)
+    return sums, fields["architecture"], samples, fields["scope"]
+
+
+def _check_sums(where: str, sums: Sums) -> None:
+    """Raise CheckpointError if sums are not of one module, not finite or of no token."""
+    shape = sums.shape
+    for name, value in sums.values.items():
+        wanted = value.shape if name == "input" and value.ndim == 1 else _SHAPE_OF[name](shape)
+        if value.shape != wanted or not value.is_floating_point() or not value.isfinite().all():
+            raise CheckpointError(
+                f"{where}: expected {name} to be {tuple(wanted)} finite numbers, found {tuple(value.shape)} of "
+                f"{value.dtype}. Gather the statistics again."
+            )
+        if name in _COUNTS and value <= 0:
+            raise CheckpointError(f"{where}: expected {name} above 0, found {value.item()}. Gather them again.")
 
 
 def _signature(statistics: Statistics, name: str) -> tuple[str, tuple[int, ...]] | None:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,8 +19,10 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..attention import find_sites
+from ..checks import TEXT, Kind, check_fields, list_of, optional, shown, whole
 from ..configs import RankPlan
 from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..tensor_files import read_saved, write_saved
 from ..training.bars import progress_bar
 from .allocation import check_ask, finish_plan
 from .budget import METRICS, Budget, entries, find_budget
@@ -32,6 +33,17 @@ from .nested import Candidates, Key, NestedModel
 __all__ = ["SearchState", "search_ranks", "split_for_search"]
 
 _EPOCHS = 5
+
+_TENSOR = optional(
+    Kind("a tensor of finite numbers", lambda value: isinstance(value, Tensor) and bool(value.isfinite().all()))
+)
+_TENSORS = ("logits", "exp_avg", "exp_avg_sq")
+_FIELDS = {
+    "step": whole(),
+    "names": list_of(TEXT),
+    "candidates": list_of(list_of(whole())),
+    **dict.fromkeys((*_TENSORS, "generator"), _TENSOR),
+}
 
 
 @dataclass
@@ -62,14 +74,15 @@ class SearchState:
         """Take over what [`state_dict`] returned.
 
         Raises:
-            InvalidValueError: other fields.
+            InvalidValueError: other fields, or such as do not belong together.
         """
-        expected = {f.name for f in fields(self)}
-        if set(content) != expected:
+        if not isinstance(content, Mapping) or set(content) != set(_FIELDS):
             raise InvalidValueError(
-                f"The state of a search has the fields {', '.join(sorted(expected))}, got "
-                f"{', '.join(sorted(map(str, content)))}. Load what SearchState.state_dict() returned."
+                f"The state of a search has the fields {', '.join(_FIELDS)}, got {shown(content)}. Load what "
+                "SearchState.state_dict() returned."
             )
+        check_fields(content, _FIELDS, "The state of a search")
+        _check_tensors(content)
         for name, value in content.items():
             setattr(self, name, copy.deepcopy(value))
 
@@ -92,9 +105,7 @@ class SearchState:
 
     def save(self, path: str | Path) -> None:
         """Write a file, under a temporary name first."""
-        temporary = Path(f"{path}.tmp")
-        torch.save(self.state_dict(), temporary)
-        temporary.replace(path)
+        write_saved(path, self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "SearchState":
@@ -105,11 +116,9 @@ class SearchState:
         """
         state = cls()
         try:
-            state.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, UnpicklingError, EOFError, TypeError, InvalidValueError) as error:
-            raise CheckpointError(
-                f"{path} holds no state of a search ({error}). Give what SearchState.save wrote."
-            ) from error
+            state.load_state_dict(read_saved(path, "the state of a search"))
+        except InvalidValueError as error:
+            raise CheckpointError(f"{path}: {error} Give what SearchState.save wrote.") from error
         return state
 
     def probabilities(self) -> dict[str, dict[int, float]]:
@@ -118,6 +127,24 @@ class SearchState:
         return {
             name: dict(zip(ranks, row[: len(ranks)].softmax(0).tolist(), strict=True)) for name, ranks, row in rows
         }
+
+
+def _check_tensors(content: Mapping[str, Any]) -> None:
+    """Raise InvalidValueError if the tensors of a state are not those of its options."""
+    names, rows = content["names"], content["candidates"]
+    shape = (len(names), max(map(len, rows), default=0))
+    tensors, generator = [content[name] for name in _TENSORS], content["generator"]
+    if not any((content["step"], names, rows, generator is not None, *(tensor is not None for tensor in tensors))):
+        return
+    fits = len(rows) == len(names) and all(t is not None and t.dtype == torch.float32 for t in tensors)
+    fits = fits and generator is not None and all(tensor.shape == shape for tensor in tensors)
+    try:
+        torch.Generator().set_state(generator if fits else torch.empty(0))
+    except (RuntimeError, TypeError) as error:
+        raise InvalidValueError(
+            f"The state of a search: expected names, candidates and tensors of {shape[0]} options with at most "
+            f"{shape[1]} candidates each and the state of a generator, got others."
+        ) from error
 
 
 def split_for_search(dataset: Dataset, share: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:

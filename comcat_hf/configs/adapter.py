@@ -1,21 +1,36 @@
 """What a user writes down to get a ComCAT adapter through PEFT."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ..errors import InvalidValueError
+from ..checks import FLAG, TEXT, Kind, check, finite, list_of, listed, optional, shown, whole
+from ..errors import CheckpointError, InvalidValueError
+from ..transport import read_json
 from .ranks import RankPlan, check_entry
 
 
-__all__ = ["ComCATConfig"]
+__all__ = ["ComCATConfig", "read_config"]
 
 MODES = ("compress", "customize")
+_SIZES = ("qk_rank", "vo_rank", "linear_rank", "mlp_width")
+_PATHS = list_of(TEXT)
+_SELECTION = Kind(f"a text, or {_PATHS.words}", lambda value: TEXT.holds(value) or _PATHS.holds(value))
+_FIELDS = {
+    "mode": listed(*MODES),
+    **dict.fromkeys(_SIZES, optional(whole(1))),
+    **dict.fromkeys(("core", "init_weights", "inference_mode"), FLAG),
+    "scale": finite(),
+    "rank_pattern": Kind("a mapping from names to ranks", lambda value: isinstance(value, Mapping)),
+    **dict.fromkeys(("target_modules", "exclude_modules"), optional(_SELECTION)),
+    "modules_to_save": optional(_PATHS),
+    **dict.fromkeys(("base_model_name_or_path", "revision"), optional(TEXT)),
+}
 
 
 @dataclass
@@ -70,32 +85,22 @@ class ComCATConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("COMCAT")
-        if self.mode not in MODES:
-            raise InvalidValueError(f"ComCATConfig.mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        sizes = ("qk_rank", "vo_rank", "linear_rank", "mlp_width")
-        for name in sizes:
-            rank = getattr(self, name)
-            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-                raise InvalidValueError(f"ComCATConfig.{name} must be a whole number from 1 or None, got {rank!r}.")
+        for name, kind in _FIELDS.items():
+            check(getattr(self, name), kind, f"ComCATConfig.{name}")
         self._check_mode()
-        if not isinstance(self.rank_pattern, Mapping):
-            raise InvalidValueError(f"ComCATConfig.rank_pattern must map names to ranks, got {self.rank_pattern!r}.")
         for name, entry in self.rank_pattern.items():
             _check_pattern("rank_pattern", name)
             check_entry(f"ComCATConfig.rank_pattern[{name!r}]", entry)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_pattern(name, getattr(self, name))
-        if all(getattr(self, name) is None for name in sizes) and not self.rank_pattern:
+        if all(getattr(self, name) is None for name in _SIZES) and not self.rank_pattern:
             raise InvalidValueError(
                 "ComCATConfig has no rank: give qk_rank, vo_rank, linear_rank or mlp_width, a rank_pattern, or use "
                 "ComCATConfig.from_plan(plan)."
             )
 
     def _check_mode(self) -> None:
-        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
-        if not number or not math.isfinite(self.scale):
-            raise InvalidValueError(f"ComCATConfig.scale must be a finite number, got {self.scale!r}.")
         others = {
             "compress": {"core": self.core, "scale": self.scale != 1},
             "customize": {"linear_rank": self.linear_rank, "mlp_width": self.mlp_width},
@@ -108,6 +113,15 @@ class ComCATConfig(PeftConfig):
                 )
 
     @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file, as PEFT asks for them.
+
+        Raises:
+            CheckpointError: it is no JSON file.
+        """
+        return {name: value for name, value in read_json(path_json_file).items() if name != "runtime_config"}
+
+    @classmethod
     def from_plan(cls, plan: RankPlan, **kwargs: Any) -> "ComCATConfig":
         """A configuration that builds a rank plan.
 
@@ -118,6 +132,27 @@ class ComCATConfig(PeftConfig):
         kwargs.setdefault("base_model_name_or_path", plan.base_model_name_or_path)
         kwargs.setdefault("revision", plan.revision)
         return cls(rank_pattern=plan.to_dict()["ranks"], **kwargs)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], ComCATConfig]:
+    """The fields of an adapter's configuration file, and what they make.
+
+    Raises:
+        CheckpointError: it is none of a ComCAT adapter, or a field cannot be used.
+    """
+    fields = read_json(path)
+    if fields.get("peft_type") != "COMCAT":
+        raise CheckpointError(
+            f"{path}: expected a ComCAT adapter, found peft_type {shown(fields.get('peft_type'))}, mode "
+            f"{shown(fields.get('mode'))}. Load it with the library that wrote it."
+        )
+    try:
+        return fields, ComCATConfig.from_peft_type(**fields)
+    except InvalidValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # What PEFT says of its own fields.
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path}: expected the fields of a ComCATConfig, found others ({error}).") from error
 
 
 def _check_pattern(field_name: str, pattern: Any) -> None:

@@ -1,12 +1,26 @@
 """Rank plans: which rank every attention and linear layer of a model gets, which width every MLP, and their file."""
 
 import copy
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..checks import (
+    TEXT,
+    Kind,
+    check_fields,
+    finite,
+    listed,
+    make_document,
+    mapping_of,
+    open_document,
+    optional,
+    shown,
+    whole,
+)
 from ..errors import RankPlanError
 from ..transport import hub_id, push_folder, read_json, resolve_file, write_json_atomic
 
@@ -19,6 +33,19 @@ RANKS_FORMAT = "comcat_ranks"
 _FORMAT_VERSION = 1
 
 Entry = int | Mapping[str, int]
+
+_ENTRIES = ({"qk", "vo"}, {"width"})
+_FIELDS = {
+    "architecture": optional(TEXT),
+    "base_model_name_or_path": optional(TEXT),
+    "revision": optional(TEXT),
+    "scope": listed("model", "attention", "mlp"),
+    "metric": listed("params", "macs", "latency"),
+    "strategy": optional(TEXT),
+    "reduction": optional(finite(0, 1)),
+    "reached": optional(finite(high=1)),
+    "ranks": mapping_of(Kind("a rank or ranks", lambda entry: True)),
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +78,7 @@ class RankPlan:
     _source: str = field(default="this plan", repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ranks, Mapping):
-            raise RankPlanError(f"{self._source}: 'ranks' must map module names to ranks, got {self.ranks!r}.")
+        check_fields(_values(self), _FIELDS, self._source, error=RankPlanError)
         for name, entry in self.ranks.items():
             check_entry(f"{self._source}: {name}", entry)
         copied = {name: dict(entry) if isinstance(entry, Mapping) else entry for name, entry in self.ranks.items()}
@@ -74,11 +100,10 @@ class RankPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as it stands in a rank file: a base that is a folder of this machine is not named."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+        values = {**_values(self), "ranks": copy.deepcopy(self.ranks)}
         if hub_id(self.base_model_name_or_path) is None:
             values |= {"base_model_name_or_path": None, "revision": None}
-        ranks = copy.deepcopy(values.pop("ranks"))
-        return {"format": RANKS_FORMAT, "format_version": _FORMAT_VERSION, **values, "ranks": ranks}
+        return make_document(RANKS_FORMAT, _FORMAT_VERSION, values)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "this plan") -> "RankPlan":
@@ -91,24 +116,26 @@ class RankPlan:
         Raises:
             RankPlanError: another format, a newer version, unknown fields, ranks that are no ranks.
         """
-        content = dict(content)
-        found = content.pop("format", None)
-        if found != RANKS_FORMAT:
-            raise RankPlanError(f"{source} is no rank file: 'format' must be {RANKS_FORMAT!r}, got {found!r}.")
-        version = content.pop("format_version", None)
-        if version != _FORMAT_VERSION:
+        known = {"required": ("ranks",), "error": RankPlanError, "edits": True}
+        return cls(**open_document(content, RANKS_FORMAT, _FORMAT_VERSION, _FIELDS, source, **known), _source=source)
+
+    def check_model(self, model: object) -> None:
+        """Raise RankPlanError if the plan was made for a class that is neither this model's nor of the same family.
+
+        Of one family are the classes that one module of Python defines: a model and the same with another head.
+        """
+        name = self.architecture
+        known = (
+            name in (None, cls.__name__)
+            or getattr(vars(sys.modules[cls.__module__]).get(name), "__module__", None) == cls.__module__
+            for cls in type(model).__mro__
+            if cls.__module__ in sys.modules
+        )
+        if not any(known):
             raise RankPlanError(
-                f"{source} has format_version {version!r}; this comcat_hf reads {_FORMAT_VERSION}. "
-                "Update comcat_hf if the file is newer."
+                f"{self._source}: expected a plan for {type(model).__name__}, found one for {name}. Give "
+                "a plan that was made for this model."
             )
-        known = {f.name for f in fields(cls) if not f.name.startswith("_")}
-        if "ranks" not in content or set(content) - known:
-            unknown = sorted(set(content) - known)
-            raise RankPlanError(
-                f"{source}: expected the fields {', '.join(sorted(known))}, "
-                + (f"found unknown {', '.join(unknown)}." if unknown else "'ranks' is missing.")
-            )
-        return cls(**content, _source=source)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the rank file into a folder, made if absent. A file that is there is replaced in one step."""
@@ -151,8 +178,13 @@ class RankPlan:
 
 def check_entry(where: str, entry: Any) -> None:
     ranks = entry.values() if isinstance(entry, Mapping) and entry else [entry]
-    if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in ranks):
+    known = not isinstance(entry, Mapping) or any(set(entry) <= names for names in _ENTRIES)
+    if not known or not all(whole(1).holds(rank) for rank in ranks):
         raise RankPlanError(
             f"{where}: expected a whole number from 1 for a linear layer, {{'qk': r, 'vo': r}} for attention or "
-            f"{{'width': k}} for an MLP, got {entry!r}."
+            f"{{'width': k}} for an MLP, got {shown(entry)}."
         )
+
+
+def _values(plan: RankPlan) -> dict[str, Any]:
+    return {f.name: getattr(plan, f.name) for f in fields(plan) if not f.name.startswith("_")}

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..attention import attention_views, replace_module
 from ..attention.residuals import rows_in
-from ..configs.adapter import ComCATConfig
+from ..checks import parse_json, shown
+from ..configs.adapter import ComCATConfig, read_config
+from ..configs.index import INDEX, read_index, write_index
 from ..errors import CheckpointError, InvalidValueError
-from ..transport import hub_id, push_folder, read_json, resolve_file, write_bytes_atomic, write_json_atomic
+from ..tensor_files import check_shapes, read_safetensors
+from ..transport import hub_id, push_folder, resolve_file, write_bytes_atomic, write_json_atomic
 from ..tuners.customize import CustomizeLayer
 from ..tuners.layer import ComCATLayer
 from ..tuners.model import remember
@@ -29,13 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_comcat_weights", "save_comcat_weights", "unload_comcat_weights"]
 
-INDEX = "comcat_adapter.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_FORMAT, _VERSION = "comcat_adapter", 1
-
-# What the configuration and the header of the weights must agree in.
-_IN_BOTH = ("qk_rank", "vo_rank", "core", "scale", "rank_pattern", "target_modules", "exclude_modules")
 
 # Largest relative difference of the sizes of query weights between a base and one that it was fine-tuned from.
 _SAME_BASE = 0.05
@@ -93,7 +90,7 @@ def save_comcat_weights(
     folder = Path(save_directory)
     base = hub_id(base_model_name_or_path or _source(pipeline))
     origin = {"base_model_name_or_path": base, "revision": revision if base else None}
-    index: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, **origin, "parts": {}}
+    index: dict[str, Any] = {**origin, "parts": {}}
     # That of an adapter which is written over would vouch for parts of two.
     (folder / INDEX).unlink(missing_ok=True)
     for name, model in adapted.items():
@@ -106,7 +103,7 @@ def save_comcat_weights(
         write_bytes_atomic(folder / name / WEIGHTS, save(weights, metadata=header))
         write_json_atomic(folder / name / CONFIG, fields)
         index["parts"][name] = {"class": type(model).__name__, "base_sizes": _sizes(model)}
-    write_json_atomic(folder / INDEX, index)
+    write_index(folder / INDEX, index)
     if push_to_hub:
         # What else lies in the folder is not the adapter's.
         own = [INDEX, "README.md", *(f"{name}/{file}" for name in adapted for file in (CONFIG, WEIGHTS))]
@@ -155,7 +152,7 @@ def load_comcat_weights(
         return resolve_file(pretrained_model_name_or_path, filename, subfolder=inside, **where)
 
     source = str(pretrained_model_name_or_path)
-    index = _read_index(fetch(INDEX))
+    index = read_index(fetch(INDEX))
     parts = _parts(pipeline)
     saved = []
     for name, about in index["parts"].items():
@@ -218,53 +215,32 @@ class _Saved:
     file: Path
 
 
-def _read_index(file: Path) -> dict[str, Any]:
-    index = read_json(file)
-    parts = index.get("parts")
-    whole = isinstance(parts, dict) and all(isinstance(about, dict) for about in parts.values())
-    if index.get("format") != _FORMAT or not whole:
-        raise CheckpointError(f"{file}: expected the index of a ComCAT adapter, found format {index.get('format')!r}.")
-    if index.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{file}: expected format version {_VERSION}, found {index.get('version')!r}. Update comcat_hf."
-        )
-    return index
-
-
 def _read_part(name: str, model: nn.Module, config_file: Path, weights_file: Path) -> _Saved:
-    fields = read_json(config_file)
-    if fields.get("peft_type") != "COMCAT" or fields.get("mode") != "customize":
+    fields, config = read_config(config_file)
+    if config.mode != "customize":
         raise CheckpointError(
-            f"{config_file}: expected a ComCAT adapter of mode 'customize', found peft_type "
-            f"{fields.get('peft_type')!r}, mode {fields.get('mode')!r}. Load it with the library that wrote it."
+            f"{config_file}: expected a ComCAT adapter of mode 'customize', found mode {config.mode!r}. Load it with "
+            "PeftModel.from_pretrained."
         )
     reference = next(model.parameters())
     device = "cpu" if reference.is_meta else str(reference.device)
-    try:
-        with safe_open(weights_file, framework="pt", device=device) as file:
-            header = json.loads((file.metadata() or {}).get("comcat_config", "null"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    weights, texts = read_safetensors(weights_file, "an adapter", "Download or save it again.", device)
+    header = parse_json(texts.get("comcat_config", "null"), f"{weights_file}: comcat_config")
+    if header is not None and (not isinstance(header, dict) or header != fields):
+        said = header if isinstance(header, dict) else {}
+        key = next((key for key in {**fields, **said} if said.get(key) != fields.get(key)), "its fields")
         raise CheckpointError(
-            f"{weights_file}: expected a whole safetensors file, found {error}. It was cut short or is damaged; "
-            "download or save the adapter again."
-        ) from error
-    header = header or fields
-    differing = [key for key in _IN_BOTH if header.get(key) != fields.get(key)]
-    if differing:
-        key = differing[0]
-        raise CheckpointError(
-            f"{weights_file}: it was saved with {key}={header.get(key)!r}, but {config_file.name} beside it says "
-            f"{fields.get(key)!r}. The files do not belong together; download or save the adapter again."
+            f"{weights_file}: it was saved with {key}={shown(said.get(key))}, but {config_file.name} beside it says "
+            f"{shown(fields.get(key))}. The files do not belong together; download or save the adapter again."
         )
-    return _Saved(name, model, ComCATConfig.from_peft_type(**fields), weights, weights_file)
+    return _Saved(name, model, config, weights, weights_file)
 
 
 def _check_base(source: str, name: str, model: nn.Module, about: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    recorded, found = about.get("base_sizes") or {}, _sizes(model)
+    recorded, found = about["base_sizes"], _sizes(model)
     if not found or not recorded:
         return
-    said = f"{source}: the adapter was made for {index.get('base_model_name_or_path') or 'another model'}"
+    said = f"{source}: the adapter was made for {index['base_model_name_or_path'] or 'another model'}"
     if recorded.keys() != found.keys():
         other = next(iter(recorded.keys() ^ found.keys()))
         raise InvalidValueError(
@@ -346,14 +322,8 @@ def _swap(saved: list[_Saved], adapter_name: str) -> None:
 
 
 def _check_fits(part: _Saved, adapter_name: str) -> None:
-    expected = {key: tuple(tensor.shape) for key, tensor in _state(part.model, adapter_name).items()}
-    found = {key: tuple(tensor.shape) for key, tensor in part.weights.items()}
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key):
-            raise CheckpointError(
-                f"{part.file}: by the adapter's configuration {part.name} needs {key} of shape {expected.get(key)}, "
-                f"found {found.get(key)}. The file is for another base or other ranks."
-            )
+    fix = f"By the adapter's configuration {part.name} needs it so: the file is for another base or other ranks."
+    check_shapes(part.weights, _state(part.model, adapter_name), part.file, fix)
 
 
 def _parts(pipeline: Pipeline) -> dict[str, nn.Module]:

@@ -160,6 +160,7 @@ def _add_to(tables: ModuleType) -> None:
                 )
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+            self.quantization_config.plan.check_model(model)
             apply_ranks(model, self.quantization_config.plan.ranks, initialize=False)
             # What the base class marks as quantized would forbid casts and training.
             del model.is_quantized, model.quantization_method

@@ -42,8 +42,15 @@ def dense_skeleton(
     path = resolve_file(place, _CONFIG, revision=revision if source else revision or plan.revision, **kwargs)
     fields = {name: value for name, value in read_json(path).items() if name != "quantization_config"}
     build = _of_diffusers if "_class_name" in fields else _of_transformers
-    with torch.device("meta"):
-        model = build(fields, plan.architecture)
+    try:
+        with torch.device("meta"):
+            model = build(fields, plan.architecture)
+    # What a damaged configuration makes a library stumble over is of many kinds.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: expected the configuration of a model, found one that its library cannot use ({error}). Save or "
+            "download the model again."
+        ) from error
     if model is None:
         wanted = f", a {plan.architecture}," if plan.architecture else ""
         found = fields.get("_class_name") or fields.get("architectures") or fields.get("model_type")

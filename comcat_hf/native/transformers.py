@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
+from ..tensor_files import open_safetensors
 from .current import check_saveable, current_plan
 
 
@@ -69,6 +69,7 @@ class ComCATQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         _check_files(checkpoint_files or ())
+        self.quantization_config.plan.check_model(model)
         apply_ranks(model, _fit_plan(self.quantization_config.plan, model), initialize=False)
         for module in model.modules():
             if isinstance(module, LowRankAttention):
@@ -150,14 +151,8 @@ def _joins_tensors(model: PreTrainedModel) -> bool:
 def _check_files(files: Iterable[str]) -> None:
     for file in files:
         if str(file).endswith(".safetensors"):
-            try:
-                with safe_open(file, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file}: expected a whole safetensors file, found {error}. It was cut short or is damaged; "
-                    "download or save the model again."
-                ) from error
+            with open_safetensors(file):
+                pass
 
 
 def _fit_plan(plan: RankPlan, model: PreTrainedModel) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`comcat_weight.pt` of the original release, to and from a ComCAT adapter of a UNet."""
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..attention.views import base_module
 from ..configs.adapter import ComCATConfig
 from ..customization import save_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError
-from ..transport import write_bytes_atomic
+from ..tensor_files import write_saved
 from ..tuners.model import remember
 from .files import check_sizes, read_pickle, take_tensor
 
@@ -128,9 +127,7 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
             f"above 0, found the ranks {sorted(ranks)}, the scale {config.scale}"
             f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot say this"
         )
-    payload = io.BytesIO()
-    torch.save(tensors, payload)
-    write_bytes_atomic(file, payload.getvalue())
+    write_saved(file, tensors)
     return config.scale**0.5
 
 

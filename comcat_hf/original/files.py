@@ -1,9 +1,6 @@
 """The original release's files as tensors: read without running what a pickle may hold."""
 
 import argparse
-import pickle
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,42 +9,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensor_files import read_saved
 
 
 __all__ = ["check_sizes", "read_pickle", "take_tensor"]
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What `torch.save` wrote, if it is made of tensors, numbers, text, lists, mappings and parsed arguments.
-
-    Raises:
-        CheckpointError: no such file, a damaged one, or one that would run code when it is read.
-    """
-    path = Path(path)
-    try:
-        _check_stored(path)
-        # The release saves the arguments of its training beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: expected tensors in plain containers, found a pickle that asks for more, or a damaged one; "
-            "nothing of it was run: do not load it in other ways unless you trust whoever wrote it"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: expected a file that torch.save wrote, found none that can be read ({error.strerror or error}); "
-            "check the path"
-        ) from error
-    except Exception as error:
-        # Whatever a damaged file makes torch stumble over.
-        raise CheckpointError(
-            f"{path}: expected a file that torch.save wrote, found one that is cut short, damaged or of another kind; "
-            "download it again"
-        ) from error
+    """What the release wrote, read as [`read_saved`] does; raises what it raises."""
+    # The release saves the arguments of its training beside the weights.
+    return read_saved(path, classes=[argparse.Namespace], old=True, fix="Download it again.")
 
 
 def check_sizes(tensors: Iterable[Any], path: str | Path) -> None:
@@ -93,16 +64,3 @@ def take_tensor(tensors: Mapping[str, Any], name: str, shape: tuple[int | None, 
 
 def _agree(wanted: int | None, size: int) -> bool:
     return wanted in (None, size)
-
-
-def _check_stored(path: Path) -> None:
-    # A few bytes could be unpacked to fill the memory; torch.save packs nothing.
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise CheckpointError(
-            f"{path}: expected a file that torch.save wrote, found a zip file with the compressed entry "
-            f"{packed[0]!r}; do not use it"
-        )

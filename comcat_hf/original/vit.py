@@ -1,7 +1,6 @@
 """`checkpoint.pth` and `ranks.txt` of the original release, to and from a compressed ViT of transformers."""
 
 import argparse
-import io
 import math
 import re
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from ..attention.surgery import apply_ranks
 from ..configs import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..native import attach_plan, plan_of
-from ..transport import write_bytes_atomic
+from ..tensor_files import write_saved
 from .files import check_sizes, read_pickle, take_tensor
 from .ranks import read_original_ranks, write_original_ranks
 
@@ -291,10 +290,8 @@ def write_original_vit(
                 "format has no place for it"
             )
     write_original_ranks(plan_of(model), folder / RANKS, heads=model.config.num_attention_heads)
-    payload = io.BytesIO()
     args = argparse.Namespace(model=model.config.model_type)
-    torch.save({"model": _tensors_of(model, kind), "args": args}, payload)
-    write_bytes_atomic(folder / CHECKPOINT, payload.getvalue())
+    write_saved(folder / CHECKPOINT, {"model": _tensors_of(model, kind), "args": args})
     return folder
 
 

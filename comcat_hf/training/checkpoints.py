@@ -1,6 +1,6 @@
 """Checkpoint folders: `checkpoint-N` has its name only when it is whole."""
 
-import io
+import hashlib
 import logging
 import os
 import re
@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
+from ..checks import TEXT, Kind, make_document, mapping_of, open_document, shown, whole
 from ..errors import CheckpointError, InvalidValueError
-from ..transport import read_json, write_bytes_atomic, write_json_atomic
+from ..tensor_files import read_saved, write_saved
+from ..transport import read_json, write_json_atomic
 from .randomness import random_states, set_random_states
 
 
@@ -25,7 +26,6 @@ __all__ = [
     "find_checkpoint",
     "list_checkpoints",
     "new_checkpoint",
-    "read_tensors",
     "remove_checkpoints",
     "restore_random_states",
     "restore_states",
@@ -38,6 +38,12 @@ OPTIMIZER = "optimizer.pt"
 _STATE = "training_state.json"
 _RANDOM = "random_states_{}.pt"
 _FORMAT, _VERSION = "comcat_training", 1
+_FIELDS = {
+    "step": whole(),
+    "seed": whole(),
+    "facts": mapping_of(Kind("a setting", lambda value: True)),
+    "files": mapping_of(TEXT),
+}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -57,28 +63,27 @@ class Progress:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Progress":
-        """Read the state of a checkpoint.
+        """Read the state of a checkpoint, and see that its other files are those that it was written with.
 
         Raises:
-            CheckpointError: it has none that can be read.
+            CheckpointError: it has none that can be read, or files that are missing, damaged or of another.
         """
-        content = read_json(checkpoint / _STATE)
-        if content.get("format") != _FORMAT or content.get("version") != _VERSION:
-            raise CheckpointError(
-                f"{checkpoint / _STATE}: expected {_FORMAT!r} of version {_VERSION}, found "
-                f"{content.get('format')!r} of version {content.get('version')!r}. Give a checkpoint of this version "
-                "of comcat_hf."
-            )
-        try:
-            return cls(int(content["step"]), int(content["seed"]), dict(content["facts"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint / _STATE}: expected step, seed and facts, found {error}. Give another checkpoint."
-            ) from error
+        content = _read_state(checkpoint)
+        # Those of earlier versions do not say which files they have.
+        for name, digest in content.pop("files", {}).items():
+            if not (checkpoint / name).is_file() or _digest(checkpoint / name) != digest:
+                raise CheckpointError(
+                    f"{checkpoint / name}: expected the file that was written with this checkpoint, found "
+                    f"{'another' if (checkpoint / name).is_file() else 'none'}. A checkpoint is read as a whole: give "
+                    "another."
+                )
+        return cls(**content)
 
     def write(self, folder: Path) -> None:
-        """Write the state into a checkpoint's folder."""
-        write_json_atomic(folder / _STATE, {"format": _FORMAT, "version": _VERSION, **asdict(self)})
+        """Write the state into a checkpoint's folder, as the last file there."""
+        others = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): _digest(path) for path in others}
+        write_json_atomic(folder / _STATE, make_document(_FORMAT, _VERSION, {**asdict(self), "files": files}))
 
     def compare(self, facts: Mapping[str, Any], checkpoint: Path, must: Collection[str]) -> None:
         """Say in what a continuation differs from what was interrupted.
@@ -171,8 +176,10 @@ def new_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    _write_tensors(unfinished / _RANDOM.format(accelerator.process_index), random_states(accelerator.device))
+    write_saved(unfinished / _RANDOM.format(accelerator.process_index), random_states(accelerator.device))
     yield unfinished
+    # The state names the files of all.
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         progress.write(unfinished)
     accelerator.wait_for_everyone()
@@ -188,7 +195,7 @@ def new_checkpoint(
 
 def write_states(folder: Path, states: Mapping[str, Any]) -> None:
     """Write what has a `state_dict`, by name."""
-    _write_tensors(folder / OPTIMIZER, {name: state.state_dict() for name, state in states.items()})
+    write_saved(folder / OPTIMIZER, {name: state.state_dict() for name, state in states.items()})
 
 
 def restore_states(checkpoint: Path, states: Mapping[str, Any]) -> None:
@@ -197,16 +204,17 @@ def restore_states(checkpoint: Path, states: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file is missing or damaged, or a state does not fit.
     """
-    saved = read_tensors(checkpoint / OPTIMIZER)
+    saved = read_saved(checkpoint / OPTIMIZER, "the state of a training", "Give another checkpoint.")
     for name, state in states.items():
-        if name not in saved:
+        if not isinstance(saved, Mapping) or name not in saved:
             raise CheckpointError(
-                f"{checkpoint / OPTIMIZER}: expected the state of the {name}, found {', '.join(saved)}. Train with "
+                f"{checkpoint / OPTIMIZER}: expected the state of the {name}, found {shown(saved)}. Train with "
                 "the same --mixed_precision, or start without --resume_from_checkpoint."
             )
         try:
             state.load_state_dict(saved[name])
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        # Of whatever kind: what is read came from a file.
+        except Exception as error:
             raise CheckpointError(
                 f"{checkpoint / OPTIMIZER}: expected a state of the {name} for this training, found one that does "
                 f"not fit ({error}). Give the settings that the checkpoint was written with."
@@ -214,10 +222,23 @@ def restore_states(checkpoint: Path, states: Mapping[str, Any]) -> None:
 
 
 def restore_random_states(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Put this process's generators back, if the checkpoint was written by as many processes."""
+    """Put this process's generators back, if the checkpoint was written by as many processes.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+    processes = accelerator.num_processes
+    # Another number is a fact that differs, of which [`Progress.compare`] warns.
+    if _read_state(checkpoint)["facts"].get("num_processes", processes) != processes:
+        return
     file = checkpoint / _RANDOM.format(accelerator.process_index)
-    if file.is_file():
-        set_random_states(read_tensors(file), accelerator.device)
+    states = read_saved(file, "the random states of a process", "Give another checkpoint.")
+    try:
+        set_random_states(states, accelerator.device)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file}: expected the random states of a process, found others ({error}). Give another checkpoint."
+        ) from error
 
 
 def remove_checkpoints(output_dir: Path, unfinished_only: bool = False) -> None:
@@ -238,23 +259,19 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(leaving)
 
 
-def _write_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    payload = io.BytesIO()
-    torch.save(dict(content), payload)
-    write_bytes_atomic(path, payload.getvalue())
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / _STATE
+    fix = "Give another checkpoint."
+    required = ("step", "seed", "facts")
+    content = open_document(read_json(file), _FORMAT, _VERSION, _FIELDS, str(file), required=required, fix=fix)
+    step, last = content["step"], content["facts"].get("max_train_steps")
+    named = _NAME.fullmatch(checkpoint.name)
+    if (named and int(named[1]) != step) or (type(last) is int and step > last):
+        expected = f"{int(named[1])}, as its folder says" if named and int(named[1]) != step else f"at most {last}"
+        raise CheckpointError(f"{file}: step: expected {expected}, found {step}. {fix}")
+    return content
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Read numbers, strings and tensors that `torch.save` wrote.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    # A file that was cut short ends in errors of many kinds.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: expected the state of a training, found none that can be read ({error}). Give another "
-            "checkpoint."
-        ) from error
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Settings from a recipe (YAML) and the command line, which has the last word."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
@@ -9,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
+from ..checks import shown
 from ..errors import InvalidValueError
 from ..transport import without_secrets
 
@@ -97,7 +99,7 @@ def _split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _read_recipe(name: str, kind: str) -> Mapping[str, Any]:
+def _read_recipe(name: str, kind: str) -> list[tuple[Any, Any]]:
     import yaml
 
     path = Path(name).expanduser()
@@ -109,15 +111,27 @@ def _read_recipe(name: str, kind: str) -> Mapping[str, Any]:
             f"{', '.join(recipe_names(kind))}."
         )
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        text = source.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise InvalidValueError(f"{name}: expected flags and values, found none of them. Correct it.")
+        make = yaml.SafeLoader("").construct_object
+        # Nothing but single values is made of what is read: a few lines can stand for lists without end.
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or not isinstance(value, yaml.ScalarNode):
+                raise InvalidValueError(
+                    f"{name}: {key.value if isinstance(key.value, str) else 'a name'}: expected one value, found a "
+                    f"{value.id}. Write a single value."
+                )
+        return [(make(key), make(value)) for key, value in node.value]
+    except InvalidValueError:
+        raise
+    # Dates that are none, numbers of thousands of digits and lists a thousand deep each end in another.
+    except (yaml.YAMLError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidValueError(
             f"{name}: expected a YAML file of flags and values, found one that cannot be read ({_problem(error)}). "
             "Correct the file."
         ) from error
-    if not isinstance(content, Mapping):
-        raise InvalidValueError(f"{name}: expected flags and values, found {type(content).__name__}. Correct it.")
-    return content
 
 
 def _problem(error: Exception) -> str:
@@ -137,15 +151,20 @@ def _displaced(flags: Sequence[str], alternatives: Mapping[Sequence[str], Sequen
     }
 
 
-def _as_flags(recipe: str, content: Mapping[str, Any], known: Sequence[str], nullable: Sequence[str]) -> list[str]:
+def _as_flags(
+    recipe: str, lines: Sequence[tuple[Any, Any]], known: Sequence[str], nullable: Sequence[str]
+) -> list[str]:
     flags = []
-    for key, value in content.items():
+    for key, value in lines:
         if key not in known:
             raise InvalidValueError(
-                f"{recipe}: expected the names of flags, found {key!r}{_hint(str(key), known)}. `--help` lists them."
+                f"{recipe}: expected the names of flags, found {shown(key)}{_hint(str(key), known)}. `--help` lists "
+                "them."
             )
-        if isinstance(value, Mapping | list):
-            raise InvalidValueError(f"{recipe}: {key}: expected one value, found a {type(value).__name__}. Write one.")
+        if [before for before, _ in lines].count(key) > 1:
+            raise InvalidValueError(f"{recipe}: {key}: expected it once, found it again. Strike one of the lines.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidValueError(f"{recipe}: {key}: expected a finite number, found {value}. Correct it.")
         if value is not None:
             flags.append(f"--{key}={value}")
         elif key in nullable:

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checks import parse_json
 from ..errors import CheckpointError, InvalidValueError
 
 
 __all__ = ["read_json", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+
+_LARGEST_JSON = 2**26
 
 
 def write_bytes_atomic(path: str | os.PathLike, payload: bytes) -> Path:
@@ -51,12 +54,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Read a JSON object from `path`; raise a `CheckpointError` naming file and position if it is none."""
     path = Path(path)
     try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{path}: expected JSON, found {error.msg} at line {error.lineno}, column {error.colno}; "
-            "the file is truncated or was edited by hand: save or download it again"
-        ) from error
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise CheckpointError(f"{path}: expected a small JSON file, found {size:,} bytes; check the path")
+        content = parse_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path}: expected UTF-8 JSON, found a byte that is none at position {error.start}; "
@@ -66,8 +66,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected a readable JSON file, found {error.strerror or error}; check the path"
         ) from error
-    if not isinstance(payload, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path}: expected a JSON object, found {type(payload).__name__}; save or download the file again"
+            f"{path}: expected a JSON object, found {type(content).__name__}; save or download the file again"
         )
-    return payload
+    return content

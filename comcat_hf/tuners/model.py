@@ -22,6 +22,7 @@ from ..errors import InvalidValueError, RankPlanError
 from ..native import attach_plan, is_native, plan_of
 from .customize import CustomizeLayer
 from .layer import ComCATLayer, CompressLayer
+from .loading import check_adapter, watch_loading
 
 
 __all__ = ["ComCATModel", "initialize_comcat_weights"]
@@ -54,6 +55,7 @@ class ComCATModel(BaseTuner):
                 warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             _warn_of_ignored(self.peft_config[adapter_name], self._sites)
+            watch_loading(model, adapter_name)
         except BaseException:
             restore()
             if not any(adapter_name in layer.comcat_factors for layer in self._layers()):
@@ -66,6 +68,13 @@ class ComCATModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT looks for the name two levels above the tensor; attention factors lie deeper.
         return key.replace(f".comcat_factors.{adapter_name}.", ".comcat_factors.", 1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # What PEFT calls wherever it loads an adapter; it leaves a miss at a warning.
+        found = super()._remap_adapter_state_dict_for_load(model, *args, **kwargs)
+        check_adapter(model, kwargs["adapter_name"], found)
+        return found
 
     def _prepare_adapter_config(self, peft_config: ComCATConfig, model_config: dict) -> ComCATConfig:
         return peft_config

@@ -74,6 +74,19 @@ def test_higher_ranks_are_closer_and_full_rank_is_exact():
     assert 0 < errors[0] < errors[1] < errors[2]
 
 
+@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "ViTModel", None])
+def test_a_plan_of_the_same_family_is_taken(architecture):
+    small = compress(small_vit()[0], plan=RankPlan({"vit.layers.0.attention": {"qk": 4}}, architecture=architecture))
+    assert plan_of(small).architecture == "ViTForImageClassification"
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "Tensor", "x"])
+def test_a_plan_of_another_architecture_is_refused(architecture):
+    plan = RankPlan({"vit.layers.0.attention": {"qk": 4}}, architecture=architecture)
+    with pytest.raises(RankPlanError, match=f"for ViTForImageClassification, found one for {architecture}"):
+        compress(small_vit()[0], plan=plan)
+
+
 def correlated_images(count, seed):
     """Images of eight patterns: inputs far from white, as real ones are."""
     generator = torch.Generator().manual_seed(0)

@@ -148,7 +148,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path):
     whole = path.read_bytes()
     for cut in (0, 5, 300, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError, match=r"comcat_statistics\.safetensors.*truncated"):
+        with pytest.raises(CheckpointError, match=r"comcat_statistics\.safetensors.*cut short"):
             Statistics.from_pretrained(tmp_path)
     path.write_text("not a tensor in sight, but long enough for a header")
     with pytest.raises(CheckpointError, match="of another kind"):
@@ -158,21 +158,52 @@ def test_files_that_are_not_whole_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": None}, "found None"),
+        ({"format": None}, "found format None"),
         ({"format": "lora"}, "'lora'"),
-        ({"format_version": "2"}, r"format_version 1, found '2'; update"),
+        ({"format_version": "2"}, r"format_version 1, found .*format_version '2'\. Update"),
         ({"samples": None}, "samples"),
         ({"samples": "many"}, "many"),
-        ({"sides": "{"}, "damaged"),
+        ({"samples": "0"}, "samples: expected a whole number from 1, found 0"),
+        ({"sides": "{"}, "sides: expected JSON"),
         ({"sides": json.dumps({"classifier": "above"})}, "above"),
         ({"sides": json.dumps({"vit.layers.9.attention": "heads"})}, r"layers\.9"),
-        ({"sides": "[]"}, "damaged"),
+        ({"sides": "[]"}, "sides: expected a mapping"),
+        ({"sides": "[" * 5000}, "sides: expected JSON"),
     ],
 )
 def test_files_of_another_kind_or_version_are_refused(tmp_path, changes, says):
     _, statistics = gathered()
     statistics.save_pretrained(tmp_path)
-    rewritten(tmp_path / STATISTICS_NAME, **changes)
+    rewritten(tmp_path / STATISTICS_NAME, **{"digest": None} | changes)
+    with pytest.raises(CheckpointError, match=says):
+        Statistics.from_pretrained(tmp_path)
+
+
+def test_a_header_that_was_changed_is_refused_and_one_without_a_digest_is_read(tmp_path):
+    _, statistics = gathered()
+    statistics.save_pretrained(tmp_path)
+    rewritten(tmp_path / STATISTICS_NAME, samples="11")
+    with pytest.raises(CheckpointError, match="found it changed"):
+        Statistics.from_pretrained(tmp_path)
+    rewritten(tmp_path / STATISTICS_NAME, digest=None)
+    assert Statistics.from_pretrained(tmp_path).samples == 11
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors: {"classifier:count": torch.tensor(float("inf"))}, "classifier: expected count"),
+        (lambda tensors: {"classifier:count": torch.tensor(0.0)}, "classifier: expected count above 0"),
+        (lambda tensors: {"classifier:mean": tensors["classifier:mean"][1:]}, "classifier: expected mean"),
+        (lambda tensors: {"classifier:second": tensors["classifier:mean"] + 0}, "classifier: expected mean"),
+        (lambda tensors: {"classifier:first": torch.zeros(1)}, "found classifier:first in one of the two only"),
+    ],
+)
+def test_sums_that_are_not_of_one_module_or_not_finite_are_refused(tmp_path, change, says):
+    gathered()[1].save_pretrained(tmp_path)
+    with safetensors.safe_open(tmp_path / STATISTICS_NAME, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    safetensors.torch.save_file(tensors | change(tensors), tmp_path / STATISTICS_NAME, metadata)
     with pytest.raises(CheckpointError, match=says):
         Statistics.from_pretrained(tmp_path)
 

@@ -454,3 +454,16 @@ def test_out_of_reach_and_foreign_states_are_refused():
             search_ranks(other, batches(1), 0.5, steps=1, state=state, **options)
     with pytest.raises(InvalidValueError, match="fields"):
         SearchState().load_state_dict({"step": 1})
+    whole = state.state_dict()
+    for changes, says in (
+        ({"step": -1}, "step: expected a whole number"),
+        ({"step": 1.5}, "step: expected a whole number"),
+        ({"names": whole["names"][1:]}, "expected names, candidates and tensors"),
+        ({"candidates": [["many"]]}, "candidates: expected a list"),
+        ({"logits": whole["logits"][1:]}, "expected names, candidates and tensors"),
+        ({"exp_avg": None}, "expected names, candidates and tensors"),
+        ({"exp_avg_sq": whole["exp_avg_sq"] + float("nan")}, "exp_avg_sq: expected a tensor of finite"),
+        ({"generator": whole["generator"][1:]}, "expected names, candidates and tensors"),
+    ):
+        with pytest.raises(InvalidValueError, match=says):
+            SearchState().load_state_dict(whole | changes)

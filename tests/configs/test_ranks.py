@@ -119,13 +119,25 @@ def test_a_changed_plan_is_checked_again():
         ({"ranks": {"attention": {"qk": None}}}, "attention.*'qk': None"),
         ({"ranks": {"mlp": {"width": 0}}}, r"mlp: expected .*\{'width': k\} for an MLP, got \{'width': 0\}"),
         ({"ranks": {"attention": [2, 3]}}, r"attention.*\[2, 3\]"),
-        ({"ranks": [["fc1", 2]]}, "'ranks' must map"),
-        ({"ranks": None}, "'ranks' must map"),
-        ({"rank": 3}, "unknown rank"),
-        ({"format": "safetensors"}, "no rank file.*'comcat_ranks'.*'safetensors'"),
-        ({"format": None}, "no rank file"),
-        ({"format_version": 2}, "format_version 2.*reads 1.*Update"),
+        ({"ranks": {"attention": {"qk": 2, "width": 3}}}, "attention.*'width': 3"),
+        ({"ranks": [["fc1", 2]]}, "ranks: expected a mapping"),
+        ({"ranks": None}, "ranks: expected a mapping"),
+        ({"rank": 3}, "unknown 'rank'"),
+        ({"format": "safetensors"}, "expected format 'comcat_ranks'.*'safetensors'"),
+        ({"format": None}, "expected format 'comcat_ranks'.*None"),
+        ({"format_version": 2}, "expected.*format_version 1.*format_version 2.*Update"),
         ({"format_version": "1"}, "format_version '1'"),
+        ({"reached": "x"}, "reached: expected a finite number to 1 or nothing, found 'x'"),
+        ({"reached": 1.5}, "reached.*1.5"),
+        ({"reduction": True}, "reduction.*True"),
+        ({"reduction": -0.1}, "reduction.*-0.1"),
+        ({"reduction": 10**400}, "reduction.*from 0 to 1"),
+        ({"architecture": ["ViTModel"]}, "architecture: expected a text"),
+        ({"revision": 7}, "revision.*7"),
+        ({"base_model_name_or_path": {}}, "base_model_name_or_path"),
+        ({"scope": "all"}, "scope: expected one of model, attention, mlp, found 'all'"),
+        ({"metric": None}, "metric: expected one of params, macs, latency"),
+        ({"strategy": 3}, "strategy"),
     ],
 )
 def test_an_edited_file_is_refused_by_name(changes, words, tmp_path):
@@ -144,6 +156,25 @@ def test_a_missing_field_is_named(field, tmp_path):
     (tmp_path / RANKS_NAME).write_text(json.dumps(content))
     with pytest.raises(RankPlanError, match=field):
         RankPlan.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_number_that_json_lacks_is_read(value, tmp_path):
+    (tmp_path / RANKS_NAME).write_text(json.dumps(_edited(reached=value)))
+    with pytest.raises(CheckpointError, match="which is no number of JSON"):
+        RankPlan.from_pretrained(tmp_path)
+    with pytest.raises(RankPlanError, match="reached: expected a finite number"):
+        dataclasses.replace(_plan(), reached=value)
+
+
+def test_an_edited_plan_is_taken_and_said_to_be_edited(tmp_path, caplog):
+    _plan().save_pretrained(tmp_path)
+    file = tmp_path / RANKS_NAME
+    RankPlan.from_pretrained(tmp_path)
+    assert not caplog.records
+    file.write_text(file.read_text().replace("0.502", "0.702"))
+    assert RankPlan.from_pretrained(tmp_path).reached == 0.702
+    assert str(file) in caplog.text and "edited by hand, or damaged" in caplog.text
 
 
 def test_a_truncated_file_is_named(tmp_path):

@@ -415,6 +415,8 @@ def _edit_weights(path: Path, edit) -> None:
 
 
 # What is done to a saved folder, and the words of the error.
+PART = {"class": "UNet2DConditionModel", "base_sizes": {}}
+NO_SIZES = PART | {"base_sizes": None}
 _DAMAGE = {
     "cut_weights": (lambda f: _cut(f / "unet" / WEIGHTS), f"{WEIGHTS}.*cut short"),
     "cut_header": (lambda f: _cut(f / "text_encoder" / WEIGHTS, 0.01), f"{WEIGHTS}.*cut short"),
@@ -424,12 +426,16 @@ _DAMAGE = {
     "no_index": (lambda f: (f / INDEX).unlink(), INDEX),
     "no_weights": (lambda f: (f / "unet" / WEIGHTS).unlink(), WEIGHTS),
     "no_config": (lambda f: (f / "text_encoder" / CONFIG).unlink(), CONFIG),
-    "other_format": (lambda f: _change(f / INDEX, format="x"), "index of a ComCAT adapter"),
-    "later_version": (lambda f: _change(f / INDEX, version=9), "version 1, found 9"),
-    "parts_are_no_mapping": (lambda f: _change(f / INDEX, parts=["unet"]), "index of a ComCAT adapter"),
+    "other_format": (lambda f: _change(f / INDEX, format="x"), "expected format 'comcat_adapter'"),
+    "later_version": (lambda f: _change(f / INDEX, format_version=9), "format_version 1, found .* 9"),
+    "parts_are_no_mapping": (lambda f: _change(f / INDEX, parts=["unet"]), "parts: expected a mapping"),
     "a_part_is_no_mapping": (lambda f: _change(f / INDEX, parts={"unet": None}), INDEX),
-    "unknown_part": (lambda f: _change(f / INDEX, parts={"unet": {}, "prior": {}}), "'prior'.*does not have"),
+    "unknown_part": (lambda f: _change(f / INDEX, parts={"prior": PART}, digest=None), "'prior'.*does not have"),
+    "changed_index": (lambda f: _change(f / INDEX, revision="x"), "found it changed"),
+    "no_sizes": (lambda f: _change(f / INDEX, parts={"unet": NO_SIZES}, digest=None), "base_sizes: expected"),
+    "hostile_part": (lambda f: _change(f / INDEX, parts={"../x": PART}, digest=None), "'parts' by their names"),
     "mixed_ranks": (lambda f: _change(f / "unet" / CONFIG, qk_rank=1), "qk_rank=2.*says 1"),
+    "mixed_bases": (lambda f: _change(f / "unet" / CONFIG, base_model_name_or_path="x"), "base_model_name_or_path"),
     "mixed_core": (lambda f: _change(f / "unet" / CONFIG, core=True), "core=False.*says True"),
     "mixed_scale": (lambda f: _change(f / "unet" / CONFIG, scale=4.0), "scale=1.0.*says 4.0"),
     "mixed_targets": (lambda f: _change(f / "unet" / CONFIG, target_modules=["attn1"]), "target_modules"),

@@ -339,9 +339,23 @@ def test_resuming_what_does_not_fit(bases, tmp_path, caplog):
         customize(settings(bases, tmp_path, resume_from_checkpoint="checkpoint-9"))
     customize(settings(bases, tmp_path, max_train_steps=3, **resumed))
     assert "max_train_steps was 2 and is 3 now" in caplog.text
-    (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match=r"optimizer.pt: expected the state of a training"):
-        customize(settings(bases, tmp_path, **resumed))
+    state = tmp_path / "checkpoint-1" / "training_state.json"
+    whole = state.read_text()
+    for step in (999, -1, 3.7):
+        state.write_text(whole.replace('"step": 1,', f'"step": {step},'))
+        with pytest.raises(CheckpointError, match=r"training_state\.json.*(step|digest)"):
+            customize(settings(bases, tmp_path, **resumed))
+    state.write_text(whole)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "kept")
+    for name in ("optimizer.pt", "random_states_0.pt", "unet/adapter_model.safetensors", "comcat_adapter.json"):
+        shutil.copy(tmp_path / "checkpoint-2" / name, tmp_path / "checkpoint-1" / name)
+        # The generators of a process draw nothing here, so that their states are the same.
+        if name.endswith(("0.pt", ".json")):
+            (tmp_path / "checkpoint-1" / name).unlink()
+        with pytest.raises(CheckpointError, match=f"{name}: expected the file that was written with this checkpoint"):
+            customize(settings(bases, tmp_path, **resumed))
+        shutil.copy(tmp_path / "kept" / name, tmp_path / "checkpoint-1" / name)
+    customize(settings(bases, tmp_path, **resumed))
 
 
 # Without training

@@ -280,7 +280,7 @@ def test_ranks_may_have_blanks_and_a_last_comma(tmp_path, text):
 
 
 def test_files_that_are_not_there_or_damaged(tmp_path):
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pth: expected a file that torch\.save wrote"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth: expected tensors that torch\.save wrote"):
         read_original_vit(tmp_path)
     release_files(tmp_path)
     whole = (tmp_path / "checkpoint.pth").read_bytes()

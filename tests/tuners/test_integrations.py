@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModel, AutoPeftModelForSequenceClassification, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 from safetensors.torch import load_file
@@ -23,8 +32,8 @@ from transformers import (
 
 import comcat_hf
 from comcat_hf import ComCATConfig
-from comcat_hf.errors import InvalidValueError
-from tests.helpers import MODELS, outputs
+from comcat_hf.errors import CheckpointError, InvalidValueError
+from tests.helpers import MODELS, classes_of, outputs
 from tests.tuners.cases import FAMILIES, LOW, disturb, equal, every_family, layers_of
 
 
@@ -34,6 +43,16 @@ AUTO = {
     "clip_vision": CLIPVisionModelWithProjection,
     "bert": AutoModelForSequenceClassification,
 }
+
+
+def edit_config(folder, change):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+
+def by_hand(model, folder):
+    inject_adapter_in_model(PeftConfig.from_pretrained(folder), model)
+    set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -209,15 +228,34 @@ class TestTransformersAdapters:
         other.load_adapter(peft_config=ComCATConfig(**LOW), adapter_state_dict=state, adapter_name="dog")
         assert equal(outputs(other, inputs), outputs(model, inputs))
 
-    def test_an_adapter_of_other_ranks_is_refused(self, tmp_path):
-        model, _ = MODELS["vit"]()
-        get_peft_model(model, ComCATConfig(**LOW)).save_pretrained(tmp_path)
-        file = tmp_path / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "qk_rank": 3}))
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            PeftModel.from_pretrained(MODELS["vit"]()[0], tmp_path)
-        with pytest.raises(RuntimeError, match="mismatch"):
-            MODELS["vit"]()[0].load_adapter(str(tmp_path))
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"qk_rank": 3}, r"k_proj.weight of shape \(9, 48\), found \(12, 48\)"),
+            ({"qk_rank": None}, "k_proj.weight of shape None, found"),
+            ({"exclude_modules": ["layers.1.attention"]}, "layers.1.attention.* of shape None, found"),
+            ({"mlp_width": 40}, r"mlp.* of shape \(.*\), found None"),
+        ],
+    )
+    @pytest.mark.parametrize("load", [PeftModel.from_pretrained, lambda m, f: m.load_adapter(str(f)), by_hand])
+    def test_tensors_of_another_configuration_are_refused(self, tmp_path, load, change, says):
+        model, inputs = MODELS["vit"]()
+        get_peft_model(model, ComCATConfig(qk_rank=4, vo_rank=5)).save_pretrained(tmp_path)
+        edit_config(tmp_path, change)
+        model = MODELS["vit"]()[0]
+        expected, classes = outputs(model, inputs), classes_of(model)
+        with pytest.raises(CheckpointError, match=f"The adapter 'default', by its configuration: expected .*{says}"):
+            load(model, tmp_path)
+        assert equal(outputs(model, inputs), expected) and classes_of(model) == classes
+
+    @pytest.mark.parametrize("load", [PeftModel.from_pretrained, lambda m, f: m.load_adapter(str(f))])
+    def test_modules_saved_beside_an_adapter_are_not_put_into_the_base(self, tmp_path, load):
+        config = ComCATConfig(qk_rank=4, modules_to_save=["classifier"])
+        get_peft_model(MODELS["vit"]()[0], config).save_pretrained(tmp_path)
+        load(MODELS["vit"]()[0], tmp_path)
+        edit_config(tmp_path, {"modules_to_save": None})
+        with pytest.raises(CheckpointError, match=r"expected .*classifier\.bias of shape None, found"):
+            load(MODELS["vit"]()[0], tmp_path)
 
     def test_a_half_precision_base(self, tmp_path):
         model, inputs = MODELS["vit"]()

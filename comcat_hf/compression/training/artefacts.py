@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...checks import Kind, make_document, mapping_of, open_document, whole
 from ...configs import RankPlan
-from ...errors import CheckpointError, InvalidValueError
+from ...errors import InvalidValueError
 from ...transport import read_json, write_json_atomic
 from .settings import CompressSettings
 
@@ -21,6 +22,10 @@ __all__ = ["Artefacts", "check_writable", "digest_of", "facts_of", "whole_folder
 
 _RECORD = "comcat_stages.json"
 _FORMAT, _VERSION = "comcat_stages", 1
+_FIELDS = {
+    "seed": whole(),
+    "stages": mapping_of(Kind("the settings of a stage", lambda facts: isinstance(facts, Mapping))),
+}
 
 _MODEL = ("model_name_or_path", "model_revision")
 _DATA = (
@@ -123,9 +128,8 @@ class Artefacts:
         """Write down that a stage is finished."""
         content = self._read()
         stages = {**content.get("stages", {}), stage: dict(facts)}
-        write_json_atomic(
-            self.folder / _RECORD, {"format": _FORMAT, "version": _VERSION, "seed": seed, "stages": stages}
-        )
+        record = make_document(_FORMAT, _VERSION, {"seed": seed, "stages": stages})
+        write_json_atomic(self.folder / _RECORD, record)
 
     def clear(self) -> None:
         """Remove what stages made; the folder may hold other files, which stay."""
@@ -139,13 +143,8 @@ class Artefacts:
         path = self.folder / _RECORD
         if not path.is_file():
             return {}
-        content = read_json(path)
-        if content.get("format") != _FORMAT or content.get("version") != _VERSION:
-            raise CheckpointError(
-                f"{path}: expected {_FORMAT!r} of version {_VERSION}, found {content.get('format')!r} of version "
-                f"{content.get('version')!r}. Give another --output_dir, or --overwrite_output_dir."
-            )
-        return content
+        fix = "Give another --output_dir, or --overwrite_output_dir."
+        return open_document(read_json(path), _FORMAT, _VERSION, _FIELDS, str(path), fix=fix)
 
 
 def facts_of(settings: CompressSettings, stage: str, seed: int) -> dict[str, Any]:

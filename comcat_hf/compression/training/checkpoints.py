@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...errors import CheckpointError, ComCATError
+from ...tensor_files import check_shapes, read_safetensors
 from ...training.checkpoints import (
     Progress,
     new_checkpoint,
@@ -185,22 +186,12 @@ def _save_whole(accelerator: Accelerator, folder: Path, trained: Trained) -> Non
 @torch.no_grad()
 def _load_whole(accelerator: Accelerator, checkpoint: Path, trained: Trained) -> None:
     file = checkpoint / WEIGHTS
-    try:
-        saved = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file}: expected the weights of a training whose processes hold the whole model, found none that can be "
-            f"read ({error}). Give another checkpoint, or the accelerate configuration that it was written with."
-        ) from error
+    fix = "Give another checkpoint, or the accelerate configuration that it was written with."
+    saved, _ = read_safetensors(file, "a training whose processes hold the whole model", fix)
     own = _own(trained.student)
-    for name in sorted(own.keys() | saved.keys()):
-        expected, found = (tuple(side[name].shape) if name in side else None for side in (own, saved))
-        if expected != found:
-            raise CheckpointError(
-                f"{file}: expected {name} of shape {expected}, found {found}. Give a checkpoint of this model, plan "
-                "and route."
-            )
-        own[name].copy_(saved[name])
+    check_shapes(saved, own, file, "Give a checkpoint of this model, plan and route.")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
     restore_states(checkpoint, trained.all_states())
 
 

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...errors import ComCATError
+from ...checks import parse_json, whole
+from ...errors import CheckpointError, ComCATError
 from ...transport import write_text_atomic
 from ..distillation import LossParts
 
@@ -167,7 +168,7 @@ def _text(values: Mapping[str, Any]) -> str:
 def _parse(text: str) -> dict[str, Any] | None:
     """A line of the log; `None` for one that was cut short."""
     try:
-        line = json.loads(text)
-    except json.JSONDecodeError:
+        line = parse_json(text, LOG)
+    except CheckpointError:
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+    return line if isinstance(line, dict) and whole().holds(line.get("step")) else None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -46,7 +47,13 @@ def load_classifier(
         )
     except ComCATError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{flag} {source}: expected whole safetensors files, found {error}. One was cut short or is damaged; "
+            "download or save the model again."
+        ) from error
+    # What a damaged file makes transformers stumble over is of many kinds.
+    except Exception as error:
         raise CheckpointError(
             f"{flag} {source}: expected a folder or Hub id of an image classifier of transformers, found none that "
             f"loads ({error}). Check the path, the revision and the network."

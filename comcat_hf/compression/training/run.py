@@ -105,10 +105,11 @@ def compress_vit(
     say = report if report is not None and accelerator.is_main_process else lambda text: None
     if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
         on_main(accelerator, lambda: _clear(artefacts))
-    before = artefacts.seed() if checkpoint is None else Progress.read(checkpoint).seed
+    done = None if checkpoint is None else Progress.read(checkpoint)
+    before = artefacts.seed() if done is None else done.seed
     run = _read(settings, accelerator, artefacts, choose_seed(settings.seed, before), say)
     steps = _steps(run)
-    first = 0 if checkpoint is None else Progress.read(checkpoint).step
+    first = 0 if done is None else done.step
     describe = partial(
         describe_run,
         settings,

@@ -243,7 +243,9 @@ def _make_plan(run: Setting, statistics: Statistics | None, interruption: Interr
     settings = run.settings
     if settings.plan is not None:
         run.say(f"Stage allocate: the plan of {settings.plan}.")
-        return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+        plan = RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+        plan.check_model(run.dense)
+        return plan
     run.say(f"Stage allocate: {settings.strategy}, {settings.reduction:.0%} of the {settings.metric}.")
     if settings.strategy == "search":
         return _search(run, statistics, interruption)

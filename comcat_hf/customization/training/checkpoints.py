@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...errors import CheckpointError
+from ...tensor_files import check_shapes, read_safetensors
 from ...training.checkpoints import Progress, new_checkpoint, restore_random_states, restore_states, write_states
 from ..pipelines import WEIGHTS, save_comcat_weights
 from .settings import CustomizeSettings
@@ -83,19 +81,8 @@ def restore(
 
 @torch.no_grad()
 def _restore_adapter(file: Path, model: nn.Module, adapter_name: str) -> None:
-    try:
-        saved = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file}: expected the weights of an adapter, found none that can be read ({error}). Give another "
-            "checkpoint."
-        ) from error
+    saved, _ = read_safetensors(file, "an adapter", "Give another checkpoint.")
     own: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    for key in sorted(own.keys() | saved.keys()):
-        expected, found = (tuple(side[key].shape) if key in side else None for side in (own, saved))
-        if expected != found:
-            raise CheckpointError(
-                f"{file}: expected {key} of shape {expected}, found {found}. Give a checkpoint of this base and of "
-                "these ranks."
-            )
-        own[key].copy_(saved[key])
+    check_shapes(saved, own, file, "Give a checkpoint of this base and of these ranks.")
+    for key, tensor in own.items():
+        tensor.copy_(saved[key])

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -453,12 +454,31 @@ def test_sigterm_saves_and_the_rest_gives_the_same_bits(folder, tmp_path, change
     assert not same(ours, theirs)
 
 
+def edit_state(checkpoint, change):
+    file = checkpoint / "training_state.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return checkpoint
+
+
+def earlier(checkpoint):
+    """As versions before wrote it: its state says neither its digest nor its files."""
+
+    def change(content):
+        del content["digest"], content["files"]
+        content["version"] = content.pop("format_version")
+
+    return edit_state(checkpoint, change)
+
+
 def test_dropout_goes_on_where_it_was(folder, tmp_path):
     """The test above would pass without it, were there no dropout."""
     how = {"checkpointing_steps": "3"}
     whole, _ = train(folder, tmp_path / "a", **how)
-    (tmp_path / "a" / "checkpoint-3" / "random_states_0.pt").unlink()
-    run, _ = train(folder, tmp_path / "b", checkpoint=tmp_path / "a" / "checkpoint-3", **how)
+    checkpoint = earlier(tmp_path / "a" / "checkpoint-3")
+    shutil.copy(tmp_path / "a" / "checkpoint-6" / "random_states_0.pt", checkpoint)
+    run, _ = train(folder, tmp_path / "b", checkpoint=checkpoint, **how)
     assert not same(weights(run), weights(whole))
 
 
@@ -550,12 +570,72 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(folder, tmp_path, caplo
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
     train(folder, tmp_path / "other", checkpoint=checkpoint, learning_rate=1e-2)
     assert "learning_rate was 0.003 and is 0.01 now" in caplog.text
-    (checkpoint / "student.safetensors").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match=r"student.safetensors: expected the weights of a training"):
-        train(folder, tmp_path, checkpoint=checkpoint)
-    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"optimizer.pt: expected the state of a training"):
-        train(folder, tmp_path, checkpoint=tmp_path / "checkpoint-4")
+    caplog.clear()
+    train(folder, tmp_path / "two", checkpoint=edit_state(earlier(checkpoint), lambda c: c["facts"].update(TWO)))
+    assert "num_processes was 2 and is 1 now" in caplog.text
+
+
+TWO = {"num_processes": 2}
+FILES = ("optimizer.pt", "random_states_0.pt", "student.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    train(folder, output, checkpointing_steps="2")
+    return output
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    return Path(shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", ["missing", "junk", "other"])
+def test_a_checkpoint_is_read_as_a_whole(folder, trained, checkpoint, name, content):
+    if content == "other":
+        shutil.copy(trained / "checkpoint-4" / name, checkpoint)
+    elif content == "junk":
+        (checkpoint / name).write_bytes(b"junk")
+    else:
+        (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: expected the file that was written with this checkpoint"):
+        train(folder, checkpoint.parent / "out", checkpoint=checkpoint)
+    if content != "other":
+        with pytest.raises(CheckpointError, match=f"{name}: expected"):
+            train(folder, checkpoint.parent / "out", checkpoint=earlier(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"step": 4}, "step: expected 2, as its folder says, found 4"),
+        ({"step": 999}, "step: expected 2, as its folder says, found 999"),
+        ({"step": -1}, "step: expected a whole number from 0, found -1"),
+        ({"step": 3.7}, "step: expected a whole number from 0, found 3.7"),
+        ({"step": True}, "step: expected a whole number"),
+        ({"seed": None}, "seed: expected a whole number"),
+        ({"facts": []}, "facts: expected a mapping"),
+        ({"colour": "red"}, "unknown 'colour'"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(folder, checkpoint, changes, says):
+    edit_state(checkpoint, lambda content: content.update(changes))
+    for change, words in ((lambda path: path, ""), (earlier, says)):
+        with pytest.raises(CheckpointError, match=f"training_state.json.*{words}"):
+            train(folder, checkpoint.parent / "out", checkpoint=change(checkpoint))
+
+
+def test_a_checkpoint_under_another_name_and_of_an_earlier_version_is_resumed(folder, trained, checkpoint, tmp_path):
+    named = earlier(checkpoint).rename(tmp_path / "best")
+    train(folder, tmp_path / "out", checkpoint=named, checkpointing_steps="2")
+    for name in FILES[1:]:
+        ours, theirs = (path / "checkpoint-6" / name for path in (trained, tmp_path / "out"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    edit_state(named, lambda content: content.update(step=7))
+    with pytest.raises(CheckpointError, match="step: expected at most 6, found 7"):
+        train(folder, tmp_path / "out", checkpoint=named)
 
 
 def test_a_checkpoint_of_a_model_of_other_shapes_names_the_weight(folder, tmp_path):
@@ -603,9 +683,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize(
-    "place", ["comcat_hf.transport.files.os.replace", "comcat_hf.training.checkpoints.torch.save"]
-)
+@pytest.mark.parametrize("place", ["comcat_hf.transport.files.os.replace", "comcat_hf.tensor_files.torch.save"])
 def test_a_full_disk_leaves_the_checkpoints_that_are_there(folder, tmp_path, monkeypatch, place):
     module, _, name = place.rpartition(".")
     real = getattr(os if "os" in module else torch, name)
