@@ -5,17 +5,41 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..errors import RankPlanError
-from .finding import find_sites
+from ..errors import InvalidValueError, RankPlanError
+from .finding import known_sites
 from .mlps import narrowed_mlps
 from .modules import LowRankAttention, LowRankLinear
 from .sites import Entry, Site, check_disjoint
-from .views import check_no_adapter, named_base_modules
+from .targets import Targets
+from .views import attention_views, check_no_adapter, is_wrapper, named_base_modules
 
 
-__all__ = ["apply_ranks", "eval_mode", "fit_names", "meta_copy", "read_ranks", "replace_module"]
+__all__ = ["apply_ranks", "eval_mode", "fit_names", "meta_copy", "read_ranks", "replace_module", "unwrapped"]
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model within what `torch.compile` or parallel training put around it.
+
+    Raises:
+        InvalidValueError: what is given is no model, or parts of it are compiled or wrapped.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidValueError(
+            f"model: expected a torch.nn.Module, found {model!r:.100}. Load the model first, for example with "
+            "AutoModelForImageClassification.from_pretrained; of a pipeline give the model, pipe.model or pipe.unet."
+        )
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    for path, module in model.named_modules():
+        if is_wrapper(module):
+            raise InvalidValueError(
+                f"{path} is compiled or wrapped for parallel training ({type(module).__name__}); expected a model "
+                "without such parts. Compress the model before you compile or wrap them, and save it without."
+            )
+    return model
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -126,12 +150,11 @@ def fit_names(ranks: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
 
 def sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site]:
     """The sites of a model by path, after a check that a plan's names are among them and do not overlap."""
-    sites = find_sites(model, "linear", width=True)
-    if not set(ranks) <= set(sites):
-        # Only here: a plan without attention asks nothing of the attention classes, which then need not be known.
-        sites = find_sites(model, width=True)
+    sites = known_sites(model, width=True)
     unknown = [name for name in ranks if name not in sites]
     if unknown:
+        # Attention that is refused says why; what the plan does not name need not be known.
+        attention_views(model, refuse=Targets(unknown).takes)
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise RankPlanError(
             f"The plan names {shown}, which {type(model).__name__} does not have or which cannot be factorised. "

@@ -27,6 +27,9 @@ __all__ = [
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
+_LOOKS_LIKE_POOLER = re.compile(r"Attention\w*Pool|Pool\w*Attention")
+# Under which names torch.compile, FSDP and activation checkpointing hold the module that they wrap.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 Family = TypeVar("Family")
 
@@ -228,15 +231,18 @@ def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
     yield from walk(prefix, model, None)
 
 
-def attention_views(model: nn.Module, *, whole: bool = True) -> dict[str, AttentionView]:
+def attention_views(
+    model: nn.Module, *, whole: bool = True, refuse: Callable[[str], bool] = lambda path: True
+) -> dict[str, AttentionView]:
     """Find every attention module of a model, by path.
 
-    `nn.MultiheadAttention` (the poolers of SigLIP) is passed over: it stays dense. So is what is low-rank already.
+    `nn.MultiheadAttention` and other poolers are passed over: they stay dense. So is what is low-rank already.
 
     Args:
         model: with or without adapters.
         whole: refuse a module of which one product cannot be factorised, or whose weights are not plain. With `False`
             these are left to who asks for them.
+        refuse: whether a module at this path, if it cannot be factorised, is an error; else it is passed over.
 
     Returns:
         views in the order of the model's modules.
@@ -246,12 +252,17 @@ def attention_views(model: nn.Module, *, whole: bool = True) -> dict[str, Attent
             there is one, and the known classes.
     """
     views: dict[str, AttentionView] = {}
+    users: dict[int, str] = {}
     for name, module, parent, family in _attention_modules(model):
-        if family is None:
-            raise _unsupported(name, module)
-        views[name] = _view(name, module, parent, family, whole)
-    if whole:
-        _check_unshared(views)
+        try:
+            view = _view(name, module, parent, family, whole)
+            if whole:
+                _check_unshared(view, users)
+        except UnsupportedModuleError:
+            if refuse(name):
+                raise
+        else:
+            views[name] = view
     return views
 
 
@@ -263,7 +274,7 @@ def attention_paths(model: nn.Module) -> list[str]:
     for name, module, _ in named_base_modules(model):
         if isinstance(module, LowRankAttention):
             found.append((name, module._family))
-        elif isinstance(module, nn.MultiheadAttention):
+        elif _is_pooler(module):
             found.append((name, None))
     return [name.rpartition(".")[0] if family and family.output_in_parent else name for name, family in found]
 
@@ -278,7 +289,7 @@ def _attention_modules(
         family = _registry.find(module)
         if family is not None:
             found.append((name, module, parent, family))
-        elif isinstance(module, (LowRankAttention, nn.MultiheadAttention)):
+        elif isinstance(module, LowRankAttention) or _is_pooler(module):
             passed_over.append(name)
         elif _LOOKS_LIKE_ATTENTION.search(type(module).__name__) and _has_linear(module):
             suspects.append((name, module, parent, None))
@@ -294,11 +305,24 @@ def _attention_modules(
     return found
 
 
+def _is_pooler(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or _LOOKS_LIKE_POOLER.search(type(module).__name__) is not None
+
+
 def base_module(module: nn.Module) -> nn.Module:
-    """The module below whatever adapters wrap it."""
-    while is_tuner_layer(module):
-        module = module.base_layer
-    return module
+    """The module below whatever adapters, compilation and sharding wrap it."""
+    while True:
+        if is_tuner_layer(module):
+            module = module.base_layer
+        elif is_wrapper(module):
+            module = next(module._modules[name] for name in _WRAPPED if name in module._modules)
+        else:
+            return module
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module only compiles, shards or checkpoints another one."""
+    return not module._modules.keys().isdisjoint(_WRAPPED)
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
@@ -314,8 +338,10 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def _view(
-    name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily, whole: bool
+    name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily | None, whole: bool
 ) -> AttentionView:
+    if family is None:
+        raise _unsupported(name, module)
     refusals = [family.refuse, family.refuse_qk] if whole else [family.refuse]
     reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
     if reason is not None:
@@ -359,17 +385,15 @@ def check_no_adapter(path: str, module: nn.Module) -> None:
         )
 
 
-def _check_unshared(views: dict[str, AttentionView]) -> None:
+def _check_unshared(view: AttentionView, users: dict[int, str]) -> None:
     # A whole attention module may be shared. A part of one may not: its factors would fit one of its users only.
-    users: dict[int, str] = {}
-    for view in views.values():
-        projections = view.projections()
-        if len(projections) < 4:
-            raise _unsupported(view.name, view.module, "two of its projections are one module")
-        for path, linear in projections.items():
-            other = users.setdefault(id(linear.weight), path)
-            if other != path:
-                raise _unsupported(view.name, view.module, f"{path} shares its weight with {other}")
+    projections = view.projections()
+    if len(projections) < 4:
+        raise _unsupported(view.name, view.module, "two of its projections are one module")
+    for path, linear in projections.items():
+        other = users.setdefault(id(linear.weight), path)
+        if other != path:
+            raise _unsupported(view.name, view.module, f"{path} shares its weight with {other}")
 
 
 def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> UnsupportedModuleError:
@@ -377,8 +401,9 @@ def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> Uns
     reason, fix = reason or _refusals().get(cls), ""
     if reason is None:
         reason = "no family describes this class"
-        fix = ", or describe the class with comcat_hf.attention.register_attention_family"
+        fix = ", or describe the class with comcat_hf.register_attention_family"
     return UnsupportedModuleError(
         f"{name} is a {cls}, which cannot be factorised: {reason}. Known classes: "
-        f"{', '.join(known_attention_classes())}. Leave attention alone with scope='mlp'{fix}."
+        f"{', '.join(known_attention_classes())}. Leave it out with exclude_modules=[{name!r}], name what is meant "
+        f"with target_modules, leave attention alone with scope='mlp'{fix}."
     )

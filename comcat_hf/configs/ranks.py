@@ -32,6 +32,7 @@ class RankPlan:
         architecture: class name of the model the plan was made for.
         base_model_name_or_path, revision: where that model came from, if known.
         scope: what was allowed to be compressed: `"model"`, `"attention"` or `"mlp"`.
+        target_modules: which modules were meant, where not all were: with scope `"model"` the shares are of these.
         metric: what `reduction` counts: `"params"`, `"macs"` or `"latency"`.
         strategy: how the ranks were found.
         reduction: the share that was asked to be removed, 0 to 1.
@@ -47,6 +48,7 @@ class RankPlan:
     strategy: str | None = None
     reduction: float | None = None
     reached: float | None = None
+    target_modules: list[str] | str | None = None
     _source: str = field(default="this plan", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +63,9 @@ class RankPlan:
         """The plan as it stands in a rank file."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
         ranks = copy.deepcopy(values.pop("ranks"))
+        if self.target_modules is None:
+            # Earlier versions do not know it.
+            del values["target_modules"]
         return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **values, "ranks": ranks}
 
     @classmethod

@@ -3,15 +3,15 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from ..attention import Site, find_sites, named_base_modules, read_ranks, replace_module
+from ..attention import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module
 from ..attention.residuals import find_residual_sites
 from ..attention.sites import check_disjoint
 from ..attention.views import check_not_quantised
@@ -83,8 +83,7 @@ class ComCATModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: ComCATConfig, key: str) -> Any:
         if key in self._targets:
             return True
-        matched = check_target_module_exists(_selection(peft_config), key)
-        return matched if isinstance(matched, _ExcludedModule) else False
+        return _ExcludedModule() if _targets(peft_config).excludes(key) else False
 
     def _create_and_replace(
         self,
@@ -188,14 +187,17 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
         InvalidValueError: nothing is targeted.
         UnsupportedModuleError: nothing can be, since layers are quantised.
     """
+    meant = _targets(config)
+    refuse = partial(_may_refuse, config, meant)
+    sites: Mapping[str, Site]
     if config.mode == "customize":
-        sites: Mapping[str, Site] = find_residual_sites(model, config.core)
+        sites = find_residual_sites(model, config.core, refuse)
     else:
-        sites = find_sites(model, _scope(config), width=True)
+        sites = known_sites(model, width=True, refuse=refuse)
     entries = _pattern_entries(config, sites, model)
     targets = {}
     for name, site in sites.items():
-        if _is_selected(config, site):
+        if meant.takes_site(site):
             ranks = site.ranks(entries[name]) if name in entries else _default_ranks(config, site, sites, entries)
             if any(rank is not None for rank in ranks.values()):
                 targets[name] = (site, ranks)
@@ -234,7 +236,7 @@ def initialize_comcat_weights(
         )
     if statistics is not None and hasattr(statistics, "check_model"):
         statistics.check_model(base)
-    for site in find_sites(base, _scope(base.peft_config[adapter_name]), width=True).values():
+    for site in known_sites(base, width=True).values():
         substitutes = {
             path: layers[id(dense)].comcat_factors[adapter_name]
             for path, dense in site.dense_modules().items()
@@ -245,35 +247,21 @@ def initialize_comcat_weights(
             site.initialize(substitutes, (statistics or {}).get(site.moments_path))
 
 
-def _scope(config: ComCATConfig) -> str:
-    # Attention is looked for only where it may be wanted, so that a model whose attention is unknown keeps its MLPs.
-    wanted = config.qk_rank is not None or config.vo_rank is not None
-    wanted = wanted or any(isinstance(e, Mapping) and not _is_width(e) for e in config.rank_pattern.values())
-    return "model" if wanted else "linear"
+def _targets(config: ComCATConfig) -> Targets:
+    # Modules that are trained as they are get no factors.
+    return Targets(config.target_modules, config.exclude_modules, config.modules_to_save)
+
+
+def _may_refuse(config: ComCATConfig, meant: Targets, path: str) -> bool:
+    """Whether attention at this path is given a rank, so that it must be known."""
+    if config.qk_rank is not None or config.vo_rank is not None:
+        return meant.takes(path)
+    entries = ((key, entry) for key, entry in config.rank_pattern.items() if isinstance(entry, Mapping))
+    return meant.takes(path) and any(_matches(key, path) and not _is_width(entry) for key, entry in entries)
 
 
 def _is_width(entry: Any) -> bool:
     return isinstance(entry, Mapping) and "width" in entry
-
-
-def _is_selected(config: ComCATConfig, site: Site) -> bool:
-    selection, modules = _selection(config), site.dense_modules()
-    matched = check_target_module_exists(selection, site.name)
-    if site.name in modules:
-        return bool(matched)
-    # The site of several modules: they are meant together or not at all.
-    parts = [check_target_module_exists(selection, path) for path in modules]
-    excluded = any(isinstance(part, _ExcludedModule) for part in (matched, *parts))
-    return not excluded and (bool(matched) or all(parts))
-
-
-def _selection(config: ComCATConfig) -> SimpleNamespace:
-    # What PEFT's matching reads of a configuration. Modules that are trained as they are get no factors.
-    return SimpleNamespace(
-        target_modules=".*" if config.target_modules is None else config.target_modules,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-    )
 
 
 def _pattern_entries(config: ComCATConfig, sites: Mapping[str, Site], model: nn.Module) -> dict[str, Any]:
