@@ -84,7 +84,11 @@ def find_sites(
     sites = {name: site for name, site in sites.items() if targets.takes_site(site)}
     if not sites:
         check_not_quantised(model)
-        among = "" if targets == EVERYTHING else f" among the {targets.describe()}"
+        among = (
+            ""
+            if targets.target_modules is None and not targets.exclude_modules
+            else f" among the {targets.describe()}"
+        )
         raise UnsupportedModuleError(
             f"{class_path(type(model))} has nothing to factorise in scope {scope!r}{among}: no known attention module "
             f"was found, or all are low-rank already. Known attention classes: {', '.join(known_attention_classes())}."

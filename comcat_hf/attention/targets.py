@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -26,23 +26,33 @@ class Targets:
             regular expression that matches a whole path. `None` is every module.
         exclude_modules: modules to leave out, written alike.
         left_out: further modules to leave out.
+        paths: names that are whole paths and not the ends of others.
     """
 
     target_modules: Patterns = None
     exclude_modules: Patterns = None
     left_out: Patterns = None
+    paths: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             _check_patterns(name, getattr(self, name))
 
+    @classmethod
+    def of(
+        cls, model: nn.Module, target_modules: Patterns, exclude_modules: Patterns, left_out: Patterns = None
+    ) -> "Targets":
+        """Targets within a model: a name that is the path of one of its modules means that one alone."""
+        targets = cls(target_modules, exclude_modules, left_out)
+        return replace(targets, paths=frozenset(path for path, _, _ in named_base_modules(model)))
+
     def excludes(self, path: str) -> bool:
         """Whether this path is left out."""
-        return any(_match(patterns, path) for patterns in (self.exclude_modules, self.left_out) if patterns)
+        return any(self._match(patterns, path) for patterns in (self.exclude_modules, self.left_out) if patterns)
 
     def names(self, path: str) -> bool:
         """Whether `target_modules` names this path."""
-        return self.target_modules is None or _match(self.target_modules, path)
+        return self.target_modules is None or self._match(self.target_modules, path)
 
     def takes(self, path: str) -> bool:
         """Whether this path is meant."""
@@ -80,7 +90,7 @@ class Targets:
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name) or ()
             for pattern in [patterns] if isinstance(patterns, str) else [[item] for item in patterns]:
-                if not any(_match(pattern, path) for path in paths):
+                if not any(self._match(pattern, path) for path in paths):
                     shown = pattern if isinstance(pattern, str) else pattern[0]
                     raise InvalidValueError(
                         f"{name}: {shown!r} names no module of {type(model).__name__}, whose modules are "
@@ -89,16 +99,16 @@ class Targets:
                     )
         return self
 
+    def _match(self, patterns: Collection[str] | str, path: str) -> bool:
+        if isinstance(patterns, str):
+            return re.fullmatch(patterns, path) is not None
+        found = ((f".{path}.".find(f".{pattern}."), pattern) for pattern in patterns)
+        return any(place == 0 or (place > 0 and pattern not in self.paths) for place, pattern in found)
+
     def describe(self) -> str:
         """Words for an error."""
         excluded = f" (excluded: {self.exclude_modules})" if self.exclude_modules else ""
         return f"target modules {'all' if self.target_modules is None else self.target_modules}{excluded}"
-
-
-def _match(patterns: Collection[str] | str, path: str) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, path) is not None
-    return any(f".{pattern}." in f".{path}." for pattern in patterns)
 
 
 def _check_patterns(name: str, patterns: Any) -> None:

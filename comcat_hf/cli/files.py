@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ..configs import RankPlan
 from ..customization.pipelines import INDEX
 from ..errors import CheckpointError
-from ..native.transformers import QUANT_METHOD
+from ..native.current import QUANT_METHODS
 from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, sizes_in
 from .shell import app, command, table
 
@@ -119,7 +119,7 @@ def _facts(folder: Path) -> dict[str, object] | None:
     if model.is_file():
         config = read_json(model)
         recorded = dict(config.get("quantization_config") or {})
-        if recorded.pop("quant_method", None) == QUANT_METHOD:
+        if recorded.pop("quant_method", None) in QUANT_METHODS:
             names = ", ".join(config.get("architectures") or ())
             plan = RankPlan.from_dict(recorded, str(model))
             return {"kind": "compressed model", "architecture": names} | _of_plan(plan)

@@ -103,7 +103,7 @@ def allocate_ranks(
     measured = batches is not None or (sensitivities is not None and statistics is not None)
     strategy = strategy or default_strategy(measured)
     _check_arguments(reduction, metric, strategy, mlp, measured, step, latency)
-    targets = Targets(target_modules, exclude_modules).check(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
     found = find_sites(model, scope, width=True, targets=targets)
     sites = sites_by_way(found, mlp)
     whole = scope == "model" and target_modules is None

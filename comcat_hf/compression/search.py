@@ -206,7 +206,7 @@ def search_ranks(
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
     model = unwrapped(model)
-    targets = Targets(target_modules, exclude_modules).check(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
     sites = find_sites(model, scope, targets=targets)
     budget, count = find_budget(
         model, sites, reduction, METRICS[metric], scope=scope, step=step, inputs=inputs, targets=targets

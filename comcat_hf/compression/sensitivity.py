@@ -98,7 +98,7 @@ def measure_sensitivities(
     """
     check_choice("mlp", mlp, WAYS)
     model = unwrapped(model)
-    targets = Targets(target_modules, exclude_modules).check(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
     found = find_sites(model, scope, width=True, targets=targets)
     sites = sites_by_way(found, mlp)
     batches = read_batches(batches)

@@ -66,7 +66,7 @@ def collect_statistics(
         model = accelerator.unwrap_model(model)
         progress = progress and accelerator.is_main_process
     model = unwrapped(model)
-    targets = Targets(target_modules, exclude_modules).check(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
     sites = find_sites(model, scope, width=True, targets=targets)
     return gather(model, batches, sites.values(), scope, progress=progress, accelerator=accelerator)
 

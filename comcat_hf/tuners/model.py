@@ -71,7 +71,7 @@ class ComCATModel(BaseTuner):
         for site, ranks in targets_of(peft_config, model).values():
             substitutes = site.substitutes(ranks)
             self._pending |= dict.fromkeys(substitutes, (site, substitutes))
-        self._targets = frozenset(self._pending)
+        self._targets, self._meant = frozenset(self._pending), _targets(peft_config, model)
         other = next((layer.mode for layer in self._layers() if layer.mode != peft_config.mode), None)
         if other is not None:
             raise InvalidValueError(
@@ -83,7 +83,7 @@ class ComCATModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: ComCATConfig, key: str) -> Any:
         if key in self._targets:
             return True
-        return _ExcludedModule() if _targets(peft_config).excludes(key) else False
+        return _ExcludedModule() if self._meant.excludes(key) else False
 
     def _create_and_replace(
         self,
@@ -187,7 +187,7 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
         InvalidValueError: nothing is targeted.
         UnsupportedModuleError: nothing can be, since layers are quantised.
     """
-    meant = _targets(config)
+    meant = _targets(config, model)
     refuse = partial(_may_refuse, config, meant)
     sites: Mapping[str, Site]
     if config.mode == "customize":
@@ -247,9 +247,9 @@ def initialize_comcat_weights(
             site.initialize(substitutes, (statistics or {}).get(site.moments_path))
 
 
-def _targets(config: ComCATConfig) -> Targets:
+def _targets(config: ComCATConfig, model: nn.Module) -> Targets:
     # Modules that are trained as they are get no factors.
-    return Targets(config.target_modules, config.exclude_modules, config.modules_to_save)
+    return Targets.of(model, config.target_modules, config.exclude_modules, config.modules_to_save)
 
 
 def _may_refuse(config: ComCATConfig, meant: Targets, path: str) -> bool:
