@@ -17,10 +17,10 @@ from .sites import Tokens as Tokens
 from .surgery import apply_ranks as apply_ranks
 from .surgery import eval_mode as eval_mode
 from .surgery import fit_names as fit_names
+from .surgery import measuring as measuring
 from .surgery import meta_copy as meta_copy
 from .surgery import read_ranks as read_ranks
 from .surgery import replace_module as replace_module
-from .surgery import unwrapped as unwrapped
 from .targets import EVERYTHING as EVERYTHING
 from .targets import Targets as Targets
 from .views import AttentionFamily as AttentionFamily
@@ -29,3 +29,4 @@ from .views import attention_views as attention_views
 from .views import known_attention_classes as known_attention_classes
 from .views import named_base_modules as named_base_modules
 from .views import register_attention_family as register_attention_family
+from .wrappers import unwrapped as unwrapped

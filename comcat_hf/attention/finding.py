@@ -18,6 +18,7 @@ from .views import (
     known_attention_classes,
     named_base_modules,
 )
+from .wrappers import unwrapped
 
 
 __all__ = ["SCOPES", "find_sites", "known_sites"]
@@ -111,6 +112,7 @@ def known_sites(
     """
     if scope not in _FINDERS:
         raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
+    model = unwrapped(model)
     found = (site for finder in _FINDERS[scope] for site in finder(model, refuse))
     sites = {site.name: site for site in found if width or site.kind != "mlp"}
     order = {name: index for index, (name, _, _) in enumerate(named_base_modules(model))}

@@ -5,41 +5,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..errors import InvalidValueError, RankPlanError
+from ..errors import RankPlanError
 from .finding import known_sites
 from .mlps import narrowed_mlps
 from .modules import LowRankAttention, LowRankLinear
 from .sites import Entry, Site, check_disjoint
 from .targets import Targets
-from .views import attention_views, check_no_adapter, is_wrapper, named_base_modules
+from .views import attention_views, check_no_adapter, named_base_modules
 
 
-__all__ = ["apply_ranks", "eval_mode", "fit_names", "meta_copy", "read_ranks", "replace_module", "unwrapped"]
-
-
-def unwrapped(model: Any) -> nn.Module:
-    """The model within what `torch.compile` or parallel training put around it.
-
-    Raises:
-        InvalidValueError: what is given is no model, or parts of it are compiled or wrapped.
-    """
-    if not isinstance(model, nn.Module):
-        raise InvalidValueError(
-            f"model: expected a torch.nn.Module, found {model!r:.100}. Load the model first, for example with "
-            "AutoModelForImageClassification.from_pretrained; of a pipeline give the model, pipe.model or pipe.unet."
-        )
-    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
-        model = inner
-    for path, module in model.named_modules():
-        if is_wrapper(module):
-            raise InvalidValueError(
-                f"{path} is compiled or wrapped for parallel training ({type(module).__name__}); expected a model "
-                "without such parts. Compress the model before you compile or wrap them, and save it without."
-            )
-    return model
+__all__ = ["apply_ranks", "eval_mode", "fit_names", "measuring", "meta_copy", "read_ranks", "replace_module"]
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -61,6 +38,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode without the code that `module.compile()` made, which sees no hooks and no exchanged parts."""
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    with eval_mode(model):
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for module, call in compiled:
+                module._compiled_call_impl = call
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

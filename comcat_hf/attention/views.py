@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import InvalidValueError, UnsupportedModuleError
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
+from .wrappers import within
 
 
 __all__ = [
@@ -28,9 +29,6 @@ __all__ = [
 _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
 _LOOKS_LIKE_POOLER = re.compile(r"Attention\w*Pool|Pool\w*Attention")
-# Under which names torch.compile, FSDP and activation checkpointing hold the module that they wrap.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
 Family = TypeVar("Family")
 
 
@@ -314,15 +312,10 @@ def base_module(module: nn.Module) -> nn.Module:
     while True:
         if is_tuner_layer(module):
             module = module.base_layer
-        elif is_wrapper(module):
-            module = next(module._modules[name] for name in _WRAPPED if name in module._modules)
+        elif (inner := within(module)) is not None:
+            module = inner
         else:
             return module
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module only compiles, shards or checkpoints another one."""
-    return not module._modules.keys().isdisjoint(_WRAPPED)
 
 
 def is_tuner_layer(module: nn.Module) -> bool:

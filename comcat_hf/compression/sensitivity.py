@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attention import Site, Targets, eval_mode, find_sites, replace_module, unwrapped
+from ..attention import Site, Targets, find_sites, measuring, replace_module, unwrapped
 from ..attention.sites import block_of
 from ..errors import InvalidValueError
 from .budget import METRICS, WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
@@ -137,7 +137,7 @@ def measure(
     ranks = {option: _measured_ranks(option, step) for option in options}
     count = sum(map(len, ranks.values()))
     result: Sensitivities = {(option.site.name, option.choice): {} for option in options}
-    with eval_mode(model), tqdm(total=count, desc="Sensitivity", disable=not progress) as bar:
+    with measuring(model), tqdm(total=count, desc="Sensitivity", disable=not progress) as bar:
         start = time.perf_counter()
         meter = _Meter(model, batches)
         _say_cost(options, count, len(batches), time.perf_counter() - start)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..attention import AttentionSite, LinearSite, MLPSite, Site, Targets, eval_mode, find_sites, unwrapped
+from ..attention import AttentionSite, LinearSite, MLPSite, Site, Targets, find_sites, measuring, unwrapped
 from ..attention.views import class_path
 from ..errors import InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
@@ -86,7 +86,7 @@ def gather(
     sites = {site.moments_path: site for site in sorted(sites, key=lambda site: site.kind == "mlp")}
     samples, error = 0, None
     with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
+        stack.enter_context(measuring(model))
         mask = stack.enter_context(token_mask(model))
         collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
         try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 
-from ..attention import AttentionSite, MLPSite, Site, eval_mode, find_sites, known_sites, unwrapped
+from ..attention import AttentionSite, MLPSite, Site, find_sites, known_sites, measuring, unwrapped
 from ..attention.views import class_path
 from ..errors import InvalidValueError
 from .budget import METRICS, Option, default_step, find_options
@@ -84,7 +84,7 @@ def measure_latency(
     sites = known_sites(model, width=True) or find_sites(model)
     tokens = trace(model, inputs, whole=False).tokens
     shapes = {name: shape_of(s, tokens[s.moments_path]) for name, s in sites.items() if s.moments_path in tokens}
-    with eval_mode(model), torch.inference_mode():
+    with measuring(model), torch.inference_mode():
         runs: dict[_Key, Callable[[], Any]] = {_WHOLE: partial(model, **_batch(model, inputs, batch_size, weight))}
         for shape, site, choices in _timed(model, sites, step or default_step(sites), shapes):
             runs |= _runs(model, shape, site, choices, (batch_size, tokens[site.moments_path].queries))

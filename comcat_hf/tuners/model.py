@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from ..attention import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module
+from ..attention import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
 from ..attention.residuals import find_residual_sites
 from ..attention.sites import check_disjoint
 from ..attention.views import check_not_quantised
@@ -44,6 +44,11 @@ class ComCATModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; an error leaves the model as it was."""
+        if unwrapped(model) is not model:
+            raise InvalidValueError(
+                f"model: expected one without torch.compile and parallel training around it, found a "
+                f"{type(model).__name__}. Put the adapter into the model within, and compile or wrap the result."
+            )
         restore = remember(model)
         try:
             _check_adapter_name(model, adapter_name)
@@ -226,7 +231,7 @@ def initialize_comcat_weights(
     Raises:
         InvalidValueError: no adapter of that name, one of mode `"customize"`, or statistics of another model.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else unwrapped(model)
     layers = {id(m.base_layer): m for m in base.modules() if isinstance(m, ComCATLayer)}
     if not any(adapter_name in layer.comcat_factors for layer in layers.values()):
         raise InvalidValueError(f"{type(base).__name__} has no ComCAT adapter named {adapter_name!r}.")
