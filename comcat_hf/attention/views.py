@@ -47,8 +47,9 @@ class AttentionFamily:
         dropout: attribute name of the attention dropout: a number or an `nn.Dropout`; `None` where there is none.
         refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
         refuse_qk: the same for the query/key product alone.
-        scale_of: optional; for classes whose kernel takes the factor on the scores from the width of the heads: gets
-            the module and returns the factor. Without it the kernel is given `scaling`.
+        scale_of: optional; for classes that run their own `forward` on the smaller projections: gets the dense module
+            and returns the factor on the scores, which the kernel takes from the width of the heads. Without it the
+            kernel is found by the module's `config`, as in transformers, and given `scaling`.
     """
 
     host: str
@@ -69,6 +70,19 @@ class AttentionFamily:
         if self.head_dim is not None:
             return getattr(module, self.head_dim)
         return base_module(getattr(module, self.query)).out_features // getattr(module, self.num_heads)
+
+    def attributes(self) -> tuple[str, ...]:
+        """What a module of the class must have."""
+        # Without a scale of its own the kernel is found through the configuration.
+        kernel = (self.scaling, "config") if self.scale_of is None else ()
+        optional = (name for name in (self.head_dim, self.dropout) if name is not None)
+        return (self.query, self.key, self.value, self.num_heads, *optional, *kernel)
+
+    def described(self) -> str:
+        """Words for an error: who needs the attributes."""
+        return (
+            "its AttentionFamily names" if self.scale_of else "its AttentionFamily names or, without scale_of, needs"
+        )
 
     def output_of(self, owner: nn.Module) -> nn.Module:
         """The output projection, seen from the class or, with `output_in_parent`, from its parent."""
@@ -190,8 +204,10 @@ def register_attention_family(family: AttentionFamily) -> None:
 
     Args:
         family: its description. The class must compute plain scaled-dot-product attention on the projections named:
-            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. It must
-            call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`.
+            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. With
+            `scale_of` its own `forward` runs, which must read the width of the heads off its projections (or from
+            `head_dim`); else it must call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`, and take and
+            return what attention does there.
 
     Raises:
         InvalidValueError: if the class is registered already with another description.
@@ -335,6 +351,9 @@ def _view(
 ) -> AttentionView:
     if family is None:
         raise _unsupported(name, module)
+    absent = [attribute for attribute in family.attributes() if not hasattr(module, attribute)]
+    if absent:
+        raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
     refusals = [family.refuse, family.refuse_qk] if whole else [family.refuse]
     reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
     if reason is not None:
