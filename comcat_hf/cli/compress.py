@@ -19,6 +19,8 @@ _WORDS = {
     "dataset_name": "--data",
     "calibration_samples": "--samples",
     "max_eval_samples": "--eval-samples",
+    "target_modules": "--target-modules",
+    "exclude_modules": "--exclude-modules",
     "num_train_epochs": "--epochs",
 }
 
@@ -33,6 +35,10 @@ def compress(
         str | None, typer.Option(help="Labelled images: a folder or a Hub id.", show_default="weights alone")
     ] = None,
     scope: Annotated[str, typer.Option(help="model, attention or mlp.")] = "model",
+    target_modules: Annotated[
+        str | None, typer.Option(help="Modules to compress, such as layers.0,layers.1; the reduction is of these.")
+    ] = None,
+    exclude_modules: Annotated[str | None, typer.Option(help="Modules to leave as they are, written alike.")] = None,
     metric: Annotated[str, typer.Option(help="What the reduction is of: params or macs.")] = "params",
     strategy: Annotated[
         str | None,
@@ -57,6 +63,8 @@ def compress(
         reduction=reduction,
         plan=plan,
         scope=scope,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
         metric=metric,
         strategy=strategy or ("uniform" if data is None else "sensitivity"),
         weights_only=data is None,

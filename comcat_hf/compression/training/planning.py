@@ -164,7 +164,7 @@ def describe_run(
     if plan is None:
         mlp = settings.mlp or ("rank" if settings.weights_only or settings.strategy == "search" else "width")
         mlp = "width" if mlp == "mixed" else mlp
-        even = {"scope": settings.scope, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
+        even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
         plan = allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
     small = meta_copy(dense)
     apply_ranks(small, plan.ranks, initialize=False)
