@@ -113,7 +113,7 @@ def mixture_of(candidates: Candidates) -> tuple[Tensor, Tensor]:
 
 
 def nested_side(model: nn.Module, candidates: Candidates):
-    nested = NestedModel(model, [(o.site.name, o.choice) for o in candidates.budget.options], "model")
+    nested = NestedModel(model, [(o.site.name, o.choice) for o in candidates.budget.options])
 
     def forward(mixture: Tensor, images: Tensor) -> Tensor:
         # As the search does it: in one piece to the device.

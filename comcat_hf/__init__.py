@@ -3,6 +3,8 @@
 Importing the package registers PEFT type `COMCAT` and native loading of compressed models.
 """
 
+from .attention import AttentionFamily as AttentionFamily
+from .attention import MLPFamily as MLPFamily
 from .attention import register_attention_family as register_attention_family
 from .attention import register_mlp_family as register_mlp_family
 from .compression import LatencyTable as LatencyTable

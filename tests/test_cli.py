@@ -417,6 +417,22 @@ def test_a_pipeline_is_compressed_by_its_parts(tmp_path):
     assert result.stderr.endswith("Give one of its parts with --subfolder: unet.\n")
 
 
+@pytest.mark.parametrize("data", [True, False])
+def test_the_modules_that_are_meant_are_compressed(digits_vit, data):
+    chosen = ("--reduction", "0.2", "--target-modules", "layers.0,layers.1", "--exclude-modules", "layers.0.attention")
+    images = ("--data", str(digits_vit / "data"), "--samples", "16", "--sweep", "0.1") if data else ()
+    model, out = str(digits_vit / "vit"), digits_vit / "out"
+    result = run("compress", model, str(out), *chosen, *images)
+    assert result.exit_code == 0, result.output
+    plan = comcat_hf.RankPlan.from_pretrained(out)
+    assert plan.target_modules == ["layers.0", "layers.1"]
+    assert plan.ranks and not {"classifier", "vit.layers.0.attention"} & set(plan.ranks)
+    result = run("compress", model, str(out), "--plan", str(out), *chosen[2:])
+    assert "--plan names its modules: leave out --target-modules and --exclude-modules" in result.stderr
+    wrong = ("--reduction", "0.2", "--target-modules", "tower")
+    assert "target_modules: 'tower' names no module" in run("compress", model, str(digits_vit / "no"), *wrong).stderr
+
+
 def test_weights_alone_will_do_and_errors_speak_of_this_commands_options(digits_vit):
     result = run("compress", str(digits_vit / "vit"), str(digits_vit / "out"), "--reduction", "0.4")
     assert result.exit_code == 0, result.output

@@ -6,15 +6,22 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 import comcat_hf
+from comcat_hf import ComCATConfig, compress, plan_of
+from comcat_hf.attention import read_ranks
+from comcat_hf.errors import InvalidValueError
+from tests.helpers import image_inputs, outputs, small_bert, small_vit
 
 
 @pytest.fixture
@@ -176,6 +183,45 @@ def test_what_int8_weights_cannot_do_is_refused_by_name(torchao):
         assert ("Save that one" if what == "save" else "Dequantise the model first") in message
     assert not (folder / "quantised").exists()
     assert re.search("quantized with ComCATQuantizationConfig.*TorchAoConfig", facts["from_pretrained"][1])
+
+
+ADAPTERS = {
+    "compress": {"qk_rank": 4, "vo_rank": 4, "linear_rank": 8},
+    "one pair": {"qk_rank": 4},
+    "width": {"mlp_width": 20},
+    "full factors": {"mode": "customize", "qk_rank": 2, "vo_rank": 2, "init_weights": False},
+    "cores": {"mode": "customize", "qk_rank": 2, "vo_rank": 2, "core": True, "init_weights": False},
+}
+
+
+def _adapted(settings):
+    return get_peft_model(small_vit()[0], ComCATConfig(**settings)).eval()
+
+
+QUANTISED = {
+    "compressed": lambda: compress(small_vit()[0], 0.4),
+    "compressed bert": lambda: compress(small_bert()[0], 0.4),
+    "narrowed": lambda: compress(small_vit()[0], 0.4, batches=[image_inputs()]),
+    **{name: partial(_adapted, settings) for name, settings in ADAPTERS.items()},
+    **{f"{name}, merged": lambda s=settings: _adapted(s).merge_and_unload() for name, settings in ADAPTERS.items()},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("build", QUANTISED.values(), ids=QUANTISED)
+def test_dynamic_quantisation_of_torch_answers_as_before(build, tmp_path):
+    model = build()
+    inputs = small_bert()[1] if model.config.model_type == "bert" else image_inputs()
+    found = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    (before, *_), (after, *_) = outputs(model, inputs), outputs(found, inputs)
+    assert any(isinstance(module, nn.quantized.dynamic.Linear) for module in found.modules())
+    # Eight bits for weights and for inputs.
+    assert 0 < (after - before).norm() < 0.15 * before.norm()
+    if read_ranks(found) and not hasattr(found, "peft_config"):
+        assert plan_of(found).ranks == plan_of(model).ranks
+        with pytest.raises(InvalidValueError, match=r"expected a floating point weight, found a torch.*Save that one"):
+            found.save_pretrained(tmp_path / "quantised")
+        assert not (tmp_path / "quantised").exists()
 
 
 def test_adapters_customize_int8_weights(torchao):

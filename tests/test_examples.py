@@ -21,6 +21,7 @@ from comcat_hf import cli
 from comcat_hf.original import convert_original_adapter
 from tests.compression.training.test_recipes import wrong_flags
 from tests.customization.pipelines import tiny_sd
+from tests.helpers import small_clip
 from tests.original.test_adapter import random_weights
 
 
@@ -93,6 +94,7 @@ def prepare(page, folder):
 
     dense = folder / "facebook" / "deit-small-patch16-224"
     deit_small(**({} if page.stem == "README" else SHORT)).save_pretrained(dense)
+    small_clip()[0].save_pretrained(folder / "openai" / "clip-vit-base-patch32")
     unet = UNet2DConditionModel.from_pretrained(SD, subfolder="unet")
     shutil.copytree(SD, folder / "runwayml" / "stable-diffusion-v1-5")
     torch.save(random_weights(unet), folder / "released.pt")

@@ -400,6 +400,8 @@ def test_a_process_without_the_import_stops(tmp_path):
     assert result.returncode == 1
     assert result.stderr.count("MISMATCH") >= len(plans)
     assert "size mismatch" in result.stderr
+    # What to import stands in the message.
+    assert "Unknown quantization type, got comcat_hf" in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("RuntimeError: You set `ignore_mismatched_sizes`")
 
 
@@ -415,6 +417,18 @@ def edit_plan(folder, change):
     config = json.loads(path.read_text())
     change(config["quantization_config"])
     path.write_text(json.dumps(config))
+
+
+def test_the_name_of_earlier_versions_is_read(saved, tmp_path):
+    model, folder, inputs = saved
+    edit_plan(folder, lambda plan: plan.update(quant_method="comcat"))
+    loaded = load(folder)
+    assert_identical(model, loaded, inputs)
+    loaded.save_pretrained(tmp_path / "new")
+    assert (
+        json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "comcat_hf"
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1, -1000])

@@ -2,6 +2,7 @@
 
 from .finding import SCOPES as SCOPES
 from .finding import find_sites as find_sites
+from .finding import known_sites as known_sites
 from .mlps import MLPFamily as MLPFamily
 from .mlps import MLPView as MLPView
 from .mlps import register_mlp_family as register_mlp_family
@@ -16,12 +17,16 @@ from .sites import Tokens as Tokens
 from .surgery import apply_ranks as apply_ranks
 from .surgery import eval_mode as eval_mode
 from .surgery import fit_names as fit_names
+from .surgery import measuring as measuring
 from .surgery import meta_copy as meta_copy
 from .surgery import read_ranks as read_ranks
 from .surgery import replace_module as replace_module
+from .targets import EVERYTHING as EVERYTHING
+from .targets import Targets as Targets
 from .views import AttentionFamily as AttentionFamily
 from .views import AttentionView as AttentionView
 from .views import attention_views as attention_views
 from .views import known_attention_classes as known_attention_classes
 from .views import named_base_modules as named_base_modules
 from .views import register_attention_family as register_attention_family
+from .wrappers import unwrapped as unwrapped

@@ -8,6 +8,7 @@ from ..errors import InvalidValueError, UnsupportedModuleError
 from .mlps import mlp_views
 from .modules import LowRankLinear
 from .sites import AttentionSite, LinearSite, MLPSite, Site, block_of
+from .targets import EVERYTHING, Targets
 from .views import (
     attention_paths,
     attention_views,
@@ -17,20 +18,23 @@ from .views import (
     known_attention_classes,
     named_base_modules,
 )
+from .wrappers import unwrapped
 
 
-__all__ = ["SCOPES", "find_sites"]
+__all__ = ["SCOPES", "find_sites", "known_sites"]
 
 SCOPES = ("model", "attention", "mlp")
 
 _CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier", "head", "score")
 
-
-def _attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
-    yield from map(AttentionSite, attention_views(model).values())
+Refuse = Callable[[str], bool]
 
 
-def _mlp_sites(model: nn.Module) -> Iterator[MLPSite | LinearSite]:
+def _attention_sites(model: nn.Module, refuse: Refuse) -> Iterator[AttentionSite]:
+    yield from map(AttentionSite, attention_views(model, refuse=refuse).values())
+
+
+def _mlp_sites(model: nn.Module, refuse: Refuse) -> Iterator[MLPSite | LinearSite]:
     """Known MLPs, and linear layers, of the blocks that hold attention, outside it."""
     attention = attention_paths(model)
     blocks = {block for name in attention if (block := block_of(name))}
@@ -46,7 +50,7 @@ def _mlp_sites(model: nn.Module) -> Iterator[MLPSite | LinearSite]:
         yield LinearSite(name, linear)
 
 
-def _classifier_sites(model: nn.Module) -> Iterator[LinearSite]:
+def _classifier_sites(model: nn.Module, refuse: Refuse) -> Iterator[LinearSite]:
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     for name, linear in _plain_linears(model):
         # SigLIP's text tower names its projection `head`.
@@ -54,38 +58,64 @@ def _classifier_sites(model: nn.Module) -> Iterator[LinearSite]:
             yield LinearSite(name, linear)
 
 
-_FINDERS: dict[str, tuple[Callable[[nn.Module], Iterator[Site]], ...]] = {
+_FINDERS: dict[str, tuple[Callable[[nn.Module, Refuse], Iterator[Site]], ...]] = {
     "attention": (_attention_sites,),
     "mlp": (_mlp_sites,),
-    "linear": (_mlp_sites, _classifier_sites),
     "model": (_attention_sites, _mlp_sites, _classifier_sites),
 }
 
 
-def find_sites(model: nn.Module, scope: str = "model", *, width: bool = False) -> dict[str, Site]:
-    """Every site of a model within a scope, by path, in the order in which the model's modules stand.
+def find_sites(
+    model: nn.Module, scope: str = "model", *, width: bool = False, targets: Targets = EVERYTHING
+) -> dict[str, Site]:
+    """The sites of a model that a plan may choose from, by path, in the order in which the model's modules stand.
 
     Args:
         model: a transformers model, with or without adapters.
-        scope: `"model"` (attention, MLP and classifier), `"attention"`, `"mlp"` or `"linear"` (MLP and classifier).
+        scope: `"model"` (attention, MLP and classifier), `"attention"` or `"mlp"`.
         width: also give the known MLPs as wholes, each before its layers. A plan may choose an MLP or its layers, not
             both.
+        targets: which modules are meant. No other is refused.
 
     Raises:
         InvalidValueError: unknown scope.
-        UnsupportedModuleError: the model has no attention that is known, or one that is not known, or nothing but
-            quantised layers.
+        UnsupportedModuleError: nothing that is meant can be factorised, or attention that is meant cannot.
+    """
+    sites = known_sites(model, scope, width=width, refuse=targets.takes)
+    sites = {name: site for name, site in sites.items() if targets.takes_site(site)}
+    if not sites:
+        check_not_quantised(model)
+        among = (
+            ""
+            if targets.target_modules is None and not targets.exclude_modules
+            else f" among the {targets.describe()}"
+        )
+        raise UnsupportedModuleError(
+            f"{class_path(type(model))} has nothing to factorise in scope {scope!r}{among}: no known attention module "
+            "was found, or all are low-rank already. Known attention classes: "
+            f"{', '.join(known_attention_classes())}. Describe another one with comcat_hf.register_attention_family."
+        )
+    return sites
+
+
+def known_sites(
+    model: nn.Module, scope: str = "model", *, width: bool = False, refuse: Refuse = lambda path: False
+) -> dict[str, Site]:
+    """Every site of a model, in order; attention that cannot be factorised is passed over.
+
+    Args:
+        model, scope, width: as for [`find_sites`].
+        refuse: whether attention at this path that cannot be factorised is an error.
+
+    Raises:
+        InvalidValueError: unknown scope.
+        UnsupportedModuleError: attention for which `refuse` says so.
     """
     if scope not in _FINDERS:
         raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
-    sites = {site.name: site for finder in _FINDERS[scope] for site in finder(model) if width or site.kind != "mlp"}
-    if not sites and scope in SCOPES:
-        check_not_quantised(model)
-        raise UnsupportedModuleError(
-            f"{class_path(type(model))} has nothing to factorise in scope {scope!r}: no known attention module was "
-            f"found, or all are low-rank already. Known attention classes: {', '.join(known_attention_classes())}. "
-            "Describe another one with comcat_hf.register_attention_family."
-        )
+    model = unwrapped(model)
+    found = (site for finder in _FINDERS[scope] for site in finder(model, refuse))
+    sites = {site.name: site for site in found if width or site.kind != "mlp"}
     order = {name: index for index, (name, _, _) in enumerate(named_base_modules(model))}
     # Not by the site's own name: BERT's MLP has that of its block, which also holds the attention before it.
     return dict(sorted(sites.items(), key=lambda item: order[next(iter(item[1].dense_modules()))]))

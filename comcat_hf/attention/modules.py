@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-from .views import AttentionFamily, AttentionView
+from .views import AttentionFamily, AttentionView, base_module
+from .weights import dtype_taken
 from .widening import StandIn, common_width, pad_heads, split_heads
 
 
@@ -159,9 +160,7 @@ class LowRankAttention(nn.Module):
         """
         family = self._family
         input_shape = hidden_states.shape[:-1]
-        head_dim = getattr(self, family.head_dim)
-        qk_width = head_dim if self.qk_rank is None else self.qk_rank
-        vo_width = head_dim if self.vo_rank is None else self.vo_rank
+        qk_width, vo_width = self._width(family.query, self.qk_rank), self._width(family.value, self.vo_rank)
         query = _split_heads(_project(getattr(self, family.query), hidden_states), qk_width)
         key = _split_heads(_project(getattr(self, family.key), hidden_states), qk_width)
         value = _split_heads(_project(getattr(self, family.value), hidden_states), vo_width)
@@ -185,7 +184,17 @@ class LowRankAttention(nn.Module):
             output = _project(getattr(self, family.output), output)
         return output, weights
 
+    def _width(self, projection: str, rank: int | None) -> int:
+        """Width of a head: its rank, or that of the dense projection."""
+        if rank is not None:
+            return rank
+        if self._family.head_dim is not None:
+            return getattr(self, self._family.head_dim)
+        return base_module(getattr(self, projection)).out_features // getattr(self, self._family.num_heads)
+
     def _dropout(self) -> float:
+        if self._family.dropout is None:
+            return 0.0
         dropout = getattr(self, self._family.dropout)
         return dropout.p if isinstance(dropout, nn.Dropout) else dropout
 
@@ -199,7 +208,7 @@ class LowRankAttention(nn.Module):
 
 def _project(linear: nn.Linear, states: Tensor) -> Tensor:
     # A projection shared with a half precision base keeps its dtype beside factors in float32.
-    dtype = linear.weight.dtype
+    dtype = dtype_taken(linear, states)
     if dtype == states.dtype or torch.is_autocast_enabled(states.device.type):
         return linear(states)
     return linear(states.to(dtype)).to(states.dtype)

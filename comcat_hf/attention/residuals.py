@@ -1,6 +1,6 @@
 """What a customize adapter adds to one attention module: full factors, or cores between frozen bases."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -141,13 +141,19 @@ class ResidualSite:
         substitutes[self.name].start()
 
 
-def find_residual_sites(model: nn.Module, core: bool = False) -> dict[str, ResidualSite]:
+def find_residual_sites(model: nn.Module, core: bool, refuse: Callable[[str], bool]) -> dict[str, ResidualSite]:
     """Every attention module of a model that adapters can be put beside, by path.
 
+    Args:
+        model: with or without adapters.
+        core: whether the residuals are cores.
+        refuse: whether attention at this path that is not known is an error.
+
     Raises:
-        UnsupportedModuleError: the model has no attention that is known, or one that is not known.
+        UnsupportedModuleError: the model has no attention that is known, or one that `refuse` refuses.
     """
-    sites = {name: ResidualSite(view, core) for name, view in attention_views(model, whole=False).items()}
+    views = attention_views(model, whole=False, refuse=refuse)
+    sites = {name: ResidualSite(view, core) for name, view in views.items()}
     if not sites:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no attention module that is known. Known classes: "

@@ -9,14 +9,15 @@ from torch import nn
 
 from ..errors import RankPlanError
 from .filling import fill, warn_not_finite
-from .finding import find_sites
+from .finding import known_sites
 from .mlps import narrowed_mlps
 from .modules import LowRankAttention, LowRankLinear
 from .sites import Entry, Site, check_disjoint
-from .views import check_no_adapter, named_base_modules
+from .targets import Targets
+from .views import attention_views, check_no_adapter, named_base_modules
 
 
-__all__ = ["apply_ranks", "eval_mode", "fit_names", "meta_copy", "read_ranks", "replace_module"]
+__all__ = ["apply_ranks", "eval_mode", "fit_names", "measuring", "meta_copy", "read_ranks", "replace_module"]
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -38,6 +39,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode without the code that `module.compile()` made, which sees no hooks and no exchanged parts."""
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    with eval_mode(model):
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for module, call in compiled:
+                module._compiled_call_impl = call
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -130,12 +145,11 @@ def fit_names(ranks: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
 
 def sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site]:
     """The sites of a model by path, after a check that a plan's names are among them and do not overlap."""
-    sites = find_sites(model, "linear", width=True)
-    if not set(ranks) <= set(sites):
-        # Only here: a plan without attention asks nothing of the attention classes, which then need not be known.
-        sites = find_sites(model, width=True)
+    sites = known_sites(model, width=True)
     unknown = [name for name in ranks if name not in sites]
     if unknown:
+        # Attention that is refused says why; what the plan does not name need not be known.
+        attention_views(model, refuse=Targets(unknown).takes)
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise RankPlanError(
             f"The plan names {shown}, which {type(model).__name__} does not have or which cannot be factorised. "

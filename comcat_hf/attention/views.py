@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import InvalidValueError, UnsupportedModuleError
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
+from .wrappers import within
 
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
-
+_LOOKS_LIKE_POOLER = re.compile(r"Attention\w*Pool|Pool\w*Attention")
 Family = TypeVar("Family")
 
 
@@ -46,8 +47,9 @@ class AttentionFamily:
         dropout: attribute name of the attention dropout: a number or an `nn.Dropout`; `None` where there is none.
         refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
         refuse_qk: the same for the query/key product alone.
-        scale_of: optional; for classes whose kernel takes the factor on the scores from the width of the heads: gets
-            the module and returns the factor. Without it the kernel is given `scaling`.
+        scale_of: optional; for classes that run their own `forward` on the smaller projections: gets the dense module
+            and returns the factor on the scores, which the kernel takes from the width of the heads. Without it the
+            kernel is found by the module's `config`, as in transformers, and given `scaling`.
     """
 
     host: str
@@ -68,6 +70,19 @@ class AttentionFamily:
         if self.head_dim is not None:
             return getattr(module, self.head_dim)
         return base_module(getattr(module, self.query)).out_features // getattr(module, self.num_heads)
+
+    def attributes(self) -> tuple[str, ...]:
+        """What a module of the class must have."""
+        # Without a scale of its own the kernel is found through the configuration.
+        kernel = (self.scaling, "config") if self.scale_of is None else ()
+        optional = (name for name in (self.head_dim, self.dropout) if name is not None)
+        return (self.query, self.key, self.value, self.num_heads, *optional, *kernel)
+
+    def described(self) -> str:
+        """Words for an error: who needs the attributes."""
+        return (
+            "its AttentionFamily names" if self.scale_of else "its AttentionFamily names or, without scale_of, needs"
+        )
 
     def output_of(self, owner: nn.Module) -> nn.Module:
         """The output projection, seen from the class or, with `output_in_parent`, from its parent."""
@@ -189,8 +204,10 @@ def register_attention_family(family: AttentionFamily) -> None:
 
     Args:
         family: its description. The class must compute plain scaled-dot-product attention on the projections named:
-            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. It must
-            call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`.
+            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. With
+            `scale_of` its own `forward` runs, which must read the width of the heads off its projections (or from
+            `head_dim`); else it must call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`, and take and
+            return what attention does there.
 
     Raises:
         InvalidValueError: if the class is registered already with another description.
@@ -228,15 +245,18 @@ def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
     yield from walk(prefix, model, None)
 
 
-def attention_views(model: nn.Module, *, whole: bool = True) -> dict[str, AttentionView]:
+def attention_views(
+    model: nn.Module, *, whole: bool = True, refuse: Callable[[str], bool] = lambda path: True
+) -> dict[str, AttentionView]:
     """Find every attention module of a model, by path.
 
-    `nn.MultiheadAttention` (the poolers of SigLIP) is passed over: it stays dense. So is what is low-rank already.
+    `nn.MultiheadAttention` and other poolers are passed over: they stay dense. So is what is low-rank already.
 
     Args:
         model: with or without adapters.
         whole: refuse a module of which one product cannot be factorised, or whose weights are not plain. With `False`
             these are left to who asks for them.
+        refuse: whether a module at this path, if it cannot be factorised, is an error; else it is passed over.
 
     Returns:
         views in the order of the model's modules.
@@ -246,12 +266,17 @@ def attention_views(model: nn.Module, *, whole: bool = True) -> dict[str, Attent
             there is one, and the known classes.
     """
     views: dict[str, AttentionView] = {}
+    users: dict[int, str] = {}
     for name, module, parent, family in _attention_modules(model):
-        if family is None:
-            raise _unsupported(name, module)
-        views[name] = _view(name, module, parent, family, whole)
-    if whole:
-        _check_unshared(views)
+        try:
+            view = _view(name, module, parent, family, whole)
+            if whole:
+                _check_unshared(view, users)
+        except UnsupportedModuleError:
+            if refuse(name):
+                raise
+        else:
+            views[name] = view
     return views
 
 
@@ -263,7 +288,7 @@ def attention_paths(model: nn.Module) -> list[str]:
     for name, module, _ in named_base_modules(model):
         if isinstance(module, LowRankAttention):
             found.append((name, module._family))
-        elif isinstance(module, nn.MultiheadAttention):
+        elif _is_pooler(module):
             found.append((name, None))
     return [name.rpartition(".")[0] if family and family.output_in_parent else name for name, family in found]
 
@@ -278,7 +303,7 @@ def _attention_modules(
         family = _registry.find(module)
         if family is not None:
             found.append((name, module, parent, family))
-        elif isinstance(module, (LowRankAttention, nn.MultiheadAttention)):
+        elif isinstance(module, LowRankAttention) or _is_pooler(module):
             passed_over.append(name)
         elif _LOOKS_LIKE_ATTENTION.search(type(module).__name__) and _has_linear(module):
             suspects.append((name, module, parent, None))
@@ -294,11 +319,19 @@ def _attention_modules(
     return found
 
 
+def _is_pooler(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or _LOOKS_LIKE_POOLER.search(type(module).__name__) is not None
+
+
 def base_module(module: nn.Module) -> nn.Module:
-    """The module below whatever adapters wrap it."""
-    while is_tuner_layer(module):
-        module = module.base_layer
-    return module
+    """The module below whatever adapters, compilation and sharding wrap it."""
+    while True:
+        if is_tuner_layer(module):
+            module = module.base_layer
+        elif (inner := within(module)) is not None:
+            module = inner
+        else:
+            return module
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
@@ -314,8 +347,13 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def _view(
-    name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily, whole: bool
+    name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily | None, whole: bool
 ) -> AttentionView:
+    if family is None:
+        raise _unsupported(name, module)
+    absent = [attribute for attribute in family.attributes() if not hasattr(module, attribute)]
+    if absent:
+        raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
     refusals = [family.refuse, family.refuse_qk] if whole else [family.refuse]
     reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
     if reason is not None:
@@ -359,17 +397,15 @@ def check_no_adapter(path: str, module: nn.Module) -> None:
         )
 
 
-def _check_unshared(views: dict[str, AttentionView]) -> None:
+def _check_unshared(view: AttentionView, users: dict[int, str]) -> None:
     # A whole attention module may be shared. A part of one may not: its factors would fit one of its users only.
-    users: dict[int, str] = {}
-    for view in views.values():
-        projections = view.projections()
-        if len(projections) < 4:
-            raise _unsupported(view.name, view.module, "two of its projections are one module")
-        for path, linear in projections.items():
-            other = users.setdefault(id(linear.weight), path)
-            if other != path:
-                raise _unsupported(view.name, view.module, f"{path} shares its weight with {other}")
+    projections = view.projections()
+    if len(projections) < 4:
+        raise _unsupported(view.name, view.module, "two of its projections are one module")
+    for path, linear in projections.items():
+        other = users.setdefault(id(linear.weight), path)
+        if other != path:
+            raise _unsupported(view.name, view.module, f"{path} shares its weight with {other}")
 
 
 def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> UnsupportedModuleError:
@@ -377,8 +413,9 @@ def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> Uns
     reason, fix = reason or _refusals().get(cls), ""
     if reason is None:
         reason = "no family describes this class"
-        fix = ", or describe the class with comcat_hf.attention.register_attention_family"
+        fix = ", or describe the class with comcat_hf.register_attention_family"
     return UnsupportedModuleError(
         f"{name} is a {cls}, which cannot be factorised: {reason}. Known classes: "
-        f"{', '.join(known_attention_classes())}. Leave attention alone with scope='mlp'{fix}."
+        f"{', '.join(known_attention_classes())}. Leave it out with exclude_modules=[{name!r}], name what is meant "
+        f"with target_modules, leave attention alone with scope='mlp'{fix}."
     )

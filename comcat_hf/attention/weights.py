@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModuleError
 
 
-__all__ = ["class_path", "float_weight", "is_plain_linear", "is_quantised", "kind_of_weight"]
+__all__ = ["class_path", "dtype_taken", "float_weight", "is_plain_linear", "is_quantised", "kind_of_weight"]
 
 _PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -18,6 +18,12 @@ def class_path(cls: type) -> str:
 def is_plain_linear(module: nn.Module) -> bool:
     # Quantised weights may be tensors of their own class which pass for floating point.
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype in _PLAIN_DTYPES
+
+
+def dtype_taken(linear: nn.Module, states: Tensor) -> torch.dtype:
+    """The dtype that a linear layer takes `states` in."""
+    # In a layer of torch.ao.quantization the weight is a method, and floats are taken as they are.
+    return linear.weight.dtype if isinstance(linear.weight, Tensor) else states.dtype
 
 
 def float_weight(linear: nn.Module) -> Tensor:

@@ -18,6 +18,8 @@ _WORDS = {
     "dataset_name": "--data",
     "calibration_samples": "--samples",
     "max_eval_samples": "--eval-samples",
+    "target_modules": "--target-modules",
+    "exclude_modules": "--exclude-modules",
     "num_train_epochs": "--epochs",
 }
 
@@ -33,6 +35,10 @@ def compress(
         typer.Option(help="Labelled images for a classifier: a folder or a Hub id.", show_default="weights alone"),
     ] = None,
     scope: Annotated[str, typer.Option(help="model, attention or mlp.")] = "model",
+    target_modules: Annotated[
+        str | None, typer.Option(help="Modules to compress, such as layers.0,layers.1; the reduction is of these.")
+    ] = None,
+    exclude_modules: Annotated[str | None, typer.Option(help="Modules to leave as they are, written alike.")] = None,
     metric: Annotated[str, typer.Option(help="What the reduction is of: params, macs or latency.")] = "params",
     strategy: Annotated[
         str | None,
@@ -68,6 +74,8 @@ def compress(
         if (reduction is None) == (plan is None):
             found = "neither" if plan is None else "both"
             raise InvalidValueError(f"Give one of --reduction and --plan, got {found}.")
+        named = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+        how |= {key: value.split(",") for key, value in named.items() if value}
         how |= {"reduction": reduction, "strategy": strategy}
         _compress_folder(model, out, how, plan=plan, subfolder=subfolder, overwrite=overwrite)
         return
@@ -77,6 +85,8 @@ def compress(
         model_name_or_path=model,
         reduction=reduction,
         plan=plan,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
         **how,
         strategy=strategy or ("uniform" if data is None else "sensitivity"),
         weights_only=data is None,

@@ -1,13 +1,14 @@
 """Choosing ranks under a budget."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..attention import apply_ranks, find_sites, meta_copy
+from ..attention import Targets, apply_ranks, find_sites, known_sites, meta_copy, unwrapped
 from ..configs import RankPlan
 from ..errors import BudgetError, InvalidValueError
 from .budget import (
@@ -16,9 +17,9 @@ from .budget import (
     WAYS,
     Metric,
     check_choice,
+    counted_paths,
     entries,
     find_budget,
-    module_paths,
     sites_by_way,
     sites_of,
 )
@@ -26,6 +27,7 @@ from .counting import trace
 from .latency import LatencyMetric, LatencyTable
 from .moments import Statistics
 from .sensitivity import Sensitivities
+from .statistics import gather
 from .strategies import INFORMED, MEASURING, STRATEGIES, default_strategy
 from .timing import measure_latency
 
@@ -43,6 +45,8 @@ def allocate_ranks(
     metric: str = "params",
     strategy: str | None = None,
     mlp: str | None = None,
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
     statistics: Mapping[str, Any] | None = None,
     batches: Iterable[Any] | None = None,
     sensitivities: Sensitivities | None = None,
@@ -55,8 +59,9 @@ def allocate_ranks(
 
     Args:
         model: a dense transformers model; it is not changed.
-        reduction: share to remove, 0 to 1, both excluded: of the whole model for scope `"model"`, else of the scope's
-            own.
+        reduction: share to remove, 0 to 1, both excluded: of the whole model for scope `"model"`, or of the modules
+            that `target_modules` names, as a whole; for another scope of the modules of that scope that may be
+            compressed.
         scope: what may be compressed: `"model"` (attention, MLP and classifier), `"attention"` or `"mlp"`.
         metric: `"params"`, `"macs"` of one sample of native size, or `"latency"`: what the table `latency` says that
             each choice saves, summed over choices.
@@ -68,6 +73,10 @@ def allocate_ranks(
             `"rank"`: their layers get ranks, the paper's way. `"mixed"`: the one or the other, MLP by MLP, whichever
             costs less; not for `"uniform"`, which knows no cost. By default `"width"` where there are statistics or
             batches, which it needs to make up for the units it cuts, else `"rank"`.
+        target_modules: which modules may be compressed, as in `ComCATConfig`: a list names modules by their path or
+            its end, with everything beneath them (`["vision_tower"]`); a string is a regular expression for whole
+            paths. Every other module stays as it is and need not be known.
+        exclude_modules: modules to leave as they are, written alike. For scope `"model"` they count all the same.
         statistics: what [`collect_statistics`] returned for this model and scope. `"spectrum"` does without,
             `"sensitivity"` gathers them from the batches where none are given, `"uniform"` does not look at them.
         batches: calibration inputs, read once and kept: mappings, or tensors of the main input. `"sensitivity"` needs
@@ -91,35 +100,42 @@ def allocate_ranks(
             empty or do not fit the model.
         BudgetError: a reduction out of reach; the message says what is reachable.
     """
+    model = unwrapped(model)
     mlp = mlp or ("rank" if statistics is None and batches is None else "width")
     measured = batches is not None or (sensitivities is not None and statistics is not None)
     strategy = strategy or default_strategy(measured)
     _check_arguments(reduction, metric, strategy, mlp, measured, step, latency)
-    sites = sites_by_way(find_sites(model, scope, width=True), mlp)
-    measure = _READY[metric](model, scope, sites, latency, inputs, progress)
-    budget, count = find_budget(model, sites, reduction, measure, scope=scope, step=step, inputs=inputs)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
+    found = find_sites(model, scope, width=True, targets=targets)
+    sites = sites_by_way(found, mlp)
+    whole = scope == "model" and target_modules is None
+    measure = _READY[metric](model, found, sites, latency, inputs, progress, whole)
+    budget, count = find_budget(
+        model, sites, reduction, measure, scope=scope, step=step, inputs=inputs, targets=targets
+    )
     if isinstance(statistics, Statistics) and strategy in INFORMED:
         statistics.check_model(model, sites_of(budget.options))
     chosen = STRATEGIES[strategy](
         budget,
         model=model,
-        scope=scope,
+        collect=partial(gather, sites=found.values(), scope=scope, progress=progress),
         statistics=statistics,
         batches=batches,
         sensitivities=sensitivities,
         progress=progress,
     )
-    ranks = entries(sites, chosen)
-    return finish_plan(model, ranks, count, budget.total, reduction, scope=scope, metric=metric, strategy=strategy)
+    how = {"scope": scope, "metric": metric, "strategy": strategy, "targets": targets}
+    return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, **how)
 
 
 def _timed(
     model: nn.Module,
-    scope: str,
+    found: Mapping[str, Any],
     sites: Mapping[str, Any],
     table: LatencyTable | None,
     inputs: Mapping[str, Any] | None,
     progress: bool | None,
+    whole: bool,
 ) -> Metric:
     """What a table says of these sites; the table is measured where none is given."""
     if table is None:
@@ -127,7 +143,7 @@ def _timed(
         table = measure_latency(model, inputs, progress=progress)
     tokens = trace(model, inputs, whole=False).tokens
     # All sites, not those of one way alone: a whole model has as many of each shape as the table's.
-    table.check_model(find_sites(model, scope, width=True), tokens, whole=scope == "model")
+    table.check_model(known_sites(model, width=True) if whole else found, tokens, whole=whole)
     return LatencyMetric(table, sites, tokens)
 
 
@@ -148,6 +164,7 @@ def finish_plan(
     scope: str,
     metric: str,
     strategy: str,
+    targets: Targets,
 ) -> RankPlan:
     """The plan of chosen ranks, with the reduction that it reaches counted on the built model.
 
@@ -155,7 +172,7 @@ def finish_plan(
         model: the dense model; it is not changed.
         ranks: entries by module path.
         count: counts a model in units of the metric; `total` is what it says of the dense one.
-        reduction: what was asked; `scope`, `metric`, `strategy`: how.
+        reduction: what was asked; `scope`, `metric`, `strategy`, `targets`: how.
 
     Raises:
         BudgetError: the built model is not within the budget.
@@ -172,8 +189,9 @@ def finish_plan(
         ranks,
         architecture=type(model).__name__,
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=getattr(getattr(model, "config", None), "_commit_hash", None),
         scope=scope,
+        target_modules=targets.listed(),
         metric=metric,
         strategy=strategy,
         reduction=float(reduction),
@@ -190,8 +208,12 @@ def count_again(plan: RankPlan, model: nn.Module, small: nn.Module) -> RankPlan:
     """
     if plan.metric not in METRICS:
         return plan
-    sites = None if plan.scope == "model" else find_sites(model, plan.scope, width=True)
-    names = sites and module_paths(sites)
+    targets = Targets.of(model, plan.target_modules, None)
+    # Nothing that the plan does not name is refused.
+    sites = {
+        name: site for name, site in known_sites(model, plan.scope, width=True).items() if targets.takes_site(site)
+    }
+    names = counted_paths(model, sites, plan.scope, targets)
     try:
         dense, kept = (METRICS[plan.metric](each, names) for each in (model, small))
     except InvalidValueError:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..attention import Site, Tokens
+from ..attention import EVERYTHING, Site, Targets, Tokens
 from ..errors import BudgetError, InvalidValueError
 from .counting import count_macs, count_parameters, trace
 
@@ -298,13 +298,14 @@ def find_budget(
     scope: str = "model",
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
+    targets: Targets = EVERYTHING,
 ) -> tuple[Budget, Callable[[nn.Module], int]]:
     """The budget of a reduction, and what counts a model, dense or with ranks, in its units.
 
     Raises:
         BudgetError: a reduction out of reach.
     """
-    count = partial(metric, names=None if scope == "model" else module_paths(sites), inputs=inputs)
+    count = partial(metric, names=counted_paths(model, sites, scope, targets), inputs=inputs)
     total = count(model)
     options = find_options(model, sites, metric, inputs)
     # What rounding adds or takes is not asked for.
@@ -319,6 +320,14 @@ def find_budget(
             + ", or widen the scope."
         )
     return budget, count
+
+
+def counted_paths(model: nn.Module, sites: Mapping[str, Site], scope: str, targets: Targets) -> tuple[str, ...] | None:
+    """Paths of the modules that a reduction is of; `None` is the whole model."""
+    if scope != "model":
+        return module_paths(sites)
+    # The modules named as a whole: the reduction of a tower is that of the tower alone.
+    return None if targets.target_modules is None else (*targets.roots(model), *module_paths(sites))
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:

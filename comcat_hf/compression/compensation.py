@@ -75,9 +75,12 @@ def compress_in_order(
     training = {name for name, module in model.named_modules() if module.training}
     with eval_mode(model):
         calls = _record_calls(model, order, inputs)
+        # A block that is only a list of its parts is never called, so it has no stream to be fitted to.
+        rest += [name for path in order if not calls[path].arguments for name in blocks.get(path, ())]
         before: _Calls | None = None
         unfitted: list[str] = []
-        for path in progress_bar(order, desc="Compressing", progress=progress):
+        called = [path for path in order if calls[path].arguments]
+        for path in progress_bar(called, desc="Compressing", progress=progress):
             record = calls.pop(path)
             if record.chained:
                 record.dense_in, record.small_in = before.dense_out, before.small_out
@@ -252,7 +255,7 @@ def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any
         for index, batch in enumerate(inputs):
             running = batch
             run_batch(model, batch, index)
-            for previous, path in pairwise(paths):
+            for previous, path in pairwise(path for path in paths if path in gave):
                 record = calls[path]
                 record.chained = record.chained if index else torch.equal(gave[previous], record.dense_in[0])
                 if record.chained:

@@ -1,19 +1,22 @@
 """One call from a dense model to a compressed one."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..attention import apply_ranks
+from ..attention import apply_ranks, unwrapped
+from ..attention.surgery import sites_for
 from ..configs import RankPlan
 from ..errors import InvalidValueError
 from ..native import attach_plan, is_native
 from .allocation import allocate_ranks, count_again
 from .compensation import compress_in_order
-from .statistics import Statistics, collect_statistics, read_batches
+from .latency import LatencyTable
+from .sensitivity import Sensitivities
+from .statistics import Statistics, collect_statistics, gather, read_batches
 from .strategies import INFORMED, MEASURING, default_strategy
 
 
@@ -32,8 +35,13 @@ def compress(
     strategy: str | None = None,
     mlp: str | None = None,
     compensate: bool | None = None,
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
+    sensitivities: Sensitivities | None = None,
+    latency: LatencyTable | None = None,
+    step: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
     progress: bool | None = None,
-    **kwargs: Any,
 ) -> nn.Module:
     """Make a smaller model of the same class.
 
@@ -42,9 +50,11 @@ def compress(
     of the dense products. Biases are exact either way (docs/method.md; figures in docs/benchmarks.md).
 
     Args:
-        model: a dense transformers model. It is left as it was.
-        reduction: share to remove, between 0 and 1, of the whole model or of the scope's own; see [`allocate_ranks`].
-        plan: ranks to use.
+        model: a dense transformers model. It is left as it was. One that is compiled or wrapped for parallel training
+            is taken out first: what is returned is neither.
+        reduction: share to remove, between 0 and 1, of the whole model, of the modules that `target_modules` names, or
+            of the scope's own; see [`allocate_ranks`].
+        plan: ranks to use. Modules that it does not name stay as they are and need not be known.
         batches: calibration inputs: mappings, or tensors of the main input. A few hundred samples do. Read once.
         statistics: what [`collect_statistics`] returned for this model. In place of `batches` the factors are fitted
             to them, in one step; beside `batches` they need not be gathered again.
@@ -56,9 +66,11 @@ def compress(
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
             output again to the dense model's residual stream. Needs `batches`; by default done where there are any.
+        target_modules, exclude_modules: which modules to compress, a tower of a larger model say; see
+            [`allocate_ranks`].
+        sensitivities, latency, step, inputs: see [`allocate_ranks`].
         progress: show bars; by default where transformers shows its own, so that its switches, that of huggingface_hub
             and `TQDM_DISABLE` turn them off.
-        **kwargs: further arguments of [`allocate_ranks`].
 
     Returns:
         a copy with low-rank modules, ready for `save_pretrained`, `Trainer` and `pipeline`. Its plan is
@@ -71,8 +83,17 @@ def compress(
         BudgetError: a reduction out of reach.
         UnsupportedModuleError: an attention module that is not known.
     """
-    if (reduction is None) == (plan is None):
-        raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
+    model = unwrapped(model)
+    how = {
+        "mlp": mlp,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "sensitivities": sensitivities,
+        "latency": latency,
+        "step": step,
+        "inputs": inputs,
+    }
+    _check_request(model, reduction, plan, how)
     measured = batches is not None
     strategy = strategy or default_strategy(measured)
     compensate = measured if compensate is None else compensate
@@ -81,26 +102,22 @@ def compress(
         raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
     if measured and (measures or compensate):
         batches = read_batches(batches)
-    if getattr(model, "peft_config", None):
-        raise InvalidValueError(
-            f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
-            "model = model.merge_and_unload(), or load the model again without them."
-        )
-    if plan is not None and (kwargs or mlp):
-        named = [*kwargs, *(["mlp"] if mlp else [])]
-        raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(named)} cannot be used.")
     given = plan is not None
     if given:
         plan.check_model(model)
-    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "progress": progress}
-    allocate = partial(allocate_ranks, model, reduction, batches=batches, **how, **kwargs)
+    how |= {"scope": scope, "metric": metric, "strategy": strategy, "batches": batches, "progress": progress}
+    allocate = partial(allocate_ranks, model, reduction, **how)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
     if plan is None and strategy not in INFORMED:
         plan = allocate(statistics=statistics)
     informed = plan is None or not compensate
     if batches is not None and statistics is None and informed:
-        within = scope if plan is None else plan.scope
-        statistics = collect_statistics(model, batches, scope=within, progress=progress)
+        if plan is None:
+            targets = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+            statistics = collect_statistics(model, batches, scope=scope, progress=progress, **targets)
+        else:
+            sites = sites_for(plan.ranks, model)
+            statistics = gather(model, batches, [sites[name] for name in plan.ranks], plan.scope, progress=progress)
     if plan is None:
         plan = allocate(statistics=statistics)
     if statistics is not None:
@@ -113,3 +130,16 @@ def compress(
     if not is_native(small):
         return small
     return attach_plan(small, count_again(plan, model, small) if given else plan)
+
+
+def _check_request(model: nn.Module, reduction: float | None, plan: RankPlan | None, how: Mapping[str, Any]) -> None:
+    if (reduction is None) == (plan is None):
+        raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
+    if getattr(model, "peft_config", None):
+        raise InvalidValueError(
+            f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
+            "model = model.merge_and_unload(), or load the model again without them."
+        )
+    chosen = [name for name, value in how.items() if value is not None]
+    if plan is not None and chosen:
+        raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(chosen)} cannot be used.")

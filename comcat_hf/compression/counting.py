@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy
-from ..errors import InvalidValueError, UnsupportedModuleError
+from ..attention import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy, unwrapped
+from ..errors import InvalidValueError
 
 
 __all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "trace"]
@@ -25,6 +25,7 @@ def count_parameters(model: nn.Module, names: tuple[str, ...] | None = None) -> 
     Returns:
         the number.
     """
+    model = unwrapped(model)
     modules = [model] if names is None else [model.get_submodule(name) for name in names]
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
@@ -35,9 +36,15 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         InvalidValueError: the configuration does not say the size.
     """
-    if hasattr(model.config, "cross_attention_dim") and not hasattr(model, "main_input_name"):
-        return _denoiser_inputs(model.config)
-    config, main = model.config, getattr(model, "main_input_name", "pixel_values")
+    config = getattr(model, "config", None)
+    if config is None:
+        raise InvalidValueError(
+            f"{type(model).__name__} has no configuration that says its native size, so one sample's MACs cannot be "
+            "counted. Pass inputs= with one sample."
+        )
+    if hasattr(config, "cross_attention_dim") and not hasattr(model, "main_input_name"):
+        return _denoiser_inputs(config)
+    main = getattr(model, "main_input_name", "pixel_values")
     if main == "input_ids":
         length = getattr(config.get_text_config(), "max_position_embeddings", 512)
         text = {"input_ids": torch.zeros(1, min(length, 512), dtype=torch.long, device="meta")}
@@ -91,7 +98,7 @@ def count_macs(model: nn.Module, names: tuple[str, ...] | None = None, inputs: M
     Returns:
         the number of one sample; a multiplication and an addition count as one.
     """
-    macs = trace(model, inputs, whole=names is None).macs
+    macs = trace(unwrapped(model), inputs, whole=names is None).macs
     if names is not None:
         macs = {path: n for path, n in macs.items() if any(path == m or path.startswith(f"{m}.") for m in names)}
     return sum(macs.values())
@@ -152,12 +159,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: b
 
 def _attention_families(model: nn.Module, whole: bool) -> dict[str, AttentionFamily]:
     low_rank = {name: m._family for name, m in model.named_modules() if isinstance(m, LowRankAttention)}
-    try:
-        return low_rank | {name: view.family for name, view in attention_views(model).items()}
-    except UnsupportedModuleError:
-        if whole:
-            raise
-        return low_rank
+    views = attention_views(model, refuse=lambda path: whole)
+    return low_rank | {name: view.family for name, view in views.items()}
 
 
 def _weight_macs(module: nn.Module, args: tuple, output: Tensor) -> int:

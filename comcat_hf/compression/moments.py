@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..attention import AttentionSite, LinearSite, MLPSite, find_sites
+from ..attention import AttentionSite, LinearSite, MLPSite, known_sites
 from ..attention.views import class_path
 from ..checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, whole
 from ..errors import CheckpointError, InvalidValueError
@@ -161,7 +161,7 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
                 f"The statistics were gathered on {self.architecture}, the model is {class_path(type(model))}. "
                 "Gather them again with collect_statistics(model, batches)."
             )
-        sites = find_sites(model, self.scope, width=True)
+        sites = known_sites(model, self.scope, width=True)
         expected: dict[str, list[tuple[int, ...]]] = {}
         for site in sites.values():
             # At a layer that reads hidden units: of the MLP and of the layer, whose statistics older files hold.
@@ -179,7 +179,7 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
             raise InvalidValueError(
                 f"The statistics, gathered with scope={self.scope!r}, lack {', '.join(missing[:3])}"
                 + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-                + ", which the plan factorises. Gather them for the scope of the plan."
+                + ", which the plan factorises. Gather them for the scope and the modules of the plan."
             )
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import AttentionSite, LinearSite, apply_ranks, find_sites
+from ..attention import AttentionSite, LinearSite, apply_ranks, known_sites
 from ..factorization import factorize_linear, factorize_qk, factorize_vo
 from .budget import Budget, Choice, Option, land
 
@@ -35,7 +35,6 @@ class NestedModel:
     Args:
         model: a dense model.
         keys: site and choice of every option that can be scaled.
-        scope: where the sites are found.
         statistics: moments by module path, for factors fitted to activations.
 
     Attributes:
@@ -43,16 +42,14 @@ class NestedModel:
         sizes: number of singular values per key: the head dimension, or the smaller side of a linear layer.
     """
 
-    def __init__(
-        self, model: nn.Module, keys: Iterable[Key], scope: str, statistics: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, keys: Iterable[Key], statistics: Mapping[str, Any] | None = None) -> None:
         keys = list(keys)
         if hasattr(statistics, "check_model"):
             statistics.check_model(model, dict.fromkeys(name for name, _ in keys))
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.sizes: dict[Key, int] = {}
         self._scales: dict[Key, Tensor] = {}
-        sites = find_sites(self.model, scope)
+        sites = known_sites(self.model)
         with torch.no_grad():
             for name, choice in keys:
                 order = _ORDERS[choice]

@@ -1,6 +1,7 @@
 """How far a model's main output moves when something inside it changes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -17,23 +18,42 @@ _NOT_CLASSES = ("regression", "multi_label_classification")
 
 
 def main_output(output: Any) -> dict[str, Tensor]:
-    """What a model is run for: its logits, else its embeddings, else its last hidden state, else the first tensor.
+    """What a model is run for: its logits, else its embeddings, else its last hidden state, else what comes first.
+
+    What comes first may be several tensors: the feature maps of a backbone. A loss is none of these.
 
     Raises:
-        InvalidValueError: the model returns no tensor of floats.
+        InvalidValueError: the model returns no tensor of floats, or a loss alone.
     """
-    if isinstance(output, Tensor):
-        return {"output": output}
-    items = output.items() if isinstance(output, Mapping) else ((str(i), value) for i, value in enumerate(output))
-    tensors = {name: value for name, value in items if isinstance(value, Tensor) and value.is_floating_point()}
-    embeddings = {name: value for name, value in tensors.items() if name.endswith("_embeds")}
-    for names in (["logits"], list(embeddings), ["last_hidden_state"], list(tensors)[:1]):
-        if names and all(name in tensors for name in names):
-            return {name: tensors[name] for name in names}
+    found = {name: tensors for name, value in _items(output) if (tensors := dict(_tensors(name, value)))}
+    embeddings = [name for name in found if name.endswith("_embeds")]
+    for names in (["logits"], embeddings, ["last_hidden_state"], list(found)[:1]):
+        if names and all(name in found for name in names):
+            return {name: tensor for entry in names for name, tensor in found[entry].items()}
     raise InvalidValueError(
         f"{type(output).__name__} holds no tensor of floats whose movement could be measured; found "
-        f"{sorted(output) if isinstance(output, Mapping) else 'none'}. Give a model with logits or hidden states."
+        f"{', '.join(name for name, _ in _items(output)) or 'nothing'}. Give a model with logits or hidden states."
     )
+
+
+def _items(output: Any) -> list[tuple[str, Any]]:
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if is_dataclass(output):
+        return [(field.name, getattr(output, field.name)) for field in fields(output)]
+    if isinstance(output, list | tuple):
+        return [(str(index), value) for index, value in enumerate(output)]
+    return [("output", output)]
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of floats within a value, by name; numbers alone are losses."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.ndim:
+            yield name, value
+    elif isinstance(value, Mapping | list | tuple) or is_dataclass(value):
+        for part, item in _items(value):
+            yield from _tensors(f"{name}.{part}", item)
 
 
 class Movement:
@@ -47,8 +67,10 @@ class Movement:
     def __init__(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
         labels = getattr(config, "num_labels", None)
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        words = {getattr(part, "vocab_size", None) for part in (config, text)}
         # YOLOS and DETR have one class more: no object.
-        self._classes = {labels, labels and labels + 1, getattr(config, "vocab_size", None)} - {None, 1}
+        self._classes = {labels, labels and labels + 1, *words} - {None, 1}
         self._distribution = getattr(config, "problem_type", None) not in _NOT_CLASSES
         self._sums: dict[str, Tensor] = {}
 
@@ -71,7 +93,7 @@ def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     tensor = tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
     if mask is not None and tensor.ndim == 3 and mask.shape == tensor.shape[:2]:
         return tensor[mask.to(tensor.device, torch.bool)]
-    return tensor.flatten(0, -2)
+    return tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[:, None]
 
 
 def _divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ here one forward of a [`NestedModel`] has the value and the gradients of that mi
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..attention import find_sites
+from ..attention import Targets, find_sites, unwrapped
 from ..checks import TEXT, Kind, check_fields, list_of, optional, shown, whole
 from ..configs import RankPlan
 from ..errors import CheckpointError, ComCATError, InvalidValueError
@@ -177,6 +177,8 @@ def search_ranks(
     *,
     scope: str = "model",
     metric: str = "params",
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     teacher: nn.Module | None = None,
@@ -204,7 +206,7 @@ def search_ranks(
         model: a dense classifier; it is not changed.
         loader: batches of model inputs and `"labels"`, of training data (see [`split_for_search`]); processes share a
             `DataLoader`.
-        reduction, scope, metric, step, inputs: as in [`allocate_ranks`].
+        reduction, scope, metric, target_modules, exclude_modules, step, inputs: as in [`allocate_ranks`].
         steps, epochs: how long to search; give one. By default 5 epochs.
         teacher: a model to learn from as well.
         loss: by default `DistillationLoss()` with a teacher, and cross entropy without.
@@ -230,8 +232,12 @@ def search_ranks(
     loss = loss or DistillationLoss(alpha=0.0 if teacher is None else 0.5)
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
-    sites = find_sites(model, scope)
-    budget, count = find_budget(model, sites, reduction, METRICS[metric], scope=scope, step=step, inputs=inputs)
+    model = unwrapped(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
+    sites = find_sites(model, scope, targets=targets)
+    budget, count = find_budget(
+        model, sites, reduction, METRICS[metric], scope=scope, step=step, inputs=inputs, targets=targets
+    )
     candidates = Candidates(budget)
 
     accelerator = accelerator or Accelerator()
@@ -240,13 +246,14 @@ def search_ranks(
     steps = _length(loader, epochs or _EPOCHS) if steps is None else steps
     state = SearchState() if state is None else state
     state.begin(candidates, seed)
-    nested = NestedModel(model, [(o.site.name, o.choice) for o in budget.options], scope, statistics)
+    nested = NestedModel(model, [(o.site.name, o.choice) for o in budget.options], statistics)
     nested.model.to(accelerator.device)
     teacher = None if teacher is None else teacher.to(accelerator.device)
     search = _Search(accelerator, nested, candidates, budget, loss, teacher, beta, temperature, steps)
     search.run(loader, state, learning_rate, weight_decay, seed, progress)
     ranks = entries(sites, candidates.choose(state.logits))
-    return finish_plan(model, ranks, count, budget.total, reduction, scope=scope, metric=metric, strategy="search")
+    how = {"scope": scope, "metric": metric, "strategy": "search", "targets": targets}
+    return finish_plan(model, ranks, count, budget.total, reduction, **how)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import Site, eval_mode, find_sites, replace_module
+from ..attention import Site, Targets, find_sites, measuring, replace_module, unwrapped
 from ..attention.filling import fill
 from ..attention.sites import block_of
 from ..errors import InvalidValueError
@@ -19,7 +19,7 @@ from .budget import METRICS, WAYS, Budget, Choice, Option, check_choice, default
 from .outputs import Movement, main_output
 from .solver import ranks_of, solve
 from .spectra import discarded_energy, prepare_sites
-from .statistics import collect_statistics, prepare_batch, read_batches, run_batch
+from .statistics import gather, prepare_batch, read_batches, run_batch
 
 
 __all__ = ["Sensitivities", "interpolate", "measure", "measure_sensitivities", "sensitivity"]
@@ -47,7 +47,7 @@ def sensitivity(
     budget: Budget,
     *,
     model: nn.Module,
-    scope: str,
+    collect: Callable[..., Mapping[str, Any]],
     batches: Iterable[Any] | None = None,
     statistics: Mapping[str, Any] | None = None,
     sensitivities: Sensitivities | None = None,
@@ -58,7 +58,7 @@ def sensitivity(
     if sensitivities is None or statistics is None:
         batches = read_batches(batches)
     if statistics is None:
-        statistics = collect_statistics(model, batches, scope=scope, progress=progress)
+        statistics = collect(model, batches)
     prepared = prepare_sites(budget.options, statistics)
     if sensitivities is None:
         sensitivities = measure(model, budget.options, budget.step, batches, prepared, progress=progress)
@@ -73,6 +73,8 @@ def measure_sensitivities(
     *,
     scope: str = "model",
     mlp: str = "width",
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
     statistics: Mapping[str, Any] | None = None,
     step: int | None = None,
     progress: bool | None = None,
@@ -84,7 +86,7 @@ def measure_sensitivities(
     Args:
         model: a dense transformers model; it is left as it was.
         batches: calibration inputs, read once and kept: mappings, or tensors of the main input.
-        scope, mlp, step: as for the plans; see [`allocate_ranks`].
+        scope, mlp, target_modules, exclude_modules, step: as for the plans; see [`allocate_ranks`].
         statistics: what [`collect_statistics`] returned for this model; gathered from the batches if not given.
         progress: show bars; by default where transformers shows its own.
 
@@ -97,10 +99,13 @@ def measure_sensitivities(
             not finite.
     """
     check_choice("mlp", mlp, WAYS)
-    sites = sites_by_way(find_sites(model, scope, width=True), mlp)
+    model = unwrapped(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
+    found = find_sites(model, scope, width=True, targets=targets)
+    sites = sites_by_way(found, mlp)
     batches = read_batches(batches)
     if statistics is None:
-        statistics = collect_statistics(model, batches, scope=scope, progress=progress)
+        statistics = gather(model, batches, found.values(), scope, progress=progress)
     options = find_options(model, sites, METRICS["params"])
     prepared = prepare_sites(options, statistics)
     return measure(model, options, step or default_step(sites), batches, prepared, progress=progress)
@@ -134,7 +139,7 @@ def measure(
     ranks = {option: _measured_ranks(option, step) for option in options}
     count = sum(map(len, ranks.values()))
     result: Sensitivities = {(option.site.name, option.choice): {} for option in options}
-    with eval_mode(model), progress_bar(total=count, desc="Sensitivity", progress=progress) as bar:
+    with measuring(model), progress_bar(total=count, desc="Sensitivity", progress=progress) as bar:
         start = time.perf_counter()
         meter = _Meter(model, batches)
         _say_cost(options, count, len(batches), time.perf_counter() - start)

@@ -1,7 +1,7 @@
 """Second moments of head and layer activations, gathered on calibration batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention import AttentionSite, LinearSite, MLPSite, Site, eval_mode, find_sites
+from ..attention import AttentionSite, LinearSite, MLPSite, Site, Targets, find_sites, measuring, unwrapped
 from ..attention.views import class_path
 from ..errors import InvalidValueError
 from ..factorization import AttentionMoments, LinearMoments
@@ -18,7 +18,7 @@ from ..training.bars import progress_bar
 from .moments import Statistics, Sums, sum_names
 
 
-__all__ = ["Statistics", "collect_statistics", "prepare_batch", "read_batches", "run_batch"]
+__all__ = ["Statistics", "collect_statistics", "gather", "prepare_batch", "read_batches", "run_batch"]
 
 # Added to a score, anything lower takes the key away; the hosts use -10000 or the least number of the dtype.
 _REFUSED = -5000.0
@@ -26,12 +26,13 @@ _REFUSED = -5000.0
 Batch = Mapping[str, Any] | Tensor
 
 
-@torch.no_grad()
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
     scope: str = "model",
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
     progress: bool | None = None,
     accelerator: Any | None = None,
 ) -> Statistics:
@@ -49,6 +50,7 @@ def collect_statistics(
         batches: model inputs: mappings, or tensors of the main input. Labels are allowed and not used. Finite; it is
             read once.
         scope: `"model"`, `"attention"` or `"mlp"`.
+        target_modules, exclude_modules: which modules; see [`allocate_ranks`].
         progress: show a bar, under several processes that of the first; by default where transformers shows its own.
         accelerator: an `accelerate.Accelerator`: every process reads its own batches and gets the statistics of all.
             A sample that a prepared loader repeats to even out its batches counts again.
@@ -63,12 +65,28 @@ def collect_statistics(
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
         progress = progress if accelerator.is_main_process else False
-    found = find_sites(model, scope, width=True).values()
+    model = unwrapped(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
+    sites = find_sites(model, scope, width=True, targets=targets)
+    return gather(model, batches, sites.values(), scope, progress=progress, accelerator=accelerator)
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    sites: Iterable[Site],
+    scope: str,
+    *,
+    progress: bool | None = None,
+    accelerator: Any | None = None,
+) -> Statistics:
+    """[`collect_statistics`] at the sites given."""
     # Of an MLP and its output layer the MLP: what it gathers serves both.
-    sites = {site.moments_path: site for site in sorted(found, key=lambda site: site.kind == "mlp")}
+    sites = {site.moments_path: site for site in sorted(sites, key=lambda site: site.kind == "mlp")}
     samples, error = 0, None
     with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
+        stack.enter_context(measuring(model))
         mask = stack.enter_context(token_mask(model))
         collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
         try:
@@ -137,7 +155,7 @@ def _reduce(
 def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
     """A batch as keyword arguments of the model, on its device, without labels."""
     main = _main_input(model)
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
         batch = batch[0]
     inputs = {main: batch} if isinstance(batch, Tensor) else batch
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get(main), Tensor):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..attention import AttentionSite, MLPSite, Site, eval_mode, find_sites
+from ..attention import AttentionSite, MLPSite, Site, find_sites, known_sites, measuring, unwrapped
 from ..attention.views import class_path
-from ..errors import InvalidValueError, UnsupportedModuleError
+from ..errors import InvalidValueError
 from ..training.bars import progress_bar
 from .budget import METRICS, Option, default_step, find_options
 from .counting import example_inputs, trace
@@ -74,16 +74,17 @@ def measure_latency(
     for name, value in (("batch_size", batch_size), ("repeats", repeats), ("step", 1 if step is None else step)):
         if type(value) is not int or value < 1:
             raise InvalidValueError(f"{name} must be a whole number from 1, got {value!r}.")
+    model = unwrapped(model)
     weight = next(model.parameters())
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidValueError(
             f"{type(model).__name__} has weights on the meta device, which no kernel runs on: load it onto the device "
             "that counts, or pass a table that was measured there (LatencyTable.from_pretrained)."
         )
-    sites = _all_sites(model)
+    sites = known_sites(model, width=True) or find_sites(model)
     tokens = trace(model, inputs, whole=False).tokens
     shapes = {name: shape_of(s, tokens[s.moments_path]) for name, s in sites.items() if s.moments_path in tokens}
-    with eval_mode(model), torch.inference_mode():
+    with measuring(model), torch.inference_mode():
         runs: dict[_Key, Callable[[], Any]] = {_WHOLE: partial(model, **_batch(model, inputs, batch_size, weight))}
         for shape, site, choices in _timed(model, sites, step or default_step(sites), shapes):
             runs |= _runs(model, shape, site, choices, (batch_size, tokens[site.moments_path].queries))
@@ -97,17 +98,6 @@ def measure_latency(
         threads=torch.get_num_threads(),
         batch_size=batch_size,
     )
-
-
-def _all_sites(model: nn.Module) -> dict[str, Site]:
-    try:
-        return find_sites(model, width=True)
-    except UnsupportedModuleError:
-        # Attention that is not known stands in the way of attention only.
-        sites = find_sites(model, "linear", width=True)
-        if not sites:
-            raise
-        return sites
 
 
 def _timed(
@@ -276,7 +266,7 @@ def _attend(model: nn.Module, site: AttentionSite, modules: Mapping[str, nn.Modu
 
 def _run_mlp(model: nn.Module, site: MLPSite, modules: Mapping[str, nn.Module], states: Tensor) -> Tensor:
     # The units that are cut leave the activation too.
-    named = getattr(model.config, "hidden_act", None)
+    named = getattr(getattr(model, "config", None), "hidden_act", None)
     first, *others = (modules[path](states) for path, _ in site.view.first)
     hidden = ACT2FN[named if named in ACT2FN else "gelu"](first)
     for other in others:

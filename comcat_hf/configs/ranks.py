@@ -13,6 +13,7 @@ from ..checks import (
     Kind,
     check_fields,
     finite,
+    list_of,
     listed,
     make_document,
     mapping_of,
@@ -34,12 +35,16 @@ _FORMAT_VERSION = 1
 
 Entry = int | Mapping[str, int]
 
+_NAMES = Kind(
+    "a list of module names, or a regular expression", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)
+)
 _ENTRIES = ({"qk", "vo"}, {"width"})
 _FIELDS = {
     "architecture": optional(TEXT),
     "base_model_name_or_path": optional(TEXT),
     "revision": optional(TEXT),
     "scope": listed("model", "attention", "mlp"),
+    "target_modules": optional(_NAMES),
     "metric": listed("params", "macs", "latency"),
     "strategy": optional(TEXT),
     "reduction": optional(finite(0, 1)),
@@ -59,6 +64,7 @@ class RankPlan:
         architecture: class name of the model the plan was made for.
         base_model_name_or_path, revision: where that model came from, if known; files name Hub ids only.
         scope: what was allowed to be compressed: `"model"`, `"attention"` or `"mlp"`.
+        target_modules: which modules were meant, where not all were: with scope `"model"` the shares are of these.
         metric: what `reduction` counts: `"params"`, `"macs"` or `"latency"`.
         strategy: how the ranks were found.
         reduction: the share that was asked to be removed, 0 to 1.
@@ -75,6 +81,7 @@ class RankPlan:
     strategy: str | None = None
     reduction: float | None = None
     reached: float | None = None
+    target_modules: list[str] | str | None = None
     _source: str = field(default="this plan", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +110,9 @@ class RankPlan:
         values = {**_values(self), "ranks": copy.deepcopy(self.ranks)}
         if hub_id(self.base_model_name_or_path) is None:
             values |= {"base_model_name_or_path": None, "revision": None}
+        if self.target_modules is None:
+            # Earlier versions do not know it.
+            del values["target_modules"]
         return make_document(RANKS_FORMAT, _FORMAT_VERSION, values)
 
     @classmethod

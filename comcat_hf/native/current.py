@@ -1,15 +1,39 @@
-"""What a model's rank plan is now."""
+"""What a model's rank plan is now, and saving with it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from ..attention import fit_names, read_ranks
+from ..attention import fit_names, read_ranks, unwrapped
 from ..configs.ranks import RankPlan
 from ..errors import InvalidValueError
 
 
-__all__ = ["check_saveable", "current_plan"]
+__all__ = ["QUANT_METHODS", "check_saveable", "current_plan", "teach_saving"]
+
+# By these a config.json asks for this package. The first is written: a process without the package prints it, so it
+# says what to import. Earlier versions wrote the others.
+QUANT_METHODS = ("comcat_hf", "comcat")
+
+
+@functools.cache
+def teach_saving(cls: type, save: Callable[..., Any]) -> None:
+    """Let a library's models save themselves with their plan: also one into which a compressed part was put.
+
+    Args:
+        cls: the base class of the library's models.
+        save: in place of its `save_pretrained`; called with that, the model, and the caller's arguments.
+    """
+    dense = cls.save_pretrained
+
+    @functools.wraps(dense)
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return save(functools.partial(dense, self), self, *args, **kwargs)
+
+    cls.save_pretrained = save_pretrained
 
 
 def current_plan(model: nn.Module, recorded: RankPlan | None) -> RankPlan | None:
@@ -27,12 +51,21 @@ def current_plan(model: nn.Module, recorded: RankPlan | None) -> RankPlan | None
 
 def check_saveable(model: nn.Module) -> None:
     """Refuse weights that the checkpoint of a compressed model has no place for, before anything is written."""
+    unwrapped(model)
+    for name, module in model.named_modules():
+        if callable(getattr(module, "weight", None)):
+            raise _quantised(name, module)
     for name, parameter in model.named_parameters():
         cls = type(parameter)
         # Those of torch are of parallel training, which the libraries gather.
         if not issubclass(cls, nn.Parameter) and cls.__module__.partition(".")[0] != "torch":
-            raise InvalidValueError(
-                f"{name}: expected a floating point weight, found a {cls.__module__}.{cls.__qualname__}; a compressed "
-                "model is saved before it is quantised. Save that one and quantise it after loading, or keep the "
-                "quantised weights with torch.save(model.state_dict(), ...)."
-            )
+            raise _quantised(name, parameter)
+
+
+def _quantised(name: str, found: Any) -> InvalidValueError:
+    cls = type(found)
+    return InvalidValueError(
+        f"{name}: expected a floating point weight, found a {cls.__module__}.{cls.__qualname__}; a compressed "
+        "model is saved before it is quantised. Save that one and quantise it after loading, or keep the "
+        "quantised weights with torch.save(model.state_dict(), ...)."
+    )

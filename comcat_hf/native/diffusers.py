@@ -5,10 +5,9 @@ when this package is imported, or when diffusers is, if that comes later: import
 process that has not imported this package stops on an unknown quantization type.
 """
 
-import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -21,12 +20,11 @@ from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ran
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..transport import hub_id
-from .current import check_saveable, current_plan
+from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
 
 
 __all__ = ["attach", "is_model", "naming_no_folder", "recorded", "register"]
 
-QUANT_METHOD = "comcat"
 _CONFIG = "quantization_config"
 _SOURCE = "_name_or_path"
 # The module of diffusers that holds the tables.
@@ -50,8 +48,8 @@ class ComCATConfigFile:
         **plan: the fields of a rank file.
     """
 
-    def __init__(self, quant_method: str = QUANT_METHOD, **plan: Any) -> None:
-        self.quant_method = _Method(quant_method)
+    def __init__(self, quant_method: str = QUANT_METHODS[0], **plan: Any) -> None:
+        self.quant_method = _Method(QUANT_METHODS[0])
         self.plan = RankPlan.from_dict(plan, source="config.json, quantization_config")
 
     @classmethod
@@ -71,41 +69,42 @@ def recorded(model: nn.Module) -> RankPlan | None:
     """The plan in a model's configuration."""
     found = model.config.get(_CONFIG)
     fields = found.to_dict() if hasattr(found, "to_dict") else found
-    if not isinstance(fields, Mapping) or fields.get("quant_method") != QUANT_METHOD:
+    if not isinstance(fields, Mapping) or fields.get("quant_method") not in QUANT_METHODS:
         return None
     return ComCATConfigFile(**fields).plan
 
 
 def attach(model: nn.Module, plan: RankPlan | None) -> None:
-    """Put a plan into the model's configuration and the rank file beside what it saves; `None` takes both away."""
+    """Put a plan into the model's configuration; `None` takes it away."""
+    from diffusers import ModelMixin
+
+    teach_saving(ModelMixin, _save_pretrained)
     if plan is None:
-        model.__dict__.pop("save_pretrained", None)
         config = model.config
         model._internal_dict = type(config)({key: value for key, value in config.items() if key != _CONFIG})
         return
     model.register_to_config(**{_CONFIG: ComCATConfigFile(**plan.to_dict()).to_dict()})
-    # An instance attribute, since the class must stay the host's; a partial, since that can be copied and pickled.
-    model.save_pretrained = functools.partial(_save_pretrained, model)
 
 
 def _save_pretrained(
+    dense: Callable[..., None],
     model: nn.Module,
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
-    safe_serialization: bool = True,
-    variant: str | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> None:
-    check_saveable(model)
-    # Named, since a pipeline asks which of these its parts take.
-    kwargs |= {"safe_serialization": safe_serialization, "variant": variant}
-    plan = current_plan(model, recorded(model))
-    attach(model, plan)
+    known = recorded(model)
+    plan = current_plan(model, known)
+    if plan is not None:
+        check_saveable(model)
+    if (plan or known) is not None:
+        attach(model, plan)
     if plan is not None and is_main_process:
         # First: an upload takes everything in the folder.
         plan.save_pretrained(save_directory)
     with naming_no_folder(model):
-        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+        dense(save_directory, is_main_process, *args, **kwargs)
 
 
 @contextmanager
@@ -180,8 +179,9 @@ def _add_to(tables: ModuleType) -> None:
         def is_trainable(self) -> bool:
             return True
 
-    tables.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = ComCATDiffusersQuantizer
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = ComCATConfigFile
+    for name in QUANT_METHODS:
+        tables.AUTO_QUANTIZER_MAPPING[name] = ComCATDiffusersQuantizer
+        tables.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = ComCATConfigFile
 
 
 def _check_missing(model: nn.Module, missing: list[str]) -> None:

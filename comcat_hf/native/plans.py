@@ -5,6 +5,7 @@ from types import ModuleType
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..attention import unwrapped
 from ..configs.ranks import RankPlan
 from ..errors import InvalidValueError
 from . import diffusers, transformers
@@ -31,6 +32,7 @@ def plan_of(model: nn.Module) -> RankPlan:
     Raises:
         InvalidValueError: the model is not compressed.
     """
+    model = unwrapped(model)
     plan = current_plan(
         model, diffusers.recorded(model) if diffusers.is_model(model) else transformers.recorded(model)
     )

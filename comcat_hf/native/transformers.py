@@ -7,7 +7,7 @@ model holds ordinary floating point parameters, and casting and training it are 
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,17 @@ from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ran
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..tensor_files import open_safetensors
-from .current import check_saveable, current_plan
+from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
 
 
 __all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
 
-QUANT_METHOD = "comcat"
 # Arguments of save_pretrained that are meant for the upload.
 _OF_THE_HUB = ("commit_message", "commit_description", "create_pr", "private", "revision", "tags", "token")
 
 
-@register_quantization_config(QUANT_METHOD)
+@register_quantization_config(QUANT_METHODS[1])
+@register_quantization_config(QUANT_METHODS[0])
 class ComCATQuantizationConfig(QuantizationConfigMixin):
     """The rank plan as it stands in `config.json`, under `quantization_config`.
 
@@ -40,8 +40,8 @@ class ComCATQuantizationConfig(QuantizationConfigMixin):
         **plan: the fields of a rank file.
     """
 
-    def __init__(self, quant_method: str = QUANT_METHOD, **plan: Any) -> None:
-        self.quant_method = quant_method
+    def __init__(self, quant_method: str = QUANT_METHODS[0], **plan: Any) -> None:
+        self.quant_method = QUANT_METHODS[0]
         self.plan = RankPlan.from_dict(plan, source="config.json, quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class ComCATQuantizationConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-@register_quantizer(QUANT_METHOD)
+@register_quantizer(QUANT_METHODS[0])
 class ComCATQuantizer(HfQuantizer):
     """Rebuilds the compressed skeleton before the weights are read, then withdraws."""
 
@@ -101,47 +101,50 @@ def recorded(model: nn.Module) -> RankPlan | None:
 
 
 def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
-    """Put a plan into the model's configuration and the rank file beside what it saves; `None` takes both away."""
+    """Put a plan into the model's configuration; `None` takes it away."""
     if plan is None:
         # A backbone of which only the head was compressed, or every low-rank module was replaced since.
-        model.__dict__.pop("save_pretrained", None)
         model.config.__dict__.pop("quantization_config", None)
-        return
-    model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
-    # In memory it may name a folder of this machine as base.
-    model.config.quantization_config.plan = plan
-    # An instance attribute, since the class must stay the host's; a partial, since that can be copied and pickled.
-    model.save_pretrained = functools.partial(_save_pretrained, model)
+    else:
+        model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
+        # In memory it may name a folder of this machine as base.
+        model.config.quantization_config.plan = plan
 
 
 def _save_pretrained(
+    dense: Callable[..., None],
     model: PreTrainedModel,
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
     state_dict: dict[str, Any] | None = None,
     push_to_hub: bool = False,
+    *args: Any,
     **kwargs: Any,
 ) -> None:
-    if state_dict is None:
-        check_saveable(model)
-    save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process, state_dict)
-    plan, adapted = current_plan(model, recorded(model)), getattr(model, "_hf_peft_config_loaded", False)
-    if not adapted:
+    save = functools.partial(dense, save_directory, is_main_process, state_dict)
+    known, adapted = recorded(model), getattr(model, "_hf_peft_config_loaded", False)
+    plan = current_plan(model, known)
+    if not adapted and (plan or known) is not None:
         # Modules may have been replaced since; what is written must say what is there.
         attach(model, plan)
     if adapted or plan is None:
-        save(push_to_hub, **kwargs)
+        save(push_to_hub, *args, **kwargs)
         return
+    if state_dict is None:
+        check_saveable(model)
     hub = {key: kwargs.pop(key) for key in _OF_THE_HUB if key in kwargs}
     repo_id = kwargs.pop("repo_id", Path(save_directory).name)
     # Joined tensors cannot be taken apart by rank: such models are written under the names of their modules.
     kwargs.setdefault("save_original_format", not _joins_tensors(model))
-    save(**kwargs)
+    save(False, *args, **kwargs)
     if is_main_process:
         plan.save_pretrained(save_directory)
         if push_to_hub:
             # Not within save(): that uploads only what it wrote itself, so never the rank file.
             model.push_to_hub(repo_id, **hub)
+
+
+teach_saving(PreTrainedModel, _save_pretrained)
 
 
 def _joins_tensors(model: PreTrainedModel) -> bool:

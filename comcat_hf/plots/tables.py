@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionSite, Site, find_sites
+from ..attention import AttentionSite, Site, known_sites
 from ..configs import RankPlan
 from ..factorization import AttentionMoments, qk_spectrum, vo_spectrum
 
@@ -57,7 +57,7 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
 
 def _shown_sites(dense: nn.Module, plan: RankPlan) -> dict[str, Site]:
     """Every site; of an MLP the whole, in place of its layers, where the plan has widths and gives these no ranks."""
-    sites = find_sites(dense, width=True)
+    sites = known_sites(dense, width=True)
     mlps = {name: site.dense_modules() for name, site in sites.items() if site.kind == "mlp"}
     widths = not plan.ranks.keys().isdisjoint(mlps)
     whole = {name for name, layers in mlps.items() if widths and plan.ranks.keys().isdisjoint(layers)}
@@ -77,7 +77,7 @@ def head_spectra(dense: nn.Module, statistics: Mapping[str, Any] | None = None) 
         by attention module and pair (`qk`, `vo`), values of shape `(H, p)`, in falling order.
     """
     spectra: dict[str, dict[str, Tensor]] = {}
-    for name, site in find_sites(dense).items():
+    for name, site in known_sites(dense).items():
         if isinstance(site, AttentionSite):
             moments = None if statistics is None else statistics.get(name)
             spectra[name] = {pair: _shares(values) for pair, values in _site_spectra(site, moments)}

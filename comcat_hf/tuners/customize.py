@@ -11,6 +11,7 @@ from ..attention.joining import can_join, joined_input, joined_output
 from ..attention.merging import check_mergeable, merge_residuals, widened_attention
 from ..attention.residuals import Residual, bases_of
 from ..attention.views import AttentionView
+from ..attention.weights import dtype_taken
 from ..attention.widening import StandIn, common_width, fold_heads, split_heads
 from ..errors import InvalidValueError
 from .layer import ComCATLayer
@@ -370,4 +371,4 @@ def _project(linear: nn.Linear, states: Tensor) -> Tensor:
     # Factors may be in float32 beside a half precision base.
     if torch.is_autocast_enabled(states.device.type):
         return linear(states)
-    return linear(states.to(linear.weight.dtype))
+    return linear(states.to(dtype_taken(linear, states)))

@@ -103,7 +103,8 @@ class CompressLayer(ComCATLayer):
         factors = self._factors_in_use()
         if factors is None:
             return self.base_layer(hidden_states, *args, **kwargs)
-        dtype = next(factors.parameters()).dtype
+        # Quantised by torch.ao.quantization there are none.
+        dtype = next((parameter.dtype for parameter in factors.parameters()), hidden_states.dtype)
         if dtype == hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type):
             return factors(hidden_states, *args, **kwargs)
         args = tuple(_cast(value, dtype) for value in args)

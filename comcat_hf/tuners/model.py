@@ -4,15 +4,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from ..attention import Site, find_sites, named_base_modules, read_ranks, replace_module
+from ..attention import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
 from ..attention.filling import fill, warn_not_finite
 from ..attention.residuals import find_residual_sites
 from ..attention.sites import check_disjoint
@@ -47,6 +47,11 @@ class ComCATModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; an error leaves the model as it was."""
+        if unwrapped(model) is not model:
+            raise InvalidValueError(
+                f"model: expected one without torch.compile and parallel training around it, found a "
+                f"{type(model).__name__}. Put the adapter into the model within, and compile or wrap the result."
+            )
         restore = remember(model)
         try:
             _check_adapter_name(model, adapter_name)
@@ -88,7 +93,7 @@ class ComCATModel(BaseTuner):
         for site, ranks in targets.values():
             substitutes = site.substitutes(ranks)
             self._pending |= dict.fromkeys(substitutes, (site, substitutes))
-        self._targets = frozenset(self._pending)
+        self._targets, self._meant = frozenset(self._pending), _targets(peft_config, model)
         other = next((layer.mode for layer in self._layers() if layer.mode != peft_config.mode), None)
         if other is not None:
             raise InvalidValueError(
@@ -100,8 +105,7 @@ class ComCATModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: ComCATConfig, key: str) -> Any:
         if key in self._targets:
             return True
-        matched = check_target_module_exists(_selection(peft_config), key)
-        return matched if isinstance(matched, _ExcludedModule) else False
+        return _ExcludedModule() if self._meant.excludes(key) else False
 
     def _create_and_replace(
         self,
@@ -205,14 +209,17 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
         InvalidValueError: nothing is targeted.
         UnsupportedModuleError: nothing can be, since layers are quantised.
     """
+    meant = _targets(config, model)
+    refuse = partial(_may_refuse, config, meant)
+    sites: Mapping[str, Site]
     if config.mode == "customize":
-        sites: Mapping[str, Site] = find_residual_sites(model, config.core)
+        sites = find_residual_sites(model, config.core, refuse)
     else:
-        sites = find_sites(model, _scope(config), width=True)
+        sites = known_sites(model, width=True, refuse=refuse)
     entries = _pattern_entries(config, sites, model)
     targets = {}
     for name, site in sites.items():
-        if _is_selected(config, site):
+        if meant.takes_site(site):
             ranks = site.ranks(entries[name]) if name in entries else _default_ranks(config, site, sites, entries)
             if any(rank is not None for rank in ranks.values()):
                 targets[name] = (site, ranks)
@@ -241,7 +248,7 @@ def initialize_comcat_weights(
     Raises:
         InvalidValueError: no adapter of that name, one of mode `"customize"`, or statistics of another model.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else unwrapped(model)
     layers = {id(m.base_layer): m for m in base.modules() if isinstance(m, ComCATLayer)}
     if not any(adapter_name in layer.comcat_factors for layer in layers.values()):
         raise InvalidValueError(f"{type(base).__name__} has no ComCAT adapter named {adapter_name!r}.")
@@ -252,7 +259,7 @@ def initialize_comcat_weights(
     if statistics is not None and hasattr(statistics, "check_model"):
         statistics.check_model(base)
     unfitted = []
-    for site in find_sites(base, _scope(base.peft_config[adapter_name]), width=True).values():
+    for site in known_sites(base, width=True).values():
         substitutes = {
             path: layers[id(dense)].comcat_factors[adapter_name]
             for path, dense in site.dense_modules().items()
@@ -265,35 +272,21 @@ def initialize_comcat_weights(
     warn_not_finite(unfitted)
 
 
-def _scope(config: ComCATConfig) -> str:
-    # Attention is looked for only where it may be wanted, so that a model whose attention is unknown keeps its MLPs.
-    wanted = config.qk_rank is not None or config.vo_rank is not None
-    wanted = wanted or any(isinstance(e, Mapping) and not _is_width(e) for e in config.rank_pattern.values())
-    return "model" if wanted else "linear"
+def _targets(config: ComCATConfig, model: nn.Module) -> Targets:
+    # Modules that are trained as they are get no factors.
+    return Targets.of(model, config.target_modules, config.exclude_modules, config.modules_to_save)
+
+
+def _may_refuse(config: ComCATConfig, meant: Targets, path: str) -> bool:
+    """Whether attention at this path is given a rank, so that it must be known."""
+    if config.qk_rank is not None or config.vo_rank is not None:
+        return meant.takes(path)
+    entries = ((key, entry) for key, entry in config.rank_pattern.items() if isinstance(entry, Mapping))
+    return meant.takes(path) and any(_matches(key, path) and not _is_width(entry) for key, entry in entries)
 
 
 def _is_width(entry: Any) -> bool:
     return isinstance(entry, Mapping) and "width" in entry
-
-
-def _is_selected(config: ComCATConfig, site: Site) -> bool:
-    selection, modules = _selection(config), site.dense_modules()
-    matched = check_target_module_exists(selection, site.name)
-    if site.name in modules:
-        return bool(matched)
-    # The site of several modules: they are meant together or not at all.
-    parts = [check_target_module_exists(selection, path) for path in modules]
-    excluded = any(isinstance(part, _ExcludedModule) for part in (matched, *parts))
-    return not excluded and (bool(matched) or all(parts))
-
-
-def _selection(config: ComCATConfig) -> SimpleNamespace:
-    # What PEFT's matching reads of a configuration. Modules that are trained as they are get no factors.
-    return SimpleNamespace(
-        target_modules=".*" if config.target_modules is None else config.target_modules,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-    )
 
 
 def _pattern_entries(config: ComCATConfig, sites: Mapping[str, Site], model: nn.Module) -> dict[str, Any]:

@@ -203,6 +203,12 @@ def test_native_checkpoint(tmp_path):
     again = UNet2DConditionModel.from_pretrained(tmp_path / "again", torch_dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["reduction"] == 0.3
+    # Earlier versions named the method otherwise.
+    file = tmp_path / "small" / "config.json"
+    config = file.read_text()
+    file.write_text(config.replace('"quant_method": "comcat_hf"', '"quant_method": "comcat"'))
+    assert file.read_text() != config
+    assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path / "small"), inputs), expected)
     assert not model.config.get("quantization_config")
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())

@@ -90,7 +90,7 @@ def test_names_and_order():
     assert list(swiglu.dense_modules()) == [f"{swiglu.name}.{part}" for part in parts]
 
 
-@pytest.mark.parametrize("scope", ["model", "mlp", "linear", "attention"])
+@pytest.mark.parametrize("scope", ["model", "mlp", "attention"])
 def test_widths_are_given_where_asked_for(scope):
     model, _ = small_vit()
     sites, plain = find_sites(model, scope, width=True), find_sites(model, scope)

@@ -1,13 +1,18 @@
 """A user's own attention class becomes known by describing it."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from comcat_hf import AttentionFamily, ComCATConfig, RankPlan, compress
 from comcat_hf.attention import (
-    AttentionFamily,
     apply_ranks,
     find_sites,
     known_attention_classes,
@@ -100,6 +105,69 @@ def test_refusal_of_an_instance(registry):
     model.blocks[1]["attention"].heads = 6
     with pytest.raises(UnsupportedModuleError, match=r"^blocks\.1\.attention is a .*: it has 6 heads"):
         find_sites(model, "attention")
+
+
+def plain_scale(module):
+    return (module.wq.out_features // module.heads) ** -0.5
+
+
+class PlainAttention(nn.Module):
+    """No configuration, no width of its own, and one tensor for an answer."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.heads = 3
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, states):
+        heads = (w(states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        return self.wo(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+PLAIN = {"head_dim": None, "dropout": None, "scale_of": plain_scale}
+
+
+@pytest.mark.parametrize("ranks", [{"qk": 16, "vo": 16}, {"qk": 16}, {"vo": 16}])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_width_that_the_class_reads_off_its_projections(registry, ranks, mode):
+    """Both ways of running: the kernel of the configuration, and the class's own forward."""
+    register_attention_family(own_family(head_dim=None, dropout=None))
+    register_attention_family(replace(own_family(**PLAIN), host=f"{__name__}.PlainAttention"))
+    plain = nn.Sequential(PlainAttention(), PlainAttention())
+    for model, name in ((OwnModel(), "hidden_states"), (plain, "input")):
+        inputs = {name: torch.randn(2, 5, 48)}
+        expected = outputs(randomize(model).train(mode), inputs)
+        sites = find_sites(model, "attention")
+        small = compress(model, plan=RankPlan(dict.fromkeys(sites, ranks))).train(mode)
+        assert_close(outputs(small, inputs), expected)
+        for reduction, batches in ((0.5, None), (0.3, [inputs])):
+            small = compress(model, reduction, scope="attention", batches=batches)
+            assert outputs(pickle.loads(pickle.dumps(small)), inputs)[0].isfinite().all()  # noqa: S301
+    # What reads its width off its projections can be widened, too.
+    adapted = get_peft_model(plain, ComCATConfig(mode="customize", qk_rank=2, vo_rank=2))
+    assert_close(outputs(adapted, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"query": "nonesuch"}, "it has no nonesuch, which its AttentionFamily names"),
+        ({"num_heads": "number"}, "it has no number"),
+        ({"scaling": "factor"}, "it has no factor"),
+    ],
+)
+def test_a_description_that_does_not_fit(registry, changes, words):
+    register_attention_family(own_family(**changes))
+    with pytest.raises(UnsupportedModuleError, match=rf"^blocks\.0\.attention is a .*{words}"):
+        find_sites(OwnModel())
+
+
+def test_a_kernel_that_cannot_be_found(registry):
+    register_attention_family(
+        replace(own_family(head_dim=None, dropout=None, scaling="heads"), host=f"{__name__}.PlainAttention")
+    )
+    with pytest.raises(UnsupportedModuleError, match=r"it has no config, which .*without scale_of, needs"):
+        compress(nn.Sequential(PlainAttention()), 0.5)
 
 
 def _only_three_heads(module):

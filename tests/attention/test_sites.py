@@ -48,7 +48,6 @@ def test_scopes_of_vit():
     mlp = [f"vit.layers.{i}.mlp.{fc}" for i in range(2) for fc in ("fc1", "fc2")]
     assert list(find_sites(model, "attention")) == attention
     assert list(find_sites(model, "mlp")) == mlp
-    assert list(find_sites(model, "linear")) == [*mlp, "classifier"]
     in_order = [attention[0], *mlp[:2], attention[1], *mlp[2:], "classifier"]
     assert list(find_sites(model)) == list(find_sites(model, "model")) == in_order
     assert [site.kind for site in find_sites(model).values()] == ["attention", "linear", "linear"] * 2 + ["linear"]
@@ -77,13 +76,13 @@ def test_heads_with_numbered_layers_are_no_mlps(family, prefix):
 
 def test_both_classifiers_of_distilled_deit():
     model, _ = small_deit_distilled()
-    assert list(find_sites(model, "linear"))[-2:] == ["cls_classifier", "distillation_classifier"]
+    assert list(find_sites(model))[-2:] == ["cls_classifier", "distillation_classifier"]
 
 
 @pytest.mark.parametrize("family", ["siglip_text", "siglip", "clip"])
 def test_projections_are_no_classifiers(family):
     model, _ = MODELS[family]()
-    assert set(find_sites(model, "linear")) == set(find_sites(model, "mlp"))
+    assert set(find_sites(model)) == {*find_sites(model, "attention"), *find_sites(model, "mlp")}
 
 
 def test_without_a_classifier():
@@ -215,7 +214,7 @@ def test_dense_choices_save_nothing():
 def test_linear_break_even(inputs, outputs_):
     model = nn.Module()
     model.classifier = nn.Linear(inputs, outputs_)
-    site = find_sites(model, "linear")["classifier"]
+    site = find_sites(model)["classifier"]
     limit = site.choices["rank"]
     assert site.saved_parameters("rank", limit) <= 0
     assert limit == 1 or site.saved_parameters("rank", limit - 1) > 0
@@ -329,8 +328,11 @@ def test_quantised_attention_is_refused(quantize, role):
     quantize(model.vit.layers[0].attention.get_submodule(role))
     state, classes = state_of(model), classes_of(model)
     with pytest.raises(UnsupportedModuleError, match=rf"^{ATTENTION}\.{role} is a .*Dequantise"):
-        apply_ranks(model, {"vit.layers.1.attention": {"qk": 4}})
+        apply_ranks(model, {ATTENTION: {"qk": 4}})
     assert_unchanged(model, state, classes)
+    # Another module's weights are nobody's business.
+    apply_ranks(model, {"vit.layers.1.attention": {"qk": 4}})
+    assert read_ranks(model) == {"vit.layers.1.attention": {"qk": 4}}
 
 
 @pytest.mark.parametrize("quantize", [_subclass, _int8, _float8, _tensor_subclass])

@@ -1,12 +1,31 @@
 """How far outputs moved: which output counts, in which measure, and which tokens."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoBackbone,
+    BatchFeature,
+    BertConfig,
+    BertLMHeadModel,
+    Dinov2Config,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+    ViTModel,
+)
 
+from comcat_hf import allocate_ranks, compress, measure_sensitivities
 from comcat_hf.compression.outputs import Movement, main_output
 from comcat_hf.errors import InvalidValueError
-from tests.helpers import MODELS, small_bert_mlm, small_vit
+from tests.helpers import MODELS, images, randomize, small_bert_mlm, small_vit
+
+
+TEXT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +51,86 @@ def test_plain_tensors_and_tuples_count_too():
     assert list(main_output((torch.ones(2, dtype=torch.long), tensor, tensor))) == ["1"]
     with pytest.raises(InvalidValueError, match="no tensor of floats"):
         main_output({"ids": torch.ones(2, dtype=torch.long)})
+
+
+@dataclass
+class Detected:
+    loss: torch.Tensor
+    boxes: list
+
+
+def test_what_is_nested_counts_and_a_loss_does_not():
+    maps, loss = (torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)), torch.tensor(0.5)
+    expected = {"0": maps[0], "1": maps[1]}
+    for name, output in {
+        "feature_maps": {"loss": loss, "feature_maps": maps, "hidden_states": (maps[0],)},
+        "boxes": Detected(loss, list(maps)),
+        "1": (loss, maps),
+    }.items():
+        found = main_output(output)
+        assert list(found) == [f"{name}.{part}" for part in expected]
+        assert all(found[f"{name}.{part}"] is tensor for part, tensor in expected.items())
+    assert list(main_output([[{"a": maps[0]}, maps[1]], loss])) == ["0.0.a", "0.1"]
+    with pytest.raises(InvalidValueError, match=r"no tensor of floats.*found loss"):
+        main_output({"loss": loss})
+    assert moved(nn.Identity(), torch.ones(4), torch.zeros(4), name="score") == 1
+
+
+def backbone():
+    model = AutoBackbone.from_config(Dinov2Config(**TINY, mlp_ratio=2, out_indices=[1, 2]))
+    return randomize(model).eval(), {"pixel_values": images()}
+
+
+def masked():
+    model = ViTForMaskedImageModeling(ViTConfig(**TINY, intermediate_size=64, encoder_stride=8))
+    return randomize(model).eval(), {
+        "pixel_values": images(),
+        "bool_masked_pos": torch.arange(32).view(2, 16) % 2 == 0,
+    }
+
+
+def captions():
+    """A decoder's words: the vocabulary is in the configuration of a part."""
+    model = VisionEncoderDecoderModel(
+        encoder=ViTModel(ViTConfig(**TINY, intermediate_size=64)),
+        decoder=BertLMHeadModel(BertConfig(vocab_size=50, **TEXT, is_decoder=True, add_cross_attention=True)),
+    )
+    return randomize(model).eval(), {"pixel_values": images(), "decoder_input_ids": torch.arange(10).view(2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("build", "names", "targets"),
+    [
+        (backbone, ["feature_maps.0", "feature_maps.1"], {}),
+        (masked, ["reconstruction"], {}),
+        (captions, ["logits"], {"target_modules": ["encoder"]}),
+    ],
+)
+@pytest.mark.parametrize(
+    "batch", [dict, lambda inputs: (BatchFeature(inputs), torch.ones(2)), lambda inputs: [inputs]]
+)
+def test_models_are_compressed_by_what_they_return(build, names, targets, batch):
+    model, inputs = build()
+    with torch.no_grad():
+        assert list(main_output(model(**inputs))) == names
+    plan = allocate_ranks(model, 0.2, batches=[batch(inputs)], **targets)
+    assert plan == allocate_ranks(model, 0.2, batches=[inputs], **targets)
+    measured = measure_sensitivities(model, [inputs], **targets)
+    assert all(movement > 0 for ranks in measured.values() for movement in ranks.values())
+    errors = []
+    for options in ({"batches": [inputs]}, {}):
+        small = compress(model, 0.2, **options, **targets)
+        movement = Movement(model)
+        with torch.no_grad():
+            movement.add(main_output(model(**inputs)), main_output(small(**inputs)))
+        errors.append(movement.total())
+    assert errors[0] < errors[1]
+
+
+def test_words_are_a_distribution_wherever_the_vocabulary_stands():
+    model, inputs = captions()
+    logits = model(**inputs).logits.detach()
+    assert moved(model, logits, logits + 3) == pytest.approx(0, abs=1e-10)
 
 
 def moved(model, expected, found, mask=None, name="logits"):

@@ -100,7 +100,7 @@ def test_attention_is_the_written_out_mixture(seed, measured):
     states = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(seed))
     (qk, qk_weights), (vo, vo_weights) = random_mixture(2 * seed), random_mixture(2 * seed + 1)
 
-    nested = NestedModel(model, keys_of(model, "attention"), "attention", statistics)
+    nested = NestedModel(model, keys_of(model, "attention"), statistics)
     nested._scales = {
         (name, "qk"): scale_of(qk_weights, RANKS, HEAD_DIM),
         (name, "vo"): scale_of(vo_weights, RANKS, HEAD_DIM),
@@ -116,9 +116,10 @@ def test_attention_is_the_written_out_mixture(seed, measured):
 def test_linear_layers_are_the_written_out_mixture(seed, measured):
     model = small_vit(num_hidden_layers=1)[0].requires_grad_(False)
     statistics = statistics_of(model, measured)
-    nested = NestedModel(model, keys_of(model, "linear"), "linear", statistics)
+    linears = {name: site for name, site in find_sites(model).items() if site.kind == "linear"}
+    nested = NestedModel(model, [(name, "rank") for name in linears], statistics)
     assert len(nested.sizes) == 3
-    for name, site in find_sites(model, "linear").items():
+    for name, site in linears.items():
         linear, size = site.linear, min(site.linear.weight.shape)
         ranks = (1, 3, size)
         states = torch.randn(7, linear.in_features, generator=torch.Generator().manual_seed(seed))
@@ -138,7 +139,7 @@ def test_a_certain_choice_is_the_compressed_model(family, measured):
     model.requires_grad_(False)
     statistics = collect_statistics(model, [inputs]) if measured else None
     keys = keys_of(model)
-    nested = NestedModel(model, keys, "model", statistics)
+    nested = NestedModel(model, keys, statistics)
     ones = {key: torch.ones(nested.sizes[key]) for key in keys}
     chosen = {key: (nested.sizes[key] + index % 3) // 3 for index, key in enumerate(keys)}
     masks = {key: (torch.arange(nested.sizes[key]) < rank).float() for key, rank in chosen.items()}

@@ -33,7 +33,8 @@ _DATA = (
     *("label_column_name", "streaming", "max_train_samples"),
 )
 _SEARCH = ("search_epochs", "search_share", "search_batch_size", "search_learning_rate", "search_beta", "teacher")
-_CALIBRATION = (*_MODEL, *_DATA, "calibration_samples", "calibration_batch_size", "scope")
+_WHERE = ("scope", "target_modules", "exclude_modules")
+_CALIBRATION = (*_MODEL, *_DATA, "calibration_samples", "calibration_batch_size", *_WHERE)
 _TRAINING = (
     *("route", "modules_to_save", "num_train_epochs", "max_train_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "scale_lr", "min_learning_rate", "weight_decay", "ema_decay"),

@@ -167,7 +167,7 @@ def describe_run(
     if plan is None:
         mlp = settings.mlp or ("rank" if settings.weights_only or settings.strategy == "search" else "width")
         mlp = "width" if mlp == "mixed" else mlp
-        even = {"scope": settings.scope, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
+        even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
         # Nothing is timed only to be described.
         timed = settings.metric == "latency"
         plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)

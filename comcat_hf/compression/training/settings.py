@@ -68,6 +68,10 @@ class CompressSettings:
     # What becomes of it
     reduction: float | None = _flag(None, "Share to remove, of the whole model or of the scope's own.")
     scope: Literal["model", "attention", "mlp"] = _flag("model", "What may be compressed.")
+    target_modules: str | None = _flag(
+        None, "Modules to compress, by path or its end, such as layers.0,layers.1; the reduction is then of these."
+    )
+    exclude_modules: str | None = _flag(None, "Modules to leave as they are, written alike.")
     metric: Literal["params", "macs", "latency"] = _flag("params", "What the reduction is of.")
     strategy: Strategy = _flag("sensitivity", "How ranks are chosen; search is the paper's.")  # noqa: RUF009
     mlp: Literal["width", "rank", "mixed"] | None = _flag(None, "How MLPs shrink; default: width, rank with search.")
@@ -226,6 +230,8 @@ class CompressSettings:
         if (self.reduction is None) == (self.plan is None) and "allocate" in self.stage_names:
             found = "neither" if self.plan is None else "both"
             raise InvalidValueError(f"Give one of --reduction and --plan, got {found}.")
+        if self.plan is not None and (self.target_modules or self.exclude_modules):
+            raise InvalidValueError("--plan names its modules: leave out --target_modules and --exclude_modules.")
         if self.reduction is not None and self.reduction == 0:
             raise InvalidValueError("--reduction must be a share above 0 and below 1, got 0.")
         if self.strategy == "search" and self.mlp in ("width", "mixed"):
@@ -242,6 +248,12 @@ class CompressSettings:
         if self.output_path.is_file():
             raise InvalidValueError(f"--output_dir {self.output_dir}: expected a folder, found a file. Give another.")
         self._check_sources()
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What may be compressed, as the functions of this package take it."""
+        names = {name: getattr(self, name) for name in ("target_modules", "exclude_modules")}
+        return {"scope": self.scope} | {name: value.split(",") for name, value in names.items() if value}
 
     @property
     def has_source(self) -> bool:

@@ -82,7 +82,7 @@ class Setting:
             found = measure_sensitivities(
                 self.dense,
                 self.calibration_batches(),
-                scope=self.settings.scope,
+                **self.settings.where,
                 mlp=self.settings.mlp or ("rank" if self.settings.weights_only else "width"),
                 statistics=statistics,
                 step=self.settings.rank_step,
@@ -151,7 +151,7 @@ def calibrate(run: Setting) -> Statistics | None:
         run.say(f"Stage calibrate: statistics of {run.settings.calibration_samples} images.")
         share = run.calibration_batches()[accelerator.process_index :: accelerator.num_processes]
         found = collect_statistics(
-            run.dense.to(accelerator.device), share, scope=run.settings.scope, progress=True, accelerator=accelerator
+            run.dense.to(accelerator.device), share, **run.settings.where, progress=True, accelerator=accelerator
         )
 
         def save() -> None:
@@ -219,7 +219,7 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
     return allocate_ranks(
         run.dense,
         reduction,
-        scope=settings.scope,
+        **settings.where,
         metric=settings.metric,
         strategy=settings.strategy,
         mlp=settings.mlp or ("rank" if settings.weights_only else None),
@@ -282,7 +282,7 @@ def _search(run: Setting, statistics: Statistics | None, interruption: Interrupt
         run.dense,
         _Watched(loader, state, run, interruption),
         settings.reduction,
-        scope=settings.scope,
+        **settings.where,
         metric=settings.metric,
         epochs=settings.search_epochs,
         teacher=load_teacher(settings, run.dense) if taught else None,
