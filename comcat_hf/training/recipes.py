@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from ..errors import InvalidValueError
+from .flags import FLAG
 
 
 __all__ = ["parse_settings", "recipe_names"]
@@ -60,6 +61,10 @@ def recipe_names(kind: str) -> tuple[str, ...]:
 
 class _Parser(HfArgumentParser):
     """Raises where argparse would print and exit."""
+
+    def add_argument(self, *names: str, **how: Any) -> Any:
+        how.pop(FLAG, None)
+        return super().add_argument(*names, **how)
 
     def error(self, message: str) -> NoReturn:
         raise InvalidValueError(f"The command line cannot be read: {message}. `--help` lists the flags.")

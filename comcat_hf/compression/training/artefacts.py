@@ -14,33 +14,12 @@ from typing import Any
 from ...configs import RankPlan
 from ...errors import CheckpointError, InvalidValueError
 from ...transport import read_json, write_json_atomic
-from .settings import CompressSettings
 
 
-__all__ = ["Artefacts", "check_writable", "digest_of", "facts_of", "whole_folder"]
+__all__ = ["Artefacts", "check_writable", "digest_of", "whole_folder"]
 
 _RECORD = "comcat_stages.json"
 _FORMAT, _VERSION = "comcat_stages", 1
-
-_MODEL = ("model_name_or_path", "model_revision")
-_DATA = (
-    *("dataset_name", "dataset_config_name", "train_file", "train_dir", "train_split_name", "image_column_name"),
-    *("label_column_name", "streaming", "max_train_samples"),
-)
-_SEARCH = ("search_epochs", "search_share", "search_batch_size", "search_learning_rate", "search_beta", "teacher")
-_CALIBRATION = (*_MODEL, *_DATA, "calibration_samples", "calibration_batch_size", "scope")
-_TRAINING = (
-    *("route", "modules_to_save", "num_train_epochs", "max_train_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "learning_rate", "scale_lr", "min_learning_rate", "weight_decay", "ema_decay"),
-    *("teacher", "distillation_type", "distillation_alpha", "distillation_temperature", "alignment"),
-)
-# Settings that decide what a stage makes; a stage whose settings changed is not reused.
-_FACTS: Mapping[str, tuple[str, ...]] = {
-    "calibrate": _CALIBRATION,
-    "allocate": (*_CALIBRATION, "reduction", "metric", "strategy", "mlp", "rank_step", "plan", "weights_only"),
-    "initialize": (*_CALIBRATION, "weights_only", "compensate"),
-    "finetune": (*_MODEL, *_DATA, *_TRAINING),
-}
 
 
 @dataclass(frozen=True)
@@ -97,35 +76,35 @@ class Artefacts:
 
         Args:
             stage: its name.
-            facts: what it would be made with now, as [`facts_of`] gives them.
+            facts: what decides its result, as [`CompressSettings.facts`] gives it. Where the record has no such fact,
+                an older version wrote it: it is taken for the same.
 
         Raises:
-            InvalidValueError: it was finished with other settings.
+            InvalidValueError: it was finished, or begun, with other settings.
         """
-        before = self._read().get("stages", {}).get(stage)
-        if before is None:
-            return False
-        facts = json.loads(json.dumps(facts))
-        differing = [name for name in facts if before.get(name) != facts[name]]
-        if differing:
-            name = differing[0]
-            raise InvalidValueError(
-                f"{self.folder}: the stage {stage} was done with --{name} {before.get(name)}, and is asked for with "
-                f"{facts[name]}. Give the same, another --output_dir, or --overwrite_output_dir."
-            )
-        return True
+        record = self._read()
+        finished, begun = (record.get(name, {}).get(stage) for name in ("stages", "begun"))
+        before = finished or begun or {}
+        for name, value in json.loads(json.dumps(facts)).items():
+            if before.get(name, value) != value:
+                raise InvalidValueError(
+                    f"{self.folder}: the stage {stage} was {'done' if finished else 'begun'} with --{name} "
+                    f"{before[name]}, and is asked for with {value}. Give the same, another --output_dir, or "
+                    "--overwrite_output_dir."
+                )
+        return finished is not None
 
     def was_done(self, stage: str) -> bool:
         """Whether a stage was finished, with whatever settings."""
         return stage in self._read().get("stages", {})
 
-    def note(self, stage: str, facts: Mapping[str, Any], seed: int) -> None:
+    def begin(self, stage: str, facts: Mapping[str, Any]) -> None:
+        """Write down that a stage has begun, and with which settings it has to go on."""
+        self._write("begun", stage, facts)
+
+    def note(self, stage: str, facts: Mapping[str, Any]) -> None:
         """Write down that a stage is finished."""
-        content = self._read()
-        stages = {**content.get("stages", {}), stage: dict(facts)}
-        write_json_atomic(
-            self.folder / _RECORD, {"format": _FORMAT, "version": _VERSION, "seed": seed, "stages": stages}
-        )
+        self._write("stages", stage, facts)
 
     def clear(self) -> None:
         """Remove what stages made; the folder may hold other files, which stay."""
@@ -134,6 +113,11 @@ class Artefacts:
         files = (self.search_state, self.results, self.sweep_results, self.picture, self.report)
         for path in (*files, self.folder / _RECORD):
             path.unlink(missing_ok=True)
+
+    def _write(self, part: str, stage: str, facts: Mapping[str, Any]) -> None:
+        content = self._read()
+        content |= {"format": _FORMAT, "version": _VERSION, "seed": facts["seed"]}
+        write_json_atomic(self.folder / _RECORD, content | {part: {**content.get(part, {}), stage: dict(facts)}})
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / _RECORD
@@ -146,14 +130,6 @@ class Artefacts:
                 f"{content.get('version')!r}. Give another --output_dir, or --overwrite_output_dir."
             )
         return content
-
-
-def facts_of(settings: CompressSettings, stage: str, seed: int) -> dict[str, Any]:
-    """The settings that decide what a stage makes."""
-    names = _FACTS[stage]
-    if stage == "allocate" and settings.strategy == "search":
-        names = (*names, *_SEARCH)
-    return {name: getattr(settings, name) for name in names} | {"seed": seed}
 
 
 def digest_of(plan: RankPlan) -> str:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ...attention import meta_copy
 from ...errors import ComCATError, InvalidValueError
 from ...training.checkpoints import Progress, remove_checkpoints
+from ...training.flags import values_deciding
 from ...training.interruption import Interruption, stopped_by
 from ...training.randomness import random_states, seeded, set_random_states
 from ..distillation import DistillationLoss, LossParts, OwnBase
@@ -110,8 +111,8 @@ def finetune_model(run: TrainRun) -> TrainResult:
     first = 0
     if run.checkpoint is not None:
         done = Progress.read(run.checkpoint)
-        done.compare(facts, run.checkpoint, MUST)
         first = done.step
+        done.compare(facts, run.checkpoint, MUST if first < run.steps else _all_but_length(settings))
         run.say(f"Going on from {run.checkpoint}.")
     folder = _open_folder(run)
     training = _Training(run, folder, facts, first)
@@ -322,6 +323,11 @@ class _Training:
         }
         config = {name: value for name, value in shown.items() if name not in _SECRETS}
         self.accelerator.init_trackers("comcat-compress", config=config)
+
+
+def _all_but_length(settings: CompressSettings) -> tuple[str, ...]:
+    """What may not differ where nothing is left to train: it would not come to bear."""
+    return tuple(name for name in values_deciding(settings, "finetune") if name != "max_train_steps")
 
 
 def _open_folder(run: TrainRun) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...configs import RankPlan
-from ...errors import CheckpointError, ComCATError
+from ...errors import CheckpointError, ComCATError, InvalidValueError
 from ...training.interruption import Interruption, stopped_by
 from ..allocation import allocate_ranks
 from ..compress import compress
@@ -20,7 +20,7 @@ from ..search import SearchState, search_ranks
 from ..sensitivity import Sensitivities, measure_sensitivities
 from ..statistics import Statistics, collect_statistics
 from ..strategies import MEASURING
-from .artefacts import Artefacts, facts_of, whole_folder
+from .artefacts import Artefacts, digest_of, whole_folder
 from .augmentation import ImagePreparation
 from .data import BrokenImageError, BrokenImages, Split, Splits
 from .models import load_classifier
@@ -99,14 +99,14 @@ class Setting:
         """Whether a stage need not run: finished before with these settings, or left out though its work is there."""
         if stage not in self.settings.stage_names:
             return self.artefacts.was_done(stage)
-        done = self.artefacts.is_done(stage, facts_of(self.settings, stage, self.seed))
+        done = self.artefacts.is_done(stage, self.settings.facts(stage, self.seed))
         if done:
             self.say(f"Stage {stage}: done before.")
         return done
 
     def finish(self, stage: str) -> None:
         """Note that a stage is done; on the main process."""
-        self.artefacts.note(stage, facts_of(self.settings, stage, self.seed), self.seed)
+        self.artefacts.note(stage, self.settings.facts(stage, self.seed))
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
@@ -172,7 +172,15 @@ def allocate(run: Setting, statistics: Statistics | None, interruption: Interrup
             run.finish("allocate")
 
         on_main(run.accelerator, save)
-    return RankPlan.from_pretrained(run.artefacts.folder)
+    found = RankPlan.from_pretrained(run.artefacts.folder)
+    asked = run.settings.plan is not None and "allocate" in run.settings.stage_names
+    # Under the same name there may be another plan now.
+    if asked and digest_of(_given_plan(run.settings)) != digest_of(found):
+        raise InvalidValueError(
+            f"{run.artefacts.folder}: the stage allocate was done with another plan than --plan {run.settings.plan} "
+            "holds now. Give another --output_dir, or --overwrite_output_dir."
+        )
+    return found
 
 
 def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
@@ -231,7 +239,7 @@ def _make_plan(run: Setting, statistics: Statistics | None, interruption: Interr
     settings = run.settings
     if settings.plan is not None:
         run.say(f"Stage allocate: the plan of {settings.plan}.")
-        return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+        return _given_plan(settings)
     run.say(f"Stage allocate: {settings.strategy}, {settings.reduction:.0%} of the {settings.metric}.")
     if settings.strategy == "search":
         return _search(run, statistics, interruption)
@@ -248,6 +256,10 @@ def _make_plan(run: Setting, statistics: Statistics | None, interruption: Interr
     return made[0]
 
 
+def _given_plan(settings: CompressSettings) -> RankPlan:
+    return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+
+
 def _search(run: Setting, statistics: Statistics | None, interruption: Interruption) -> RankPlan:
     settings, accelerator = run.settings, run.accelerator
     if run.splits.search is None:
@@ -261,6 +273,8 @@ def _search(run: Setting, statistics: Statistics | None, interruption: Interrupt
     )
     path = run.artefacts.search_state
     state = SearchState.load(path) if path.is_file() else SearchState()
+    # With other settings its state is not gone on from.
+    on_main(accelerator, lambda: run.artefacts.begin("allocate", settings.facts("allocate", run.seed)))
     teacher = load_classifier(settings.teacher, "--teacher", token=settings.token) if settings.teacher else run.dense
     taught = settings.distillation_type != "none"
     kind = settings.distillation_type if taught else "soft"

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ...errors import ComCATError
 from ...training.checkpoints import Progress, find_checkpoint, remove_checkpoints
+from ...training.flags import values_deciding
 from ...training.interruption import Interruption, stopped_by
 from ...training.randomness import choose_seed, seeded
 from .checkpoints import MUST, restore, save_checkpoint
@@ -108,7 +109,11 @@ def customize(
     prepared = PreparedRun(settings, accelerator, pipeline, family, parts, images, classes, seed, checkpoint, done)
     loss, plan = _make_loss(prepared), prepared.plan()
     if done is not None:
-        done.compare(prepared.facts(plan.steps), checkpoint, MUST)
+        must = MUST
+        if plan.first_step >= plan.steps:
+            # Nothing is left to train, so that no other setting would come to bear.
+            must = tuple(name for name in values_deciding(settings, "training") if name != "max_train_steps")
+        done.compare(prepared.facts(plan.steps), checkpoint, must)
         say(f"Going on from {checkpoint}.")
     say(plan.describe())
     if settings.dry_run:

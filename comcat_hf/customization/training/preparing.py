@@ -18,6 +18,7 @@ from torch import nn
 
 from ...errors import InvalidValueError
 from ...training.checkpoints import Progress
+from ...training.flags import values_deciding
 from ...training.interruption import Interruption
 from .data import Example, class_examples, digest
 from .families import PipelineFamily, load_pipeline
@@ -41,30 +42,6 @@ __all__ = [
 
 DTYPES = {"fp32": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
-# Settings that an exact continuation shares with what it continues.
-_FACTS = (
-    "pretrained_model_name_or_path",
-    "revision",
-    "qk_rank",
-    "vo_rank",
-    "core",
-    "train_text_encoder",
-    "resolution",
-    "center_crop",
-    "random_flip",
-    "with_prior_preservation",
-    "prior_loss_weight",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "cache_latents",
-    "snr_gamma",
-    "learning_rate",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "use_8bit_adam",
-    "max_grad_norm",
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +82,10 @@ class PreparedRun:
 
     def facts(self, steps: int) -> dict[str, Any]:
         """What a continuation must share with this training to be exact."""
-        return {name: getattr(self.settings, name) for name in _FACTS} | {
+        facts = values_deciding(self.settings, "training")
+        # It counts in the number of steps.
+        del facts["num_train_epochs"]
+        return facts | {
             "seed": self.seed,
             "max_train_steps": steps,
             "num_processes": self.accelerator.num_processes,

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -245,9 +248,46 @@ class TestStages:
         with pytest.raises(CheckpointError, match=r"expected a rank plan of an earlier run.*Add allocate to --stages"):
             run(base, tmp_path / "out", stages="finetune")
 
-    def test_other_settings_are_not_mixed(self, base, whole):
-        with pytest.raises(InvalidValueError, match=r"the stage allocate was done with --reduction 0\.4"):
-            run(base, whole[0], reduction=0.3)
+    @pytest.mark.parametrize(
+        ("stage", "changes"),
+        [
+            ("allocate", {"reduction": 0.3}),
+            ("calibrate", {"calibration_batch_size": 8}),
+            ("initialize", {"compensate": False}),
+            ("finetune", {"label_smoothing": 0.1}),
+            ("finetune", {"mixup_alpha": 0.8}),
+            ("finetune", {"warmup_steps": 2}),
+            ("finetune", {"adam_beta1": 0.8}),
+            ("finetune", {"max_grad_norm": 2.0, "resume_from_checkpoint": "latest"}),
+        ],
+    )
+    def test_other_settings_are_not_mixed(self, base, whole, stage, changes):
+        name = next(iter(changes))
+        asked = re.escape(f"asked for with {changes[name]}")
+        with pytest.raises(InvalidValueError, match=rf"the stage {stage} was done with --{name} .* {asked}"):
+            run(base, whole[0], **changes)
+
+    def test_a_plan_that_was_edited_is_not_the_one_that_was_used(self, base, whole, tmp_path):
+        given = {"reduction": None, "plan": str(tmp_path), "stages": "allocate,initialize"}
+        plan = whole[1].plan.plan
+        plan.save_pretrained(tmp_path)
+        run(base, tmp_path / "out", **given)
+        replace(plan, ranks=dict(list(plan.ranks.items())[1:])).save_pretrained(tmp_path)
+        with pytest.raises(InvalidValueError, match="was done with another plan than --plan"):
+            run(base, tmp_path / "out", **given)
+
+    def test_nothing_is_left_to_train_with_other_settings(self, base, whole, tmp_path):
+        """As after SIGKILL between the last checkpoint and the model."""
+        shutil.copytree(whole[0], tmp_path / "out")
+        record = tmp_path / "out" / "comcat_stages.json"
+        content = json.loads(record.read_text())
+        del content["stages"]["finetune"]
+        record.write_text(json.dumps(content))
+        resumed = {"resume_from_checkpoint": "latest"}
+        with pytest.raises(InvalidValueError, match="expected a training with --warmup_steps 2, found one with 0"):
+            run(base, tmp_path / "out", warmup_steps=2, **resumed)
+        run(base, tmp_path / "out", **resumed)
+        assert same(tmp_path / "out", whole[0])
 
     def test_a_plan_that_is_given(self, base, whole, tmp_path):
         result = run(base, tmp_path / "out", reduction=None, plan=str(whole[0]), stages="allocate,initialize,export")
@@ -275,10 +315,15 @@ class TestSearch:
         assert (tmp_path / "cut" / "search_state.pt").is_file()
         assert not (tmp_path / "cut" / "initial").exists()
         monkeypatch.undo()
+        with pytest.raises(InvalidValueError, match=r"begun with --distillation_alpha 0\.5, .* 0\.9"):
+            run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH, distillation_alpha=0.9)
         resumed = run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH)
         assert resumed.plan.plan.ranks == whole.plan.plan.ranks
         assert resumed.plan.plan.strategy == "search"
         assert same(tmp_path / "cut" / "initial", tmp_path / "whole" / "initial")
+        for name, value in {"distillation_type": "hard", "search_share": 0.5}.items():
+            with pytest.raises(InvalidValueError, match=f"was done with --{name} "):
+                run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH | {name: value})
 
     def test_of_a_stream_is_refused(self, base, tmp_path):
         with pytest.raises(CheckpointError, match="cannot be split"):
