@@ -206,9 +206,13 @@ class CompressSettings:
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """The stages asked for, in their order."""
-        asked = [name.strip() for name in self.stages.split(",") if name.strip()]
+        """The stages that are run, in their order: those asked for, without an upload that is switched off."""
+        asked = [name for name in self._asked_stages if name != "push" or self.push_to_hub]
         return tuple(name for name in STAGES if name in asked)
+
+    @property
+    def _asked_stages(self) -> list[str]:
+        return [name.strip() for name in self.stages.split(",") if name.strip()]
 
     @property
     def sweep_reductions(self) -> tuple[float, ...]:
@@ -266,9 +270,10 @@ class CompressSettings:
         check_flags(self)
         if not self.model_name_or_path:
             raise InvalidValueError("--model_name_or_path is needed, got none. Give the dense image classifier.")
-        unknown = [name.strip() for name in self.stages.split(",") if name.strip() and name.strip() not in STAGES]
-        if unknown or not self.stage_names:
+        if not self._asked_stages or not set(self._asked_stages) <= set(STAGES):
             raise InvalidValueError(f"--stages must be among {', '.join(STAGES)}, got {self.stages!r}.")
+        if not self.stage_names:
+            raise InvalidValueError(f"--stages {self.stages} needs --push_to_hub True, got False. Give both.")
         if (self.reduction is None) == (self.plan is None) and "allocate" in self.stage_names:
             found = "neither" if self.plan is None else "both"
             raise InvalidValueError(f"Give one of --reduction and --plan, got {found}.")
