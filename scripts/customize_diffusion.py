@@ -31,11 +31,9 @@ def main(arguments: list[str]) -> int:
         say(f"error: {error}")
         return 2
     if result.interrupted is not None:
+        done = f" after step {result.step} of {result.plan.steps}" if result.plan else ""
         place = f" and saved in {result.checkpoint}" if result.checkpoint else ""
-        say(
-            f"Stopped by {result.interrupted} after step {result.step} of {result.plan.steps}{place}. "
-            "Go on with --resume_from_checkpoint latest."
-        )
+        say(f"Stopped by {result.interrupted}{done}{place}. Go on with --resume_from_checkpoint latest.")
     elif not result.plan.settings.dry_run:
         say(f"The adapter is in {result.output_dir}" + (f", and at {result.commit}" if result.commit else "") + ".")
     return 0

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ...errors import CheckpointError, InvalidValueError
 from ...transport import read_json, write_json_atomic
 
 
-__all__ = ["Artefacts", "check_writable", "digest_of", "whole_folder"]
+__all__ = ["Artefacts", "digest_of", "whole_folder"]
 
 _RECORD = "comcat_stages.json"
 _FORMAT, _VERSION = "comcat_stages", 1
@@ -136,23 +135,6 @@ def digest_of(plan: RankPlan) -> str:
     """A short name of what a plan says."""
     content = json.dumps({name: plan.ranks[name] for name in sorted(plan.ranks)}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder, and see that files can be written there.
-
-    Raises:
-        InvalidValueError: they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InvalidValueError(
-            f"--output_dir {folder}: expected a folder that can be written to, found one that cannot ({error}). "
-            "Give another, or change its permissions."
-        ) from error
 
 
 @contextmanager

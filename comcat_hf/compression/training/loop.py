@@ -18,7 +18,7 @@ from ...attention import meta_copy
 from ...errors import ComCATError, InvalidValueError
 from ...training.checkpoints import Progress, remove_checkpoints
 from ...training.flags import values_deciding
-from ...training.interruption import Interruption, stopped_by
+from ...training.interruption import Interrupted, Interruption, stopped_by
 from ...training.randomness import random_states, seeded, set_random_states
 from ..distillation import DistillationLoss, LossParts, OwnBase
 from .checkpoints import MUST, Trained, check_finite, facts_of_training, is_sharded, restore, save_checkpoint
@@ -208,10 +208,16 @@ class _Training:
         signal = None if last else self._signal()
         interval = self.intervals["checkpointing_steps"]
         # The last one: what comes behind the training may fail as well.
-        if signal is not None or (interval is not None and (last or self.step % interval == 0)):
+        due = interval is not None and (last or self.step % interval == 0)
+        if signal is not None or due:
             self.save()
         if signal is None and self._evaluation_is_due():
-            self.evaluate()
+            try:
+                self.evaluate()
+            except Interrupted as stopped:
+                signal = str(stopped)
+                if not due:
+                    self.save()
         return signal
 
     def save(self) -> None:
@@ -225,15 +231,21 @@ class _Training:
         self.meter.restart_clock()
 
     def evaluate(self) -> None:
-        """Measure the model, with the averages in the place of its weights; draws nothing that training would draw."""
+        """Measure the model, with the averages in the place of its weights; draws nothing that training would draw.
+
+        Raises:
+            Interrupted: a signal came; the training is as it was before.
+        """
         device = self.accelerator.device
         drawn = random_states(device)
         self.model.eval()
-        with nullcontext() if self.average is None else self.average.applied():
-            model = self.model if is_sharded(self.accelerator) else self.student
-            found = {f"eval_{name}": value for name, value in self.run.evaluate(model).items()}
-        set_random_states(drawn, device)
-        self.model.train()
+        try:
+            with nullcontext() if self.average is None else self.average.applied():
+                model = self.model if is_sharded(self.accelerator) else self.student
+                found = {f"eval_{name}": value for name, value in self.run.evaluate(model).items()}
+        finally:
+            set_random_states(drawn, device)
+            self.model.train()
         self.log.write(step=self.step, epoch=self._epoch(), **found)
         self.accelerator.log(found, step=self.step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
