@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 
+from launched import say_error
+
 from comcat_hf.customization.training.loop import customize
 from comcat_hf.customization.training.settings import parse_customize_settings
 from comcat_hf.errors import ComCATError
@@ -28,7 +30,8 @@ def main(arguments: list[str]) -> int:
     try:
         result = customize(parse_customize_settings(arguments), report=say)
     except ComCATError as error:
-        say(f"error: {error}")
+        if main_process:
+            say_error(error)
         return 2
     if result.interrupted is not None:
         done = f" after step {result.step} of {result.plan.steps}" if result.plan else ""

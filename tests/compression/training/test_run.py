@@ -516,12 +516,17 @@ class TestScript:
             assert results[0][name]["samples"] == results[1][name]["samples"] == 48
             assert results[0][name]["top1"] == results[1][name]["top1"]
 
-    def test_user_errors_are_one_line(self, base, tmp_path):
-        arguments = command(base, tmp_path / "out", reduction=0.99)[5:]
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert "error: " in done.stderr
-        assert "Traceback" not in done.stderr
+    @pytest.mark.parametrize("processes", [None, 1, 2])
+    def test_a_user_error_is_the_last_line(self, base, tmp_path, processes):
+        """In a script of its own, and behind what the launcher of one or two processes has to say."""
+        arguments = command(base, tmp_path / "out", reduction=1.0, processes=processes or 1)
+        if processes is None:
+            arguments = [sys.executable, *arguments[5:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == (2 if processes is None else 1)
+        *before, last = done.stderr.splitlines()
+        assert last == "error: --reduction must be a number from 0 to below 1, got 1.0."
+        assert ("Traceback" in done.stderr) == (processes is not None) == (last in before)
 
 
 def _without(record: Path, stage: str) -> str:
