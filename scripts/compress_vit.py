@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 
+from launched import say_error
+
 from comcat_hf.compression.training.run import compress_vit
 from comcat_hf.compression.training.settings import parse_compress_settings
 from comcat_hf.errors import ComCATError
@@ -28,7 +30,8 @@ def main(arguments: list[str]) -> int:
     try:
         result = compress_vit(parse_compress_settings(arguments), report=say)
     except ComCATError as error:
-        say(f"error: {error}")
+        if main_process:
+            say_error(error)
         return 2
     if result.interrupted is not None:
         place = f" and saved in {result.checkpoint}" if result.checkpoint else ""

@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 
+from launched import say_error
+
 from comcat_hf.customization.training.loop import customize
 from comcat_hf.customization.training.settings import parse_customize_settings
 from comcat_hf.errors import ComCATError
@@ -28,14 +30,13 @@ def main(arguments: list[str]) -> int:
     try:
         result = customize(parse_customize_settings(arguments), report=say)
     except ComCATError as error:
-        say(f"error: {error}")
+        if main_process:
+            say_error(error)
         return 2
     if result.interrupted is not None:
+        done = f" after step {result.step} of {result.plan.steps}" if result.plan else ""
         place = f" and saved in {result.checkpoint}" if result.checkpoint else ""
-        say(
-            f"Stopped by {result.interrupted} after step {result.step} of {result.plan.steps}{place}. "
-            "Go on with --resume_from_checkpoint latest."
-        )
+        say(f"Stopped by {result.interrupted}{done}{place}. Go on with --resume_from_checkpoint latest.")
     elif not result.plan.settings.dry_run:
         say(f"The adapter is in {result.output_dir}" + (f", and at {result.commit}" if result.commit else "") + ".")
     return 0

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 
+from launched import say_error
 from transformers.utils import logging as of_transformers
 
 from comcat_hf.compression.training.evaluation_report import evaluate_models, parse_evaluate_settings
@@ -30,7 +31,8 @@ def main(arguments: list[str]) -> int:
     try:
         result = evaluate_models(parse_evaluate_settings(arguments), report=say)
     except ComCATError as error:
-        say(f"error: {error}")
+        if main_process:
+            say_error(error)
         return 2
     if main_process:
         print(result.describe())

@@ -4,14 +4,11 @@ import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests run side by side, and what a process computes is compared to the bit with what a launched one does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-
-
-# Under xdist the processes share the cores: one thread each is faster than all of them in each.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -89,14 +89,14 @@ class Progress:
         """Say in what a continuation differs from what was interrupted.
 
         Args:
-            facts: of the continuation.
+            facts: of the continuation; those that an older version did not write down are taken for the same.
             checkpoint: where this progress was read.
             must: names of facts that may not differ; they are names of flags. Others are warned of.
 
         Raises:
             InvalidValueError: one of `must` differs.
         """
-        differing = {name: value for name, value in facts.items() if self.facts.get(name) != value}
+        differing = {name: value for name, value in facts.items() if self.facts.get(name, value) != value}
         for name in must:
             if name in differing:
                 raise InvalidValueError(

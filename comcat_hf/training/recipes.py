@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from ..checks import shown
 from ..errors import InvalidValueError
 from ..transport import without_secrets
+from .flags import FLAG
 
 
 __all__ = ["parse_settings", "recipe_names"]
@@ -80,6 +81,10 @@ def recipe_names(kind: str) -> tuple[str, ...]:
 
 class _Parser(HfArgumentParser):
     """Raises where argparse would print and exit."""
+
+    def add_argument(self, *names: str, **how: Any) -> Any:
+        how.pop(FLAG, None)
+        return super().add_argument(*names, **how)
 
     def error(self, message: str) -> NoReturn:
         message = without_secrets(message)

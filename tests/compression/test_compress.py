@@ -1,6 +1,7 @@
 """One call from a dense model to a compressed one."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -51,6 +52,28 @@ def test_the_input_is_left_as_it_was():
     assert "save_pretrained" not in vars(model)
     assert gradients == [p.requires_grad for p in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(outputs(model, inputs), before, strict=True))
+
+
+@pytest.mark.parametrize("passes", [3, 60, 400, 900, 1300])
+def test_ctrl_c_leaves_the_model_as_it_was(passes):
+    """In the statistics, the sensitivities and the compensation."""
+    model, inputs = small_vit()
+    state, classes = state_of(model), classes_of(model)
+    kept = [(module.training, len(module._forward_hooks), "forward" in vars(module)) for module in model.modules()]
+    left = itertools.count(-passes)
+
+    def stop(module, args):
+        if next(left) == 0:
+            raise KeyboardInterrupt
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, 0.4, batches=[inputs] * 2)
+    finally:
+        hook.remove()
+    assert_unchanged(model, state, classes)
+    assert kept == [(m.training, len(m._forward_hooks), "forward" in vars(m)) for m in model.modules()]
 
 
 def test_the_result_is_of_the_same_class_and_smaller():

@@ -26,6 +26,7 @@ from comcat_hf.customization.training.sampling import generate
 from comcat_hf.customization.training.settings import CustomizeSettings, parse_customize_settings
 from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModuleError
 from comcat_hf.plots import plot_image_grid
+from comcat_hf.training.locks import locked
 from comcat_hf.training.randomness import choose_seed, seeded
 from comcat_hf.training.recipes import recipe_names
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
@@ -304,6 +305,70 @@ def test_sigterm_saves_and_the_rest_gives_the_same_bits(bases, tmp_path):
     assert result.plan.first_step == saved[-1]
     customize(settings(bases, whole, **given))
     assert same(stopped, whole)
+
+
+class _Signal:
+    """Sends a signal to this process at some forward pass of a kind of module."""
+
+    def __init__(self, kind, passes, number):
+        self.kind, self.passes, self.number, self.after = kind, passes, number, 0
+
+    def __call__(self, module, inputs):
+        if type(module).__name__ == self.kind:
+            self.passes -= 1
+            self.after += self.passes < 0
+            if self.passes == 0:
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_whatever_is_done_and_what_is_done_is_kept(bases, tmp_path, number):
+    given = PRIOR | {"class_data_dir": str(tmp_path / "class"), "sample_batch_size": 1, "cache_latents": True}
+    given |= {"max_train_steps": 3, "validation_prompt": "sks", "num_validation_images": 2}
+    customize(settings(bases, tmp_path / "whole", **given))
+    shutil.rmtree(tmp_path / "class")
+    out = tmp_path / "out"
+    given |= {"resume_from_checkpoint": "latest", "validation_steps": 1}
+    # In the class images (this one is finished), the latents, the validation of step 1 and of step 3, the last.
+    for kind, passes, after, images, step in (
+        ("UNet2DConditionModel", 1, 2, 1, 0),
+        ("Encoder", 2, 0, 3, 0),
+        ("UNet2DConditionModel", 4, 0, 3, 1),
+        ("UNet2DConditionModel", 8, 0, 3, 3),
+    ):
+        sent = _Signal(kind, passes, number)
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(sent)
+        try:
+            changes = {"validation_steps": 100} if step == 3 else {}
+            result = customize(settings(bases, out, **given | changes))
+        finally:
+            hook.remove()
+        assert (kind, result.interrupted, result.step, sent.after) == (kind, number.name, step, after)
+        assert len(list((tmp_path / "class").iterdir())) == images
+        assert result.checkpoint == (out / f"checkpoint-{step}" if step else None)
+        assert out.exists() == (step > 0) and not list(tmp_path.rglob(".*"))
+    assert customize(settings(bases, out, **given)).step == 3
+    assert same(out, tmp_path / "whole")
+
+
+def test_two_runs_in_one_folder(bases, tmp_path):
+    given = PRIOR | {"class_data_dir": str(tmp_path / "class")}
+    for folder, flag in ((tmp_path / "out", "output_dir"), (tmp_path / "class", "class_data_dir")):
+        with locked(folder, flag):
+            before = everything_in(tmp_path)
+            with pytest.raises(InvalidValueError, match=rf"--{flag} .* no other run .* process {os.getpid()} on "):
+                customize(settings(bases, tmp_path / "out", **given, overwrite_output_dir=True))
+            assert everything_in(tmp_path) == before
+    assert everything_in(tmp_path) == []
+
+
+def test_nothing_is_left_to_train_with_other_settings(bases, tmp_path):
+    given = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    customize(settings(bases, tmp_path, **given))
+    for changes in ({"adam_beta1": 0.5}, {"lr_power": 2.0}, {"snr_gamma": 5.0}):
+        (name, value), *_ = changes.items()
+        with pytest.raises(InvalidValueError, match=f"expected a training with --{name} {value}, found one with"):
+            customize(settings(bases, tmp_path, **given | changes))
 
 
 def test_checkpoints_hold_adapters_only_and_old_ones_go(bases, tmp_path):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,38 +14,14 @@ from ...checks import Kind, make_document, mapping_of, open_document, whole
 from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ...transport import read_json, write_json_atomic
-from .settings import CompressSettings
 
 
-__all__ = ["Artefacts", "check_writable", "digest_of", "facts_of", "whole_folder"]
+__all__ = ["Artefacts", "digest_of", "whole_folder"]
 
 _RECORD = "comcat_stages.json"
 _FORMAT, _VERSION = "comcat_stages", 1
-_FIELDS = {
-    "seed": whole(),
-    "stages": mapping_of(Kind("the settings of a stage", lambda facts: isinstance(facts, Mapping))),
-}
-
-_MODEL = ("model_name_or_path", "model_revision")
-_DATA = (
-    *("dataset_name", "dataset_config_name", "train_file", "train_dir", "train_split_name", "image_column_name"),
-    *("label_column_name", "streaming", "max_train_samples"),
-)
-_SEARCH = ("search_epochs", "search_share", "search_batch_size", "search_learning_rate", "search_beta", "teacher")
-_WHERE = ("scope", "target_modules", "exclude_modules")
-_CALIBRATION = (*_MODEL, *_DATA, "calibration_samples", "calibration_batch_size", *_WHERE)
-_TRAINING = (
-    *("route", "modules_to_save", "num_train_epochs", "max_train_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "learning_rate", "scale_lr", "min_learning_rate", "weight_decay", "ema_decay"),
-    *("teacher", "distillation_type", "distillation_alpha", "distillation_temperature", "alignment"),
-)
-# Settings that decide what a stage makes; a stage whose settings changed is not reused.
-_FACTS: Mapping[str, tuple[str, ...]] = {
-    "calibrate": _CALIBRATION,
-    "allocate": (*_CALIBRATION, "reduction", "metric", "strategy", "mlp", "rank_step", "plan", "weights_only"),
-    "initialize": (*_CALIBRATION, "weights_only", "compensate"),
-    "finetune": (*_MODEL, *_DATA, *_TRAINING),
-}
+_STAGES = mapping_of(Kind("the settings of a stage", lambda facts: isinstance(facts, Mapping)))
+_FIELDS = {"seed": whole(), "stages": _STAGES, "begun": _STAGES}
 
 
 @dataclass(frozen=True)
@@ -103,34 +78,35 @@ class Artefacts:
 
         Args:
             stage: its name.
-            facts: what it would be made with now, as [`facts_of`] gives them.
+            facts: what decides its result, as [`CompressSettings.facts`] gives it. Where the record has no such fact,
+                an older version wrote it: it is taken for the same.
 
         Raises:
-            InvalidValueError: it was finished with other settings.
+            InvalidValueError: it was finished, or begun, with other settings.
         """
-        before = self._read().get("stages", {}).get(stage)
-        if before is None:
-            return False
-        facts = json.loads(json.dumps(facts))
-        differing = [name for name in facts if before.get(name) != facts[name]]
-        if differing:
-            name = differing[0]
-            raise InvalidValueError(
-                f"{self.folder}: the stage {stage} was done with --{name} {before.get(name)}, and is asked for with "
-                f"{facts[name]}. Give the same, another --output_dir, or --overwrite_output_dir."
-            )
-        return True
+        record = self._read()
+        finished, begun = (record.get(name, {}).get(stage) for name in ("stages", "begun"))
+        before = finished or begun or {}
+        for name, value in json.loads(json.dumps(facts)).items():
+            if before.get(name, value) != value:
+                raise InvalidValueError(
+                    f"{self.folder}: the stage {stage} was {'done' if finished else 'begun'} with --{name} "
+                    f"{before[name]}, and is asked for with {value}. Give the same, another --output_dir, or "
+                    "--overwrite_output_dir."
+                )
+        return finished is not None
 
     def was_done(self, stage: str) -> bool:
         """Whether a stage was finished, with whatever settings."""
         return stage in self._read().get("stages", {})
 
-    def note(self, stage: str, facts: Mapping[str, Any], seed: int) -> None:
+    def begin(self, stage: str, facts: Mapping[str, Any]) -> None:
+        """Write down that a stage has begun, and with which settings it has to go on."""
+        self._write("begun", stage, facts)
+
+    def note(self, stage: str, facts: Mapping[str, Any]) -> None:
         """Write down that a stage is finished."""
-        content = self._read()
-        stages = {**content.get("stages", {}), stage: dict(facts)}
-        record = make_document(_FORMAT, _VERSION, {"seed": seed, "stages": stages})
-        write_json_atomic(self.folder / _RECORD, record)
+        self._write("stages", stage, facts)
 
     def clear(self) -> None:
         """Remove what stages made; the folder may hold other files, which stay."""
@@ -140,43 +116,24 @@ class Artefacts:
         for path in (*files, self.folder / _RECORD):
             path.unlink(missing_ok=True)
 
+    def _write(self, part: str, stage: str, facts: Mapping[str, Any]) -> None:
+        content = self._read() | {"seed": facts["seed"]}
+        content |= {part: {**content.get(part, {}), stage: dict(facts)}}
+        write_json_atomic(self.folder / _RECORD, make_document(_FORMAT, _VERSION, content))
+
     def _read(self) -> dict[str, Any]:
         path = self.folder / _RECORD
         if not path.is_file():
             return {}
         fix = "Give another --output_dir, or --overwrite_output_dir."
-        return open_document(read_json(path), _FORMAT, _VERSION, _FIELDS, str(path), fix=fix)
-
-
-def facts_of(settings: CompressSettings, stage: str, seed: int) -> dict[str, Any]:
-    """The settings that decide what a stage makes."""
-    names = _FACTS[stage]
-    if stage == "allocate" and settings.strategy == "search":
-        names = (*names, *_SEARCH)
-    return {name: getattr(settings, name) for name in names} | {"seed": seed}
+        required = ("seed",)
+        return open_document(read_json(path), _FORMAT, _VERSION, _FIELDS, str(path), required=required, fix=fix)
 
 
 def digest_of(plan: RankPlan) -> str:
     """A short name of what a plan says."""
     content = json.dumps({name: plan.ranks[name] for name in sorted(plan.ranks)}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder, and see that files can be written there.
-
-    Raises:
-        InvalidValueError: they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InvalidValueError(
-            f"--output_dir {folder}: expected a folder that can be written to, found one that cannot ({error}). "
-            "Give another, or change its permissions."
-        ) from error
 
 
 @contextmanager

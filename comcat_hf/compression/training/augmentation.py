@@ -149,8 +149,9 @@ class Mixing:
     """Mixup, CutMix and label smoothing of a batch.
 
     The partner of an image is the one as far from the batch's end as it is from its start; the share is drawn once
-    per batch. kornia's mixing draws shares evenly, not from the beta distribution that the recipes of these models
-    name, so this is plain torch.
+    per batch. The batch is that of one process: with other sizes and numbers of processes others are mixed. kornia's
+    mixing draws shares evenly, not from the beta distribution that the recipes of these models name, so this is plain
+    torch.
 
     Attributes:
         classes: how many there are.

@@ -23,6 +23,7 @@ from ...training.checkpoints import (
     restore_states,
     write_states,
 )
+from ...training.flags import fixed_flags
 from ...transport import write_bytes_atomic
 from .logs import cannot_write
 from .settings import CompressSettings
@@ -41,21 +42,7 @@ __all__ = [
 
 WEIGHTS = "student.safetensors"
 # What no continuation may change: what is trained, and what is kept beside it.
-MUST = ("model_name_or_path", "plan", "route", "modules_to_save", "ema_decay")
-# Settings that an exact continuation shares with what it continues.
-_FACTS = (
-    *("model_name_or_path", "model_revision", "teacher", "route", "modules_to_save", "ema_decay"),
-    *("dataset_name", "dataset_config_name", "train_file", "train_dir", "train_split_name", "image_column_name"),
-    *("label_column_name", "streaming", "max_train_samples"),
-    *("random_resized_crop_scale", "horizontal_flip", "color_jitter", "rand_augment_num_ops"),
-    *("rand_augment_magnitude", "random_erasing", "mixup_alpha", "cutmix_alpha", "mixup_prob", "mixup_switch_prob"),
-    *("label_smoothing", "repeated_augmentation"),
-    *("distillation_type", "distillation_alpha", "distillation_temperature", "distillation_without_token"),
-    *("alignment", "alignment_blocks"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate"),
-    *("scale_lr", "min_learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "torch_compile"),
-)
+MUST = (*fixed_flags(CompressSettings), "plan")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -71,9 +58,11 @@ def facts_of_training(
         plan: digest of the rank plan.
         steps: of the whole training.
     """
-    return {name: getattr(settings, name) for name in _FACTS} | {
+    facts = settings.facts("finetune", seed)
+    # It counts in the number of steps.
+    del facts["num_train_epochs"]
+    return facts | {
         "plan": plan,
-        "seed": seed,
         "max_train_steps": steps,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,

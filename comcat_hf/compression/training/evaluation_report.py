@@ -5,7 +5,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ...cards import shown_base
 from ...errors import InvalidValueError, UnsupportedModuleError
+from ...training.flags import NOTHING, flag
 from ...training.recipes import parse_settings
 from ...transport import write_json_atomic
 from ..counting import count_macs, count_parameters, example_inputs
@@ -35,8 +37,7 @@ _FEWEST, _MOST = 3, 100
 _MODEL, _DENSE = "model", "dense"
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+_flag = partial(flag, decides=NOTHING)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from ...attention import meta_copy
 from ...errors import ComCATError, InvalidValueError
 from ...training.checkpoints import Progress, remove_checkpoints
-from ...training.interruption import Interruption, stopped_by
+from ...training.flags import values_deciding
+from ...training.interruption import Interrupted, Interruption, stopped_by
 from ...training.randomness import random_states, seeded, set_random_states
 from ..distillation import DistillationLoss, LossParts, OwnBase
 from .checkpoints import MUST, Trained, check_finite, facts_of_training, is_sharded, restore, save_checkpoint
@@ -110,8 +111,8 @@ def finetune_model(run: TrainRun) -> TrainResult:
     first = 0
     if run.checkpoint is not None:
         done = Progress.read(run.checkpoint)
-        done.compare(facts, run.checkpoint, MUST)
         first = done.step
+        done.compare(facts, run.checkpoint, MUST if first < run.steps else _all_but_length(settings))
         run.say(f"Going on from {run.checkpoint}.")
     folder = _open_folder(run)
     training = _Training(run, folder, facts, first)
@@ -207,10 +208,16 @@ class _Training:
         signal = None if last else self._signal()
         interval = self.intervals["checkpointing_steps"]
         # The last one: what comes behind the training may fail as well.
-        if signal is not None or (interval is not None and (last or self.step % interval == 0)):
+        due = interval is not None and (last or self.step % interval == 0)
+        if signal is not None or due:
             self.save()
         if signal is None and self._evaluation_is_due():
-            self.evaluate()
+            try:
+                self.evaluate()
+            except Interrupted as stopped:
+                signal = str(stopped)
+                if not due:
+                    self.save()
         return signal
 
     def save(self) -> None:
@@ -224,15 +231,21 @@ class _Training:
         self.meter.restart_clock()
 
     def evaluate(self) -> None:
-        """Measure the model, with the averages in the place of its weights; draws nothing that training would draw."""
+        """Measure the model, with the averages in the place of its weights; draws nothing that training would draw.
+
+        Raises:
+            Interrupted: a signal came; the training is as it was before.
+        """
         device = self.accelerator.device
         drawn = random_states(device)
         self.model.eval()
-        with nullcontext() if self.average is None else self.average.applied():
-            model = self.model if is_sharded(self.accelerator) else self.student
-            found = {f"eval_{name}": value for name, value in self.run.evaluate(model).items()}
-        set_random_states(drawn, device)
-        self.model.train()
+        try:
+            with nullcontext() if self.average is None else self.average.applied():
+                model = self.model if is_sharded(self.accelerator) else self.student
+                found = {f"eval_{name}": value for name, value in self.run.evaluate(model).items()}
+        finally:
+            set_random_states(drawn, device)
+            self.model.train()
         self.log.write(step=self.step, epoch=self._epoch(), **found)
         self.accelerator.log(found, step=self.step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
@@ -322,6 +335,11 @@ class _Training:
         }
         config = {name: value for name, value in shown.items() if name not in _SECRETS}
         self.accelerator.init_trackers("comcat-compress", config=config)
+
+
+def _all_but_length(settings: CompressSettings) -> tuple[str, ...]:
+    """What may not differ where nothing is left to train: it would not come to bear."""
+    return tuple(name for name in values_deciding(settings, "finetune") if name != "max_train_steps")
 
 
 def _open_folder(run: TrainRun) -> Path:

@@ -1,6 +1,8 @@
 """A compression run: from settings to a folder with a small model."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -15,11 +17,12 @@ from torch import nn
 from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ...training.checkpoints import Progress, find_checkpoint, remove_checkpoints
-from ...training.interruption import Interruption
+from ...training.interruption import Interrupted, Interruption, on_main, until_stopped
+from ...training.locks import locked
 from ...training.randomness import choose_seed
 from ...training.trackers import tracker_of
 from ..statistics import Statistics
-from .artefacts import Artefacts, check_writable, digest_of
+from .artefacts import Artefacts, digest_of
 from .augmentation import ImagePreparation, Mixing
 from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
@@ -30,12 +33,14 @@ from .planning import CompressPlan, Steps, describe_run, plan_steps
 from .reporting import draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
-from .stages import Interrupted, Setting, allocate, calibrate, initialize, on_main
+from .stages import Setting, allocate, calibrate, initialize
 from .stream import batches_per_epoch, evaluation_batches, train_batches
 from .sweep import SweepPoint, measure_sweep
 
 
 __all__ = ["CompressResult", "compress_vit"]
+
+logger = logging.getLogger(__name__)
 
 # One process may measure sensitivities for hours while the others wait.
 _PATIENCE = timedelta(hours=24)
@@ -47,7 +52,7 @@ class CompressResult:
 
     Attributes:
         output_dir: holds the small model, if the run ended.
-        plan: what was to be done.
+        plan: what was to be done; `None` where a signal came before that was known.
         metrics: of `"dense"`, `"initial"` (before fine-tuning) and `"final"`: top1, top5, loss, samples, broken.
         step: optimizer steps that are done.
         interrupted: the signal that ended it early, or `None`.
@@ -57,7 +62,7 @@ class CompressResult:
     """
 
     output_dir: Path
-    plan: CompressPlan
+    plan: CompressPlan | None = None
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     step: int = 0
     interrupted: str | None = None
@@ -75,8 +80,9 @@ def compress_vit(
     """Compress an image classifier: statistics, ranks, factors, fine-tuning, evaluation, export.
 
     Every stage is done once; a run that is started again in the same folder goes on where it was. SIGTERM, or the
-    first Ctrl-C, ends the search and the fine-tuning with their state saved. A run that was interrupted and resumed
-    with the same settings ends with the same model as one that was not: on a CPU to the bit.
+    first Ctrl-C, ends the run: what was finished is kept, and the state of the search and of the fine-tuning saved. A
+    run that was interrupted and resumed with the same settings ends with the same model as one that was not: on a CPU
+    to the bit.
 
     Args:
         settings: what and how.
@@ -87,67 +93,117 @@ def compress_vit(
         what became of it; after a dry run only the plan is filled in.
 
     Raises:
-        InvalidValueError: settings or data that cannot be used.
+        InvalidValueError: settings or data that cannot be used, a folder that another run writes to.
         CheckpointError: a model, a plan or a checkpoint that cannot be read.
         BudgetError: a reduction out of reach.
         ComCATError: the loss is not finite, or a checkpoint cannot be written.
     """
     settings.check()
+    result = CompressResult(settings.output_path)
+    with ExitStack() as stack, Interruption() as interruption:
+        try:
+            with interruption.at_once():
+                prepared = _prepare(settings, report, accelerator, interruption, stack)
+            result = replace(result, plan=prepared.describe(), step=prepared.first)
+            prepared.run.say(result.plan.describe())
+            return result if settings.dry_run else _carry_out(prepared, result)
+        except Interrupted as stopped:
+            return replace(result, interrupted=str(stopped))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that is ready to go.
+
+    Attributes:
+        run: what stages need.
+        steps: of the fine-tuning.
+        checkpoint: what it goes on from, or `None`.
+    """
+
+    run: Setting
+    steps: Steps
+    checkpoint: Path | None
+
+    @property
+    def first(self) -> int:
+        """How many steps the checkpoint has done."""
+        return 0 if self.checkpoint is None else Progress.read(self.checkpoint).step
+
+    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
+        """What the run comes to, with a plan if one is known."""
+        run, settings = self.run, self.run.settings
+        return describe_run(
+            settings,
+            run.dense,
+            run.artefacts,
+            run.splits.train.size if run.splits.train is not None else None,
+            run.accelerator.num_processes,
+            self.steps,
+            self.first,
+            settings.learning_rate * (self.steps.images / 512 if settings.scale_lr else 1),
+            run.seed,
+            plan,
+        )
+
+
+def _prepare(
+    settings: CompressSettings,
+    report: Callable[[str], None] | None,
+    accelerator: Accelerator | None,
+    interruption: Interruption,
+    stack: ExitStack,
+) -> _Prepared:
+    """Read what the stages need. The folder is locked first, so that what is found there stays as it is."""
     tracker = tracker_of(settings.report_to)
+    accelerator = _make_accelerator(settings, tracker) if accelerator is None else accelerator
+    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
     artefacts = Artefacts(settings.output_path)
+    if not settings.dry_run:
+        on_main(accelerator, lambda: stack.enter_context(locked(artefacts.folder, "output_dir")))
     checkpoint = find_checkpoint(
         artefacts.folder, settings.resume_from_checkpoint, settings.overwrite_output_dir or _is_over(artefacts)
     )
-    if not settings.dry_run:
-        check_writable(artefacts.folder)
-    accelerator = _make_accelerator(settings, tracker) if accelerator is None else accelerator
-    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
-    say = report if report is not None and accelerator.is_main_process else lambda text: None
+    accelerator.wait_for_everyone()
     if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
         on_main(accelerator, lambda: _clear(artefacts))
-    done = None if checkpoint is None else Progress.read(checkpoint)
-    before = artefacts.seed() if done is None else done.seed
-    run = _read(settings, accelerator, artefacts, choose_seed(settings.seed, before), say)
-    steps = _steps(run)
-    first = 0 if done is None else done.step
-    describe = partial(
-        describe_run,
-        settings,
-        run.dense,
-        artefacts,
-        run.splits.train.size if run.splits.train is not None else None,
-        accelerator.num_processes,
-        steps,
-        first,
-        settings.learning_rate * (steps.images / 512 if settings.scale_lr else 1),
-        run.seed,
+    before = artefacts.seed() if checkpoint is None else Progress.read(checkpoint).seed
+    seed = choose_seed(settings.seed, before)
+    with accelerator.main_process_first():
+        dense = load_dense(settings)
+        processor = load_image_processor(settings)
+        splits = open_splits(settings, dense.config, seed)
+    preparation = ImagePreparation.of(settings, processor)
+    if settings.has_source:
+        preparation.check(dense, f"--model_name_or_path {settings.model_name_or_path}")
+        if settings.teacher is not None:
+            # Needed after hours only, but what is wrong with it is said before.
+            preparation.check(load_teacher(settings, dense), f"--teacher {settings.teacher}")
+    run = Setting(
+        settings=settings,
+        accelerator=accelerator,
+        artefacts=artefacts,
+        dense=dense,
+        processor=processor,
+        splits=splits,
+        preparation=preparation,
+        broken=BrokenImages(settings.max_broken_images, splits.train.size if splits.train is not None else None),
+        seed=seed,
+        say=report if report is not None and accelerator.is_main_process else lambda text: None,
+        interruption=interruption,
     )
-    plan = describe()
-    say(plan.describe())
-    if settings.dry_run:
-        return CompressResult(artefacts.folder, plan, step=first)
-    result = CompressResult(artefacts.folder, plan, step=first)
-    try:
-        with Interruption() as interruption:
-            return _carry_out(run, result, describe, steps, checkpoint, interruption)
-    except Interrupted as stopped:
-        return replace(result, interrupted=str(stopped))
+    return _Prepared(run, _steps(run), checkpoint)
 
 
-def _carry_out(
-    run: Setting,
-    result: CompressResult,
-    describe: Callable[..., CompressPlan],
-    steps: Steps,
-    checkpoint: Path | None,
-    interruption: Interruption,
-) -> CompressResult:
+def _carry_out(prepared: _Prepared, result: CompressResult) -> CompressResult:
+    run = prepared.run
     last = run.settings.stage_names[-1]
     statistics = calibrate(run)
     if last == "calibrate":
         return result
-    ranks = allocate(run, statistics, interruption)
-    result = replace(result, plan=describe(plan=ranks))
+    run.end_if_stopped()
+    ranks = allocate(run, statistics)
+    result = replace(result, plan=prepared.describe(ranks))
     reached = result.plan.plan.reached
     run.say(f"The plan removes {reached:.1%}." if reached is not None else "The plan is read.")
     if last == "allocate":
@@ -160,10 +216,11 @@ def _carry_out(
     models["final"] = models["initial"]
     # Before fine-tuning, which by route peft makes a small model of the dense one.
     points = _sweep(run, statistics)
+    run.end_if_stopped()
     if run.artefacts.was_done("finetune") and run.done("finetune"):
         models["final"] = lambda: load_classifier(run.artefacts.folder, "--output_dir")
     elif "finetune" in run.settings.stage_names:
-        trained, student = _finetune(run, ranks, steps, checkpoint, interruption)
+        trained, student = _finetune(prepared, ranks)
         result = replace(result, step=trained.step, checkpoint=trained.checkpoint)
         if trained.interrupted is not None:
             return replace(result, interrupted=trained.interrupted)
@@ -185,9 +242,8 @@ def _sweep(run: Setting, statistics: Statistics | None) -> tuple[SweepPoint, ...
     return measure_sweep(run, statistics, partial(_evaluate, run))
 
 
-def _finetune(
-    run: Setting, ranks: RankPlan, steps: Steps, checkpoint: Path | None, interruption: Interruption
-) -> tuple[TrainResult, Student]:
+def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Student]:
+    run, steps = prepared.run, prepared.steps
     settings, accelerator = run.settings, run.accelerator
     student = make_student(settings, run.dense, run.artefacts.initial)
     split = run.train_split("fine-tuning")
@@ -220,9 +276,9 @@ def _finetune(
             steps=steps.total,
             steps_per_epoch=steps.epoch,
             evaluate=evaluate,
-            interruption=interruption,
+            interruption=run.interruption,
             say=run.say,
-            checkpoint=checkpoint,
+            checkpoint=prepared.checkpoint,
         )
     )
     if run.broken.count:
@@ -248,6 +304,7 @@ def _conclude(
         on_main(run.accelerator, lambda: write_results(run.artefacts.results, metrics))
         for name, found in metrics.items():
             run.say(f"{name:8} top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['samples']:,} images")
+        _warn_if_worse(run, metrics)
     result = replace(result, metrics=metrics)
     if "export" in names:
 
@@ -259,13 +316,23 @@ def _conclude(
             write_run_report(run.artefacts, dense, result.plan, metrics, statistics, result.sweep)
             write_model_card(folder, run.settings, result.plan, metrics, picture)
 
-        on_main(run.accelerator, export)
-    if "push" in names and run.settings.push_to_hub:
-        pushed: list[str] = []
-        on_main(run.accelerator, lambda: pushed.append(push_model(folder, run.settings)))
-        result = replace(result, commit=pushed[0] if pushed else None)
+        run.on_main(export)
+    if "push" in names:
+        result = replace(result, commit=run.on_main(lambda: push_model(folder, run.settings)))
     run.accelerator.end_training()
     return result
+
+
+def _warn_if_worse(run: Setting, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    before, after = (metrics[name]["top1"] for name in ("initial", "final"))
+    if after < before and run.accelerator.is_main_process:
+        logger.warning(
+            "Fine-tuning ended below its start: top-1 %.2f%%, before it %.2f%%. The model before it is in %s; train "
+            "longer, or with another --learning_rate, in another --output_dir.",
+            100 * after,
+            100 * before,
+            run.artefacts.initial,
+        )
 
 
 def _keep(run: Setting, model: nn.Module) -> None:
@@ -284,38 +351,8 @@ def _evaluate(run: Setting, model: nn.Module, name: str | None = None) -> dict[s
         run.settings.dataloader_num_workers,
         BrokenImages.of(run.settings, run.splits.validation),
     )
-    return evaluate_classifier(model, batches, accelerator, progress=name and f"Evaluating {name}")
-
-
-def _read(
-    settings: CompressSettings,
-    accelerator: Accelerator,
-    artefacts: Artefacts,
-    seed: int,
-    say: Callable[[str], None],
-) -> Setting:
-    with accelerator.main_process_first():
-        dense = load_dense(settings)
-        processor = load_image_processor(settings)
-        splits = open_splits(settings, dense.config, seed)
-    preparation = ImagePreparation.of(settings, processor)
-    if settings.has_source:
-        preparation.check(dense, f"--model_name_or_path {settings.model_name_or_path}")
-        if settings.teacher is not None:
-            # Needed after hours only, but what is wrong with it is said before.
-            preparation.check(load_teacher(settings, dense), f"--teacher {settings.teacher}")
-    return Setting(
-        settings=settings,
-        accelerator=accelerator,
-        artefacts=artefacts,
-        dense=dense,
-        processor=processor,
-        splits=splits,
-        preparation=preparation,
-        broken=BrokenImages(settings.max_broken_images, splits.train.size if splits.train is not None else None),
-        seed=seed,
-        say=say,
-    )
+    asking = replace(batches, make=lambda: until_stopped(batches, accelerator, run.interruption))
+    return evaluate_classifier(model, asking, accelerator, progress=name and f"Evaluating {name}")
 
 
 def _steps(run: Setting) -> Steps:

@@ -2,12 +2,24 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from ...errors import InvalidValueError
+from ...training.flags import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    COUNT,
+    FROM_ZERO,
+    NOTHING,
+    SHARE,
+    Rule,
+    check_flags,
+    flag,
+    values_deciding,
+)
 from ...training.recipes import parse_settings
 
 
@@ -29,26 +41,20 @@ ALTERNATIVES = MappingProxyType(
 Precision = Literal["no", "fp16", "bf16"]
 Strategy = Literal["uniform", "spectrum", "sensitivity", "search"]
 
-_COUNTS = (
-    *("calibration_samples", "calibration_batch_size", "search_epochs", "search_batch_size", "rank_step"),
-    *("max_train_samples", "max_eval_samples", "repeated_augmentation", "alignment_blocks", "max_train_steps"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps"),
-    "checkpoints_total_limit",
-)
-_ABOVE_ZERO = ("search_learning_rate", "search_beta", "learning_rate", "max_grad_norm", "adam_epsilon")
-_ABOVE_ZERO = (*_ABOVE_ZERO, "distillation_temperature", "num_train_epochs")
-_FROM_ZERO = (
-    *("warmup_steps", "min_learning_rate", "weight_decay", "dataloader_num_workers", "seed", "max_broken_images"),
-    *("mixup_alpha", "cutmix_alpha", "rand_augment_num_ops", "rand_augment_magnitude", "alignment", "color_jitter"),
-)
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "ema_decay", "label_smoothing", "search_share", "warmup_ratio", "reduction")
-_PROBABILITIES = ("mixup_prob", "mixup_switch_prob", "random_erasing", "horizontal_flip", "distillation_alpha")
-_PROBABILITIES = (*_PROBABILITIES, "random_resized_crop_scale")
-_INTERVALS = ("checkpointing_steps", "eval_steps")
+_STAGES_KEPT = ("calibrate", "allocate", "initialize", "finetune")
+# What a setting decides, for its flag. A stage "by search" depends on it only where ranks are searched.
+EVERYTHING = _STAGES_KEPT
+SMALL_MODEL = ("calibrate", "allocate", "initialize")
+PLAN, FACTORS, TRAINING = ("allocate",), ("initialize",), ("finetune",)
+SEARCH = ("allocate by search",)
+TEACHING = (*SEARCH, *TRAINING)
+# The search cuts its images off those of all stages.
+SEARCHED_IMAGES = tuple(f"{stage} by search" for stage in _STAGES_KEPT)
 
-
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+INTERVAL = Rule(
+    lambda value: value in ("epoch", "none") or (value.isdecimal() and int(value) >= 1),
+    "a whole number from 1, epoch, or none",
+)
 
 
 @dataclass(frozen=True)
@@ -60,115 +66,159 @@ class CompressSettings:
     """
 
     # The models
-    model_name_or_path: str | None = _flag(None, "Folder or Hub id of the dense image classifier.")
-    model_revision: str | None = _flag(None, "Branch, tag or commit of it.")
-    cache_dir: str | None = _flag(None, "Where downloads are kept.")
-    token: str | None = _flag(None, "Token for gated or private repositories.")
-    teacher: str | None = _flag(None, "Folder or Hub id of the teacher; default: the dense model itself.")
+    model_name_or_path: str | None = flag(
+        None, "Folder or Hub id of the dense image classifier.", EVERYTHING, fixed=True
+    )
+    model_revision: str | None = flag(None, "Branch, tag or commit of it.", EVERYTHING)
+    cache_dir: str | None = flag(None, "Where downloads are kept.", NOTHING)
+    token: str | None = flag(None, "Token for gated or private repositories.", NOTHING)
+    teacher: str | None = flag(None, "Folder or Hub id of the teacher; default: the dense model itself.", TEACHING)
     # What becomes of it
-    reduction: float | None = _flag(None, "Share to remove, of the whole model or of the scope's own.")
-    scope: Literal["model", "attention", "mlp"] = _flag("model", "What may be compressed.")
-    target_modules: str | None = _flag(
-        None, "Modules to compress, by path or its end, such as layers.0,layers.1; the reduction is then of these."
+    reduction: float | None = flag(None, "Share to remove, of the whole model or of the scope's own.", PLAN, BELOW_ONE)
+    scope: Literal["model", "attention", "mlp"] = flag("model", "What may be compressed.", SMALL_MODEL)
+    target_modules: str | None = flag(
+        None,
+        "Modules to compress, by path or its end, such as layers.0,layers.1; the reduction is then of these.",
+        SMALL_MODEL,
     )
-    exclude_modules: str | None = _flag(None, "Modules to leave as they are, written alike.")
-    metric: Literal["params", "macs", "latency"] = _flag("params", "What the reduction is of.")
-    strategy: Strategy = _flag("sensitivity", "How ranks are chosen; search is the paper's.")  # noqa: RUF009
-    mlp: Literal["width", "rank", "mixed"] | None = _flag(None, "How MLPs shrink; default: width, rank with search.")
-    rank_step: int | None = _flag(None, "Steps of candidate ranks; default: 8 for heads of 64 and more, else 4.")
-    plan: str | None = _flag(None, "Folder, file or Hub id of a rank plan; then none is made.")
-    weights_only: bool = _flag(False, "Factors from the weights alone, as the paper does, not from statistics.")
-    compensate: bool = _flag(True, "Factorise layer by layer on what the compressed layers before produce.")
-    sweep: str | None = _flag(
-        None, "Other reductions, such as 0.3,0.7, to measure without fine-tuning; the report draws them."
+    exclude_modules: str | None = flag(None, "Modules to leave as they are, written alike.", SMALL_MODEL)
+    metric: Literal["params", "macs", "latency"] = flag("params", "What the reduction is of.", PLAN)
+    strategy: Strategy = flag("sensitivity", "How ranks are chosen; search is the paper's.", PLAN)  # noqa: RUF009
+    mlp: Literal["width", "rank", "mixed"] | None = flag(
+        None, "How MLPs shrink; default: width, rank with search.", PLAN
     )
-    calibration_samples: int = _flag(256, "Training images for statistics, sensitivity and compensation.")
-    calibration_batch_size: int = _flag(32, "Images per calibration batch.")
-    search_epochs: int = _flag(5, "Times through the search split.")
-    search_share: float = _flag(0.1, "Share of the training images that is cut off for the search.")
-    search_batch_size: int = _flag(64, "Images per search step, over all processes.")
-    search_learning_rate: float = _flag(1e-2, "Learning rate of the search.")
-    search_beta: float = _flag(1.5, "Exponent of the cost over its target.")
-    stages: str = _flag(
+    rank_step: int | None = flag(
+        None, "Steps of candidate ranks; default: 8 for heads of 64 and more, else 4.", PLAN, COUNT
+    )
+    plan: str | None = flag(None, "Folder, file or Hub id of a rank plan; then none is made.", PLAN)
+    weights_only: bool = flag(
+        False, "Factors from the weights alone, as the paper does, not from statistics.", (*PLAN, *FACTORS)
+    )
+    compensate: bool = flag(True, "Factorise layer by layer on what the compressed layers before produce.", FACTORS)
+    sweep: str | None = flag(
+        None, "Other reductions, such as 0.3,0.7, to measure without fine-tuning; the report draws them.", NOTHING
+    )
+    calibration_samples: int = flag(
+        256, "Training images for statistics, sensitivity and compensation.", SMALL_MODEL, COUNT
+    )
+    calibration_batch_size: int = flag(32, "Images per calibration batch.", SMALL_MODEL, COUNT)
+    search_epochs: int = flag(5, "Times through the search split.", SEARCH, COUNT)
+    search_share: float = flag(
+        0.1, "Share of the training images that is cut off for the search.", SEARCHED_IMAGES, BELOW_ONE
+    )
+    search_batch_size: int = flag(64, "Images per search step, over all processes.", SEARCH, COUNT)
+    search_learning_rate: float = flag(1e-2, "Learning rate of the search.", SEARCH, ABOVE_ZERO)
+    search_beta: float = flag(1.5, "Exponent of the cost over its target.", SEARCH, ABOVE_ZERO)
+    stages: str = flag(
         ",".join(STAGES),
         "Stages to run, separated by commas; what one left out would make is read if it is there.",
+        NOTHING,
     )
     # Data
-    dataset_name: str | None = _flag(None, "Data set on the Hub, or a folder.")
-    dataset_config_name: str | None = _flag(None, "Configuration of the data set.")
-    train_file: str | None = _flag(None, "Training images as a parquet file, or several by a pattern.")
-    validation_file: str | None = _flag(None, "Validation images likewise.")
-    train_dir: str | None = _flag(None, "Folder with a folder of training images per class.")
-    validation_dir: str | None = _flag(None, "Validation images likewise.")
-    train_split_name: str = _flag("train", "Split of the data set to train on.")
-    validation_split_name: str | None = _flag(None, "Split to evaluate on; default: validation, else test.")
-    image_column_name: str = _flag("image", "Column with the images.")
-    label_column_name: str = _flag("label", "Column with the labels.")
-    streaming: bool = _flag(False, "Read the data set while training, not before.")
-    max_train_samples: int | None = _flag(None, "Use so many training images only.")
-    max_eval_samples: int | None = _flag(None, "Use so many validation images only.")
-    max_broken_images: float = _flag(0.01, "Stop when more images cannot be read: a count, or a share below 1.")
-    dataloader_num_workers: int = _flag(0, "Processes that read images; 0 reads in the main one.")
-    # Augmentation
-    random_resized_crop_scale: float = _flag(0.08, "Least share of an image's area that is cropped; 1 leaves it out.")
-    horizontal_flip: float = _flag(0.5, "Probability of mirroring.")
-    color_jitter: float = _flag(0.0, "Strength of colour jitter; 0 leaves it out.")
-    rand_augment_num_ops: int = _flag(0, "Operations of RandAugment per image; 0 leaves it out.")
-    rand_augment_magnitude: int = _flag(9, "Magnitude of RandAugment, 0 to 30.")
-    random_erasing: float = _flag(0.0, "Probability of erasing a rectangle.")
-    mixup_alpha: float = _flag(0.0, "Mixup; 0 leaves it out.")
-    cutmix_alpha: float = _flag(0.0, "CutMix; 0 leaves it out.")
-    mixup_prob: float = _flag(1.0, "Probability of mixing a batch at all.")
-    mixup_switch_prob: float = _flag(0.5, "Probability of CutMix where both are on.")
-    label_smoothing: float = _flag(0.0, "Share of the label that is spread over all classes.")
-    repeated_augmentation: int = _flag(1, "How often an image occurs in a round, each time augmented anew.")
-    # Distillation
-    distillation_type: Literal["none", "soft", "hard"] = _flag("soft", "Loss toward the teacher.")
-    distillation_alpha: float = _flag(0.5, "Share of the loss toward the teacher.")
-    distillation_temperature: float = _flag(1.0, "Temperature of the soft loss.")
-    distillation_without_token: bool = _flag(False, "Teach the class token where there is a distillation token, too.")
-    alignment: float = _flag(0.0, "Weight of the alignment of hidden states at the start; falls to 0.")
-    alignment_blocks: int = _flag(2, "Blocks at either end that are aligned.")
-    # Training
-    route: Literal["full", "peft"] = _flag(
-        "full", "full trains the stand-alone small model; peft only the factors, beside one copy of the dense model."
+    dataset_name: str | None = flag(None, "Data set on the Hub, or a folder.", EVERYTHING)
+    dataset_config_name: str | None = flag(None, "Configuration of the data set.", EVERYTHING)
+    train_file: str | None = flag(None, "Training images as a parquet file, or several by a pattern.", EVERYTHING)
+    validation_file: str | None = flag(None, "Validation images likewise.", NOTHING)
+    train_dir: str | None = flag(None, "Folder with a folder of training images per class.", EVERYTHING)
+    validation_dir: str | None = flag(None, "Validation images likewise.", NOTHING)
+    train_split_name: str = flag("train", "Split of the data set to train on.", EVERYTHING)
+    validation_split_name: str | None = flag(None, "Split to evaluate on; default: validation, else test.", NOTHING)
+    image_column_name: str = flag("image", "Column with the images.", EVERYTHING)
+    label_column_name: str = flag("label", "Column with the labels.", EVERYTHING)
+    streaming: bool = flag(False, "Read the data set while training, not before.", EVERYTHING)
+    max_train_samples: int | None = flag(None, "Use so many training images only.", EVERYTHING, COUNT)
+    max_eval_samples: int | None = flag(None, "Use so many validation images only.", NOTHING, COUNT)
+    max_broken_images: float = flag(
+        0.01, "Stop when more images cannot be read: a count, or a share below 1.", NOTHING, FROM_ZERO
     )
-    modules_to_save: str | None = _flag("classifier", "Modules that route peft trains as well, separated by commas.")
-    output_dir: str = _flag("comcat-vit", "Where the model goes, with checkpoint-N folders beside it.")
-    overwrite_output_dir: bool = _flag(False, "Remove what an earlier run left in output_dir.")
-    seed: int | None = _flag(None, "Makes the run repeatable; default: that of the earlier run, else 42.")
-    num_train_epochs: float = _flag(3.0, "Times through the training images, where max_train_steps is not given.")
-    max_train_steps: int | None = _flag(None, "Optimizer steps.")
-    per_device_train_batch_size: int = _flag(64, "Images per step and process.")
-    per_device_eval_batch_size: int = _flag(64, "Images per evaluation step and process.")
-    gradient_accumulation_steps: int = _flag(1, "Batches per optimizer step.")
-    gradient_checkpointing: bool = _flag(False, "Less memory, slower steps.")
-    mixed_precision: Precision | None = _flag(None, "Dtype of the forward pass; default: accelerate's.")  # noqa: RUF009
-    torch_compile: bool = _flag(False, "Compile the model.")
-    learning_rate: float = _flag(1e-4, "Highest learning rate.")
-    scale_lr: bool = _flag(False, "Multiply the rate by the images per optimizer step / 512.")
-    min_learning_rate: float = _flag(1e-6, "Rate at the end of the cosine; scaled with the highest.")
-    warmup_steps: int = _flag(0, "Steps in which the rate rises.")
-    warmup_ratio: float = _flag(0.0, "The same as a share of all steps.")
-    weight_decay: float = _flag(0.05, "Weight decay of matrices; norms and biases have none.")
-    adam_beta1: float = _flag(0.9, "First decay rate of AdamW.")
-    adam_beta2: float = _flag(0.999, "Second decay rate of AdamW.")
-    adam_epsilon: float = _flag(1e-8, "Epsilon of AdamW.")
-    max_grad_norm: float = _flag(1.0, "Gradients are scaled down to this norm.")
-    ema_decay: float | None = _flag(None, "Keep a moving average of the weights; it is evaluated and saved.")
+    dataloader_num_workers: int = flag(0, "Processes that read images; 0 reads in the main one.", NOTHING, FROM_ZERO)
+    # Augmentation
+    random_resized_crop_scale: float = flag(
+        0.08, "Least share of an image's area that is cropped; 1 leaves it out.", TRAINING, SHARE
+    )
+    horizontal_flip: float = flag(0.5, "Probability of mirroring.", TRAINING, SHARE)
+    color_jitter: float = flag(0.0, "Strength of colour jitter; 0 leaves it out.", TRAINING, FROM_ZERO)
+    rand_augment_num_ops: int = flag(0, "Operations of RandAugment per image; 0 leaves it out.", TRAINING, FROM_ZERO)
+    rand_augment_magnitude: int = flag(9, "Magnitude of RandAugment, 0 to 30.", TRAINING, FROM_ZERO)
+    random_erasing: float = flag(0.0, "Probability of erasing a rectangle.", TRAINING, SHARE)
+    mixup_alpha: float = flag(0.0, "Mixup; 0 leaves it out.", TRAINING, FROM_ZERO)
+    cutmix_alpha: float = flag(0.0, "CutMix; 0 leaves it out.", TRAINING, FROM_ZERO)
+    mixup_prob: float = flag(1.0, "Probability of mixing a batch at all.", TRAINING, SHARE)
+    mixup_switch_prob: float = flag(0.5, "Probability of CutMix where both are on.", TRAINING, SHARE)
+    label_smoothing: float = flag(0.0, "Share of the label that is spread over all classes.", TRAINING, BELOW_ONE)
+    repeated_augmentation: int = flag(
+        1, "How often an image occurs in a round, each time augmented anew.", TRAINING, COUNT
+    )
+    # Distillation
+    distillation_type: Literal["none", "soft", "hard"] = flag("soft", "Loss toward the teacher.", TEACHING)
+    distillation_alpha: float = flag(0.5, "Share of the loss toward the teacher.", TEACHING, SHARE)
+    distillation_temperature: float = flag(1.0, "Temperature of the soft loss.", TEACHING, ABOVE_ZERO)
+    distillation_without_token: bool = flag(
+        False, "Teach the class token where there is a distillation token, too.", TRAINING
+    )
+    alignment: float = flag(
+        0.0, "Weight of the alignment of hidden states at the start; falls to 0.", TRAINING, FROM_ZERO
+    )
+    alignment_blocks: int = flag(2, "Blocks at either end that are aligned.", TRAINING, COUNT)
+    # Training
+    route: Literal["full", "peft"] = flag(
+        "full",
+        "full trains the stand-alone small model; peft only the factors, beside one copy of the dense model.",
+        TRAINING,
+        fixed=True,
+    )
+    modules_to_save: str | None = flag(
+        "classifier", "Modules that route peft trains as well, separated by commas.", TRAINING, fixed=True
+    )
+    output_dir: str = flag("comcat-vit", "Where the model goes, with checkpoint-N folders beside it.", NOTHING)
+    overwrite_output_dir: bool = flag(False, "Remove what an earlier run left in output_dir.", NOTHING)
+    seed: int | None = flag(
+        None, "Makes the run repeatable; default: that of the earlier run, else 42.", EVERYTHING, FROM_ZERO
+    )
+    num_train_epochs: float = flag(
+        3.0, "Times through the training images, where max_train_steps is not given.", TRAINING, ABOVE_ZERO
+    )
+    max_train_steps: int | None = flag(None, "Optimizer steps.", TRAINING, COUNT)
+    per_device_train_batch_size: int = flag(64, "Images per step and process.", TRAINING, COUNT)
+    per_device_eval_batch_size: int = flag(64, "Images per evaluation step and process.", NOTHING, COUNT)
+    gradient_accumulation_steps: int = flag(1, "Batches per optimizer step.", TRAINING, COUNT)
+    gradient_checkpointing: bool = flag(False, "Less memory, slower steps.", TRAINING)
+    mixed_precision: Precision | None = flag(None, "Dtype of the forward pass; default: accelerate's.", TRAINING)  # noqa: RUF009
+    torch_compile: bool = flag(False, "Compile the model.", TRAINING)
+    learning_rate: float = flag(1e-4, "Highest learning rate.", TRAINING, ABOVE_ZERO)
+    scale_lr: bool = flag(False, "Multiply the rate by the images per optimizer step / 512.", TRAINING)
+    min_learning_rate: float = flag(
+        1e-6, "Rate at the end of the cosine; scaled with the highest.", TRAINING, FROM_ZERO
+    )
+    warmup_steps: int = flag(0, "Steps in which the rate rises.", TRAINING, FROM_ZERO)
+    warmup_ratio: float = flag(0.0, "The same as a share of all steps.", TRAINING, BELOW_ONE)
+    weight_decay: float = flag(0.05, "Weight decay of matrices; norms and biases have none.", TRAINING, FROM_ZERO)
+    adam_beta1: float = flag(0.9, "First decay rate of AdamW.", TRAINING, BELOW_ONE)
+    adam_beta2: float = flag(0.999, "Second decay rate of AdamW.", TRAINING, BELOW_ONE)
+    adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", TRAINING, ABOVE_ZERO)
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", TRAINING, ABOVE_ZERO)
+    ema_decay: float | None = flag(
+        None, "Keep a moving average of the weights; it is evaluated and saved.", TRAINING, BELOW_ONE, fixed=True
+    )
     # Checkpoints, evaluation, reports
-    checkpointing_steps: str | None = _flag("epoch", "Write checkpoint-N every so many steps, or every epoch.")
-    checkpoints_total_limit: int | None = _flag(None, "Keep so many checkpoints, the latest.")
-    resume_from_checkpoint: str | None = _flag(None, "Path of a checkpoint, its name in output_dir, or latest.")
-    eval_steps: str | None = _flag("epoch", "Evaluate every so many steps, every epoch, or none.")
-    logging_steps: int = _flag(10, "Log the losses every so many steps.")
-    report_to: str = _flag("auto", "Tracker: tensorboard, wandb, ..., all, none; auto: tensorboard if installed.")
-    logging_dir: str = _flag("logs", "Where a tracker writes, in output_dir.")
-    push_to_hub: bool = _flag(False, "Upload the model at the end.")
-    hub_model_id: str | None = _flag(None, "Repository to upload to; default: the name of output_dir.")
-    hub_token: str | None = _flag(None, "Token for the upload.")
-    hub_private: bool = _flag(False, "Make the repository private.")
-    dry_run: bool = _flag(False, "Say what would be done, and stop before training.")
+    checkpointing_steps: str | None = flag(
+        "epoch", "Write checkpoint-N every so many steps, or every epoch.", NOTHING, INTERVAL
+    )
+    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the latest.", NOTHING, COUNT)
+    resume_from_checkpoint: str | None = flag(
+        None, "Path of a checkpoint, its name in output_dir, or latest.", NOTHING
+    )
+    eval_steps: str | None = flag("epoch", "Evaluate every so many steps, every epoch, or none.", NOTHING, INTERVAL)
+    logging_steps: int = flag(10, "Log the losses every so many steps.", NOTHING, COUNT)
+    report_to: str = flag(
+        "auto", "Tracker: tensorboard, wandb, ..., all, none; auto: tensorboard if installed.", NOTHING
+    )
+    logging_dir: str = flag("logs", "Where a tracker writes, in output_dir.", NOTHING)
+    push_to_hub: bool = flag(False, "Upload the model at the end.", NOTHING)
+    hub_model_id: str | None = flag(None, "Repository to upload to; default: the name of output_dir.", NOTHING)
+    hub_token: str | None = flag(None, "Token for the upload.", NOTHING)
+    hub_private: bool = flag(False, "Make the repository private.", NOTHING)
+    dry_run: bool = flag(False, "Say what would be done, and stop before training.", NOTHING)
 
     @property
     def output_path(self) -> Path:
@@ -176,9 +226,13 @@ class CompressSettings:
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """The stages asked for, in their order."""
-        asked = [name.strip() for name in self.stages.split(",") if name.strip()]
+        """The stages that are run, in their order: those asked for, without an upload that is switched off."""
+        asked = [name for name in self._asked_stages if name != "push" or self.push_to_hub]
         return tuple(name for name in STAGES if name in asked)
+
+    @property
+    def _asked_stages(self) -> list[str]:
+        return [name.strip() for name in self.stages.split(",") if name.strip()]
 
     @property
     def sweep_reductions(self) -> tuple[float, ...]:
@@ -203,6 +257,18 @@ class CompressSettings:
         from_data = not self.weights_only or self.strategy in ("sensitivity", "search")
         return from_data or "finetune" in self.stage_names or bool(self.sweep_reductions)
 
+    def facts(self, stage: str, seed: int) -> dict[str, Any]:
+        """What decides the result of a stage, by name; what has no say is `None`.
+
+        Args:
+            stage: one whose result is kept.
+            seed: of the run.
+        """
+        searched = values_deciding(self, f"{stage} by search")
+        if self.strategy != "search":
+            searched = dict.fromkeys(searched)
+        return values_deciding(self, stage) | searched | {"seed": seed}
+
     def interval(self, name: str, epoch: int) -> int | None:
         """The steps between two checkpoints or evaluations; `None` for never.
 
@@ -221,12 +287,13 @@ class CompressSettings:
         Raises:
             InvalidValueError: one cannot.
         """
-        _check_numbers(self)
+        check_flags(self)
         if not self.model_name_or_path:
             raise InvalidValueError("--model_name_or_path is needed, got none. Give the dense image classifier.")
-        unknown = [name.strip() for name in self.stages.split(",") if name.strip() and name.strip() not in STAGES]
-        if unknown or not self.stage_names:
+        if not self._asked_stages or not set(self._asked_stages) <= set(STAGES):
             raise InvalidValueError(f"--stages must be among {', '.join(STAGES)}, got {self.stages!r}.")
+        if not self.stage_names:
+            raise InvalidValueError(f"--stages {self.stages} needs --push_to_hub True, got False. Give both.")
         if (self.reduction is None) == (self.plan is None) and "allocate" in self.stage_names:
             found = "neither" if self.plan is None else "both"
             raise InvalidValueError(f"Give one of --reduction and --plan, got {found}.")
@@ -293,23 +360,3 @@ def parse_compress_settings(arguments: Sequence[str]) -> CompressSettings:
         nullable=nullable,
         alternatives=ALTERNATIVES,
     )
-
-
-def _check_numbers(settings: CompressSettings) -> None:
-    rules = (
-        (_COUNTS, lambda value: value >= 1, "a whole number from 1"),
-        (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "a number above 0"),
-        (_FROM_ZERO, lambda value: 0 <= value < math.inf, "a number from 0"),
-        (_BELOW_ONE, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-        (_PROBABILITIES, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-        (_INTERVALS, _is_interval, "a whole number from 1, epoch, or none"),
-    )
-    for names, holds, wanted in rules:
-        for name in names:
-            value = getattr(settings, name)
-            if value is not None and not holds(value):
-                raise InvalidValueError(f"--{name} must be {wanted}, got {value!r}.")
-
-
-def _is_interval(value: str) -> bool:
-    return value in ("epoch", "none") or (value.isdecimal() and int(value) >= 1)

@@ -1,19 +1,19 @@
 """The stages before fine-tuning: statistics, a plan, a factorised model. Each is made once and read again."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...configs import RankPlan
-from ...errors import CheckpointError, ComCATError
+from ...errors import CheckpointError, InvalidValueError
 from ...training.images import BrokenImageError
-from ...training.interruption import Interruption, stopped_by
+from ...training.interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from ..allocation import allocate_ranks
 from ..compress import compress
 from ..distillation import DistillationLoss
@@ -23,7 +23,7 @@ from ..sensitivity import Sensitivities, measure_sensitivities
 from ..statistics import Statistics, collect_statistics
 from ..strategies import MEASURING
 from ..timing import measure_latency
-from .artefacts import Artefacts, facts_of, whole_folder
+from .artefacts import Artefacts, digest_of, whole_folder
 from .augmentation import ImagePreparation
 from .data import BrokenImages, Split, Splits
 from .models import load_teacher
@@ -31,14 +31,10 @@ from .settings import CompressSettings
 from .stream import calibration_batches
 
 
-__all__ = ["Interrupted", "Setting", "allocate", "allocated", "calibrate", "factorised", "initialize", "on_main"]
+__all__ = ["Setting", "allocate", "allocated", "calibrate", "factorised", "initialize"]
 
 # Search steps between two saves of its state.
 _SAVE_SEARCH = 100
-
-
-class Interrupted(Exception):
-    """A stage ended early, and goes on where it was when it is run again."""
 
 
 @dataclass
@@ -53,6 +49,7 @@ class Setting:
         splits, preparation, broken: the images.
         seed: of the run.
         say: called on the main process with lines for the user.
+        interruption: notes signals; the caller has entered it.
     """
 
     settings: CompressSettings
@@ -65,6 +62,7 @@ class Setting:
     broken: BrokenImages
     seed: int
     say: Callable[[str], None]
+    interruption: Interruption
     _batches: list[dict[str, Tensor]] = field(default_factory=list)
     _sensitivities: list[Sensitivities] = field(default_factory=list)
     _latency: list[LatencyTable] = field(default_factory=list)
@@ -109,39 +107,30 @@ class Setting:
         """Whether a stage need not run: finished before with these settings, or left out though its work is there."""
         if stage not in self.settings.stage_names:
             return self.artefacts.was_done(stage)
-        done = self.artefacts.is_done(stage, facts_of(self.settings, stage, self.seed))
+        done = self.artefacts.is_done(stage, self.settings.facts(stage, self.seed))
         if done:
             self.say(f"Stage {stage}: done before.")
         return done
 
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run long work on the main process, where a signal ends it at once; all get what it returns."""
+        return on_main(self.accelerator, work, self.interruption)
+
+    def end_if_stopped(self) -> None:
+        """Raise Interrupted if a signal has come to any process; all ask together."""
+        end_if_stopped(self.accelerator, self.interruption)
+
     def finish(self, stage: str) -> None:
         """Note that a stage is done; on the main process."""
-        self.artefacts.note(stage, facts_of(self.settings, stage, self.seed), self.seed)
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Run something on the main process while the others wait; what it raises is raised on all.
-
-    Raises:
-        ComCATError: what `work` raised.
-    """
-    error = None
-    if accelerator.is_main_process:
-        try:
-            work()
-        except ComCATError as caught:
-            error = caught
-    failed = [None if error is None else str(error)]
-    if accelerator.num_processes > 1:
-        failed = broadcast_object_list(failed)
-    if error is not None:
-        raise error
-    if failed[0] is not None:
-        raise ComCATError(failed[0])
+        self.artefacts.note(stage, self.settings.facts(stage, self.seed))
 
 
 def calibrate(run: Setting) -> Statistics | None:
-    """The statistics of training images; `None` where the stage is left out, or factors come from weights alone."""
+    """The statistics of training images; `None` where the stage is left out, or factors come from weights alone.
+
+    Raises:
+        Interrupted: a signal came.
+    """
     if run.settings.weights_only:
         return None
     if not run.done("calibrate"):
@@ -149,9 +138,12 @@ def calibrate(run: Setting) -> Statistics | None:
             return None
         accelerator = run.accelerator
         run.say(f"Stage calibrate: statistics of {run.settings.calibration_samples} images.")
-        share = run.calibration_batches()[accelerator.process_index :: accelerator.num_processes]
         found = collect_statistics(
-            run.dense.to(accelerator.device), share, **run.settings.where, progress=True, accelerator=accelerator
+            run.dense.to(accelerator.device),
+            _own_batches(run),
+            **run.settings.where,
+            progress=True,
+            accelerator=accelerator,
         )
 
         def save() -> None:
@@ -164,17 +156,18 @@ def calibrate(run: Setting) -> Statistics | None:
     return Statistics.from_pretrained(run.artefacts.statistics)
 
 
-def allocate(run: Setting, statistics: Statistics | None, interruption: Interruption) -> RankPlan:
+def allocate(run: Setting, statistics: Statistics | None) -> RankPlan:
     """The rank plan: read, searched or allocated.
 
     Raises:
-        Interrupted: a signal came during the search; its state is saved.
+        Interrupted: a signal came; the state of a search is saved.
         CheckpointError: the stage is left out, and its work is not there.
+        InvalidValueError: the stage is done, with another plan in the place of `--plan`.
     """
     if not run.done("allocate"):
         if "allocate" not in run.settings.stage_names:
             raise _missing(run, "allocate", "a rank plan")
-        plan = _make_plan(run, statistics, interruption)
+        plan = _make_plan(run, statistics)
 
         def save() -> None:
             plan.save_pretrained(run.artefacts.folder)
@@ -182,20 +175,29 @@ def allocate(run: Setting, statistics: Statistics | None, interruption: Interrup
             run.finish("allocate")
 
         on_main(run.accelerator, save)
-    return RankPlan.from_pretrained(run.artefacts.folder)
+    found = RankPlan.from_pretrained(run.artefacts.folder)
+    asked = run.settings.plan is not None and "allocate" in run.settings.stage_names
+    # Under the same name there may be another plan now.
+    if asked and digest_of(_given_plan(run.settings)) != digest_of(found):
+        raise InvalidValueError(
+            f"{run.artefacts.folder}: the stage allocate was done with another plan than --plan {run.settings.plan} "
+            "holds now. Give another --output_dir, or --overwrite_output_dir."
+        )
+    return found
 
 
 def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
     """Make the factorised model before fine-tuning, in its folder.
 
     Raises:
+        Interrupted: a signal came.
         CheckpointError: the stage is left out, and its work is not there.
     """
     if not run.done("initialize"):
         if "initialize" not in run.settings.stage_names:
             raise _missing(run, "initialize", "a factorised model")
         run.say("Stage initialize: factors.")
-        on_main(run.accelerator, lambda: _initialize(run, plan, statistics))
+        run.on_main(lambda: _initialize(run, plan, statistics))
 
 
 def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
@@ -239,30 +241,35 @@ def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> 
     run.finish("initialize")
 
 
-def _make_plan(run: Setting, statistics: Statistics | None, interruption: Interruption) -> RankPlan:
+def _own_batches(run: Setting) -> Iterator[dict[str, Tensor]]:
+    """The calibration batches of this process; between two, all processes ask for signals together."""
+    accelerator = run.accelerator
+    with run.interruption.at_once() if accelerator.num_processes == 1 else nullcontext():
+        batches = run.calibration_batches()
+    for first in range(0, len(batches), accelerator.num_processes):
+        run.end_if_stopped()
+        yield from batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]
+
+
+def _make_plan(run: Setting, statistics: Statistics | None) -> RankPlan:
     settings = run.settings
     if settings.plan is not None:
         run.say(f"Stage allocate: the plan of {settings.plan}.")
-        plan = RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+        plan = _given_plan(settings)
         plan.check_model(run.dense)
         return plan
     run.say(f"Stage allocate: {settings.strategy}, {settings.reduction:.0%} of the {settings.metric}.")
     if settings.strategy == "search":
-        return _search(run, statistics, interruption)
-    made: list[RankPlan] = []
-
-    def make() -> None:
-        made.append(allocated(run, settings.reduction, statistics))
-
-    on_main(run.accelerator, make)
+        return _search(run, statistics)
     # One process decides: what each measures for itself might differ.
-    if run.accelerator.num_processes > 1:
-        content = [made[0].to_dict() if made else None]
-        return RankPlan.from_dict(broadcast_object_list(content)[0])
-    return made[0]
+    return run.on_main(lambda: allocated(run, settings.reduction, statistics))
 
 
-def _search(run: Setting, statistics: Statistics | None, interruption: Interruption) -> RankPlan:
+def _given_plan(settings: CompressSettings) -> RankPlan:
+    return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+
+
+def _search(run: Setting, statistics: Statistics | None) -> RankPlan:
     settings, accelerator = run.settings, run.accelerator
     if run.splits.search is None:
         raise CheckpointError(
@@ -275,12 +282,14 @@ def _search(run: Setting, statistics: Statistics | None, interruption: Interrupt
     )
     path = run.artefacts.search_state
     state = SearchState.load(path) if path.is_file() else SearchState()
+    # With other settings its state is not gone on from.
+    on_main(accelerator, lambda: run.artefacts.begin("allocate", settings.facts("allocate", run.seed)))
     taught = settings.distillation_type != "none"
     kind = settings.distillation_type if taught else "soft"
     loss = DistillationLoss(settings.distillation_alpha if taught else 0.0, kind, settings.distillation_temperature)
     return search_ranks(
         run.dense,
-        _Watched(loader, state, run, interruption),
+        _Watched(loader, state, run),
         settings.reduction,
         **settings.where,
         metric=settings.metric,
@@ -301,8 +310,8 @@ def _search(run: Setting, statistics: Statistics | None, interruption: Interrupt
 class _Watched:
     """The batches of a search: between two, its state is saved now and then, and at a signal."""
 
-    def __init__(self, loader: Any, state: SearchState, run: Setting, interruption: Interruption) -> None:
-        self._loader, self._state, self._run, self._interruption = loader, state, run, interruption
+    def __init__(self, loader: Any, state: SearchState, run: Setting) -> None:
+        self._loader, self._state, self._run = loader, state, run
         self._saved = state.step
 
     def __len__(self) -> int:
@@ -311,7 +320,7 @@ class _Watched:
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         for batch in self._loader:
             yield batch
-            signal = stopped_by(self._run.accelerator, self._interruption)
+            signal = stopped_by(self._run.accelerator, self._run.interruption)
             due = self._state.step - self._saved >= _SAVE_SEARCH or signal is not None
             if due and self._state.step > self._saved:
                 if self._run.accelerator.is_main_process:

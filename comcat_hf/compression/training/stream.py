@@ -2,7 +2,8 @@
 
 Training runs along an endless stream of positions. What stands at a position - which image, and how it is augmented -
 follows from the seed and the position alone: a resumed run only has to know how far it was, and how positions are
-shared out among processes changes nothing. An image that cannot be read is replaced by the next of the stream.
+shared out among processes changes nothing. Only the images that are mixed with each other are those of a process's own
+batch. An image that cannot be read is replaced by the next of the stream.
 """
 
 import math

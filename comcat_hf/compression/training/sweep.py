@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from ...native import plan_of
+from ...training.interruption import on_main
 from ...transport import write_json_atomic
 from ..statistics import Statistics
 from .artefacts import whole_folder
 from .models import load_classifier
-from .stages import Setting, allocated, factorised, on_main
+from .stages import Setting, allocated, factorised
 
 
 __all__ = ["SweepPoint", "measure_sweep"]
@@ -49,21 +50,22 @@ def measure_sweep(
 
     Raises:
         BudgetError: a reduction out of reach.
+        Interrupted: a signal came.
     """
     points = []
-    for reduction in run.settings.sweep_reductions:
-        run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
-        on_main(run.accelerator, lambda share=reduction: _make(run, share, statistics))
-        small = load_classifier(run.artefacts.sweep, "--output_dir")
-        found = evaluate(small, f"{reduction:.0%} less")
-        points.append(SweepPoint(reduction, plan_of(small).reached, found["top1"], found["top5"]))
-        run.say(f"Sweep: {points[-1].reached:.2%} removed, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}.")
-
-    def finish() -> None:
-        shutil.rmtree(run.artefacts.sweep, ignore_errors=True)
-        write_json_atomic(run.artefacts.sweep_results, {"points": [asdict(point) for point in points]})
-
-    on_main(run.accelerator, finish)
+    try:
+        for reduction in run.settings.sweep_reductions:
+            run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
+            run.on_main(lambda share=reduction: _make(run, share, statistics))
+            small = load_classifier(run.artefacts.sweep, "--output_dir")
+            found = evaluate(small, f"{reduction:.0%} less")
+            points.append(SweepPoint(reduction, plan_of(small).reached, found["top1"], found["top5"]))
+            run.say(f"Sweep: {points[-1].reached:.2%} removed, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}.")
+    finally:
+        if run.accelerator.is_main_process:
+            shutil.rmtree(run.artefacts.sweep, ignore_errors=True)
+    written = {"points": [asdict(point) for point in points]}
+    on_main(run.accelerator, lambda: write_json_atomic(run.artefacts.sweep_results, written))
     return tuple(points)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...tensor_files import check_shapes, read_safetensors
 from ...training.checkpoints import Progress, new_checkpoint, restore_random_states, restore_states, write_states
+from ...training.flags import fixed_flags
 from ..pipelines import WEIGHTS, save_comcat_weights
 from .settings import CustomizeSettings
 
@@ -18,7 +19,7 @@ from .settings import CustomizeSettings
 __all__ = ["MUST", "restore", "save_checkpoint"]
 
 # What no continuation may change: the adapter, and the parts that it is for.
-MUST = ("qk_rank", "vo_rank", "core", "train_text_encoder")
+MUST = fixed_flags(CustomizeSettings)
 
 
 def save_checkpoint(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from tqdm.auto import tqdm
 
 from ...errors import ComCATError
 from ...training.checkpoints import Progress, find_checkpoint, remove_checkpoints
-from ...training.interruption import Interruption, stopped_by
+from ...training.flags import values_deciding
+from ...training.interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
+from ...training.locks import locked
 from ...training.randomness import choose_seed, seeded
 from .captions import BESIDE, TABLES, warn_of_unread_captions
 from .checkpoints import MUST, restore, save_checkpoint
@@ -48,7 +51,7 @@ class CustomizeResult:
 
     Attributes:
         output_dir: holds the adapter, if the training ended.
-        plan: what was to be done.
+        plan: what was to be done; `None` where a signal came before that was known.
         step: optimizer steps that are done.
         loss: of the last step.
         interrupted: the signal that ended it early, or `None`.
@@ -57,8 +60,8 @@ class CustomizeResult:
     """
 
     output_dir: Path
-    plan: CustomizePlan
-    step: int
+    plan: CustomizePlan | None = None
+    step: int = 0
     loss: float | None = None
     interrupted: str | None = None
     checkpoint: Path | None = None
@@ -73,8 +76,8 @@ def customize(
 ) -> CustomizeResult:
     """Train an adapter on images of a subject.
 
-    SIGTERM, or the first Ctrl-C, ends it with a checkpoint. A training that was interrupted and resumed with the same
-    settings ends with the same adapter as one that was not: on a CPU to the bit.
+    SIGTERM, or the first Ctrl-C, ends it, once it trains with a checkpoint. A training that was interrupted and
+    resumed with the same settings ends with the same adapter as one that was not: on a CPU to the bit.
 
     Args:
         settings: what and how.
@@ -85,12 +88,30 @@ def customize(
         what became of it; after a dry run only the plan is filled in.
 
     Raises:
-        InvalidValueError: settings, images or prompts that cannot be used; nothing was written.
+        InvalidValueError: settings, images or prompts that cannot be used, a folder that another run writes to;
+            nothing was written.
         CheckpointError: the pipeline or the checkpoint cannot be read.
         ComCATError: the loss is not finite.
     """
     settings.check()
     check_extras(settings)
+    result = CustomizeResult(Path(settings.output_dir).expanduser())
+    with ExitStack() as stack, Interruption() as interruption:
+        try:
+            with interruption.at_once():
+                prepared = _prepare(settings, accelerator, stack)
+                loss, plan = _make_loss(prepared), prepared.plan()
+            result = replace(result, plan=plan, step=plan.first_step, checkpoint=prepared.checkpoint)
+            told = [*_compare(prepared, plan), plan.describe()]
+            for text in told if report is not None and prepared.accelerator.is_main_process else ():
+                report(text)
+            return result if settings.dry_run else _carry_out(prepared, result, loss, interruption)
+        except Interrupted as stopped:
+            return replace(result, interrupted=str(stopped))
+
+
+def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack: ExitStack) -> PreparedRun:
+    """Read what the training needs. The output folder is locked before it is looked at, and keeps nothing of that."""
     images = tuple(instance_examples(settings))
     classes = ()
     if settings.with_prior_preservation:
@@ -98,28 +119,32 @@ def customize(
         warn_of_unread_captions(folder, (*BESIDE, *TABLES), "all class images get the --class_prompt")
         classes = tuple(class_examples(settings))
     output_dir = Path(settings.output_dir).expanduser()
-    checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir)
-    done = None if checkpoint is None else Progress.read(checkpoint)
     accelerator = make_accelerator(settings) if accelerator is None else accelerator
     accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
+    if not settings.dry_run:
+        on_main(accelerator, lambda: stack.enter_context(locked(output_dir, "output_dir")))
+    checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir)
+    done = None if checkpoint is None else Progress.read(checkpoint)
     seed = choose_seed(settings.seed, None if done is None else done.seed)
     # Every process has looked into the folders before one of them writes there.
     accelerator.wait_for_everyone()
     pipeline, family = load_pipeline(settings, DTYPES[accelerator.mixed_precision])
-    say = report if report is not None and accelerator.is_main_process else lambda text: None
-    if settings.resume_from_checkpoint == "latest" and checkpoint is None:
-        say(f"No checkpoint in {settings.output_dir} yet: starting from the beginning.")
     parts = add_adapters(settings, pipeline, family, seed)
-    prepared = PreparedRun(settings, accelerator, pipeline, family, parts, images, classes, seed, checkpoint, done)
-    loss, plan = _make_loss(prepared), prepared.plan()
-    if done is not None:
-        done.compare(prepared.facts(plan.steps), checkpoint, MUST)
-        say(f"Going on from {checkpoint}.")
-    say(plan.describe())
-    if settings.dry_run:
-        return CustomizeResult(Path(settings.output_dir), plan, plan.first_step)
-    with Interruption() as interruption:
-        return _carry_out(prepared, plan, loss, interruption)
+    return PreparedRun(settings, accelerator, pipeline, family, parts, images, classes, seed, checkpoint, done)
+
+
+def _compare(prepared: PreparedRun, plan: CustomizePlan) -> list[str]:
+    """See that the checkpoint is of this training; returns what is to be said of where it starts."""
+    settings = prepared.settings
+    if prepared.done is None:
+        latest = settings.resume_from_checkpoint == "latest"
+        return [f"No checkpoint in {settings.output_dir} yet: starting from the beginning."] if latest else []
+    must = MUST
+    if plan.first_step >= plan.steps:
+        # Nothing is left to train, so that no other setting would come to bear.
+        must = tuple(name for name in values_deciding(settings, "training") if name != "max_train_steps")
+    prepared.done.compare(prepared.facts(plan.steps), prepared.checkpoint, must)
+    return [f"Going on from {prepared.checkpoint}."]
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,7 @@ class _Run:
     stream: ExampleStream
     latents: Latents
     texts: Texts
+    interruption: Interruption
 
     def loss_of(self, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:
         """The loss of a batch.
@@ -167,48 +193,46 @@ class _Run:
 
     def validate(self, step: int, last: bool) -> None:
         prepared = self.prepared
-        if prepared.settings.validation_prompt is None:
-            return
-        if prepared.accelerator.is_main_process:
+
+        def draw() -> None:
             denoiser = prepared.accelerator.unwrap_model(self.model)
             with gathered(prepared.pipeline, prepared.accelerator.device):
                 trackers = prepared.accelerator.trackers
                 drawn = validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
                 if last:
                     compare(prepared.pipeline, denoiser, prepared.settings, prepared.seed, drawn)
-        prepared.accelerator.wait_for_everyone()
+
+        if prepared.settings.validation_prompt is not None:
+            on_main(prepared.accelerator, draw, self.interruption)
 
 
 def _carry_out(
-    prepared: PreparedRun, plan: CustomizePlan, loss: DiffusionLoss, interruption: Interruption
+    prepared: PreparedRun, result: CustomizeResult, loss: DiffusionLoss, interruption: Interruption
 ) -> CustomizeResult:
-    settings, accelerator = prepared.settings, prepared.accelerator
-    output_dir = Path(settings.output_dir).expanduser()
+    settings, accelerator, output_dir = prepared.settings, prepared.accelerator, result.output_dir
     for model in modules(prepared.pipeline):
         model.to(accelerator.device)
     if settings.with_prior_preservation:
         prepared = with_class_images(prepared, interruption)
-    if (signal := stopped_by(accelerator, interruption)) is not None:
-        return CustomizeResult(output_dir, plan, plan.first_step, None, signal, prepared.checkpoint)
-    run = _make_run(prepared, plan, loss)
+    end_if_stopped(accelerator, interruption)
+    run = _make_run(prepared, result.plan, loss, interruption)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_checkpoints(output_dir, unfinished_only=settings.resume_from_checkpoint is not None)
     if accelerator.log_with:
         shown = {name: value for name, value in vars(settings).items() if isinstance(value, int | float | str)}
         accelerator.init_trackers("comcat-dreambooth", config={k: v for k, v in shown.items() if k != "hub_token"})
-    result = _train(run, output_dir, interruption)
+    result = _train(run, result)
     if result.interrupted is None:
-        if accelerator.is_main_process:
-            write_outputs(settings, prepared.pipeline, plan)
-            if settings.push_to_hub:
-                result = replace(result, commit=push_outputs(settings, prepared.parts))
-        accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: write_outputs(settings, prepared.pipeline, result.plan))
+        if settings.push_to_hub:
+            commit = on_main(accelerator, lambda: push_outputs(settings, prepared.parts), interruption)
+            result = replace(result, commit=commit)
     accelerator.end_training()
     return result
 
 
-def _train(run: _Run, output_dir: Path, interruption: Interruption) -> CustomizeResult:
+def _train(run: _Run, result: CustomizeResult) -> CustomizeResult:
     settings, accelerator, plan = run.prepared.settings, run.prepared.accelerator, run.plan
     step, batches = plan.first_step, settings.gradient_accumulation_steps
     loader = stream_loader(
@@ -233,14 +257,26 @@ def _train(run: _Run, output_dir: Path, interruption: Interruption) -> Customize
             accelerator.log({"loss": loss, "lr": rate}, step=step)
             bar.set_postfix({"loss": f"{loss:.4f}", "lr": f"{rate:.2e}"}, refresh=False)
             bar.update()
-            signal = stopped_by(accelerator, interruption)
-            early = signal is not None and step < plan.steps
-            checkpoint = run.save(step) if early or step % settings.checkpointing_steps == 0 else None
-            if early:
-                return CustomizeResult(output_dir, plan, step, loss, signal, checkpoint)
-            if step % settings.validation_steps == 0 or step == plan.steps:
-                run.validate(step, last=step == plan.steps)
-    return CustomizeResult(output_dir, plan, step, loss)
+            signal = stopped_by(accelerator, run.interruption) if step < plan.steps else None
+            result = replace(result, step=step, loss=loss)
+            if signal is not None or step % settings.checkpointing_steps == 0:
+                result = replace(result, checkpoint=run.save(step))
+            if signal is None and (step % settings.validation_steps == 0 or step == plan.steps):
+                signal = _validate(run, step)
+                if signal is not None and step % settings.checkpointing_steps:
+                    result = replace(result, checkpoint=run.save(step))
+            if signal is not None:
+                return replace(result, interrupted=signal)
+    return replace(result, checkpoint=None)
+
+
+def _validate(run: _Run, step: int) -> str | None:
+    """Draw the validation prompt; returns the signal that came meanwhile."""
+    try:
+        run.validate(step, last=step == run.plan.steps)
+    except Interrupted as stopped:
+        return str(stopped)
+    return None
 
 
 def _learn(run: _Run, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:
@@ -277,21 +313,21 @@ def _make_loss(prepared: PreparedRun) -> DiffusionLoss:
     return DiffusionLoss(schedule, settings.snr_gamma, prior_weight)
 
 
-def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: DiffusionLoss) -> _Run:
+def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: DiffusionLoss, interruption: Interruption) -> _Run:
     settings, accelerator = prepared.settings, prepared.accelerator
     pipeline, family, parts = prepared.pipeline, prepared.family, prepared.parts
     if settings.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         for name in family.encoders if settings.train_text_encoder else ():
             parts[name].activation_checkpointing_enable({"use_reentrant": False})
-    stream, latents, texts = make_sources(prepared)
+    stream, latents, texts = make_sources(prepared, interruption)
     trained = [p for model in parts.values() for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(settings, trained, plan.learning_rate)
     scheduler = make_scheduler(settings, optimizer, plan.steps)
     denoiser = Denoiser(pipeline, family, settings.train_text_encoder)
     # The schedule stays out: prepared, it would take a step for every process.
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    run = _Run(prepared, plan, model, optimizer, scheduler, loss, stream, latents, texts)
+    run = _Run(prepared, plan, model, optimizer, scheduler, loss, stream, latents, texts, interruption)
     if prepared.checkpoint is not None:
         restore(accelerator, prepared.checkpoint, parts, settings.adapter_name, run.states())
     return run

@@ -1,8 +1,9 @@
 """What a training needs before its first step: processes, pipeline, adapter, class images, sources of batches."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import nn
 
 from ...errors import InvalidValueError
 from ...training.checkpoints import Progress
-from ...training.interruption import Interruption
+from ...training.flags import values_deciding
+from ...training.interruption import Interruption, end_if_stopped, on_main, until_stopped
+from ...training.locks import locked
 from .data import Example, class_examples, digest
 from .families import PipelineFamily, load_pipeline
 from .planning import CustomizePlan, plan_training
@@ -41,30 +44,6 @@ __all__ = [
 
 DTYPES = {"fp32": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
-# Settings that an exact continuation shares with what it continues.
-_FACTS = (
-    "pretrained_model_name_or_path",
-    "revision",
-    "qk_rank",
-    "vo_rank",
-    "core",
-    "train_text_encoder",
-    "resolution",
-    "center_crop",
-    "random_flip",
-    "with_prior_preservation",
-    "prior_loss_weight",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "cache_latents",
-    "snr_gamma",
-    "learning_rate",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "use_8bit_adam",
-    "max_grad_norm",
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +84,10 @@ class PreparedRun:
 
     def facts(self, steps: int) -> dict[str, Any]:
         """What a continuation must share with this training to be exact."""
-        return {name: getattr(self.settings, name) for name in _FACTS} | {
+        facts = values_deciding(self.settings, "training")
+        # It counts in the number of steps.
+        del facts["num_train_epochs"]
+        return facts | {
             "seed": self.seed,
             "max_train_steps": steps,
             "num_processes": self.accelerator.num_processes,
@@ -115,8 +97,8 @@ class PreparedRun:
         }
 
 
-def make_sources(prepared: PreparedRun) -> tuple[ExampleStream, Latents, Texts]:
-    """The stream of examples, and how these become latents and texts."""
+def make_sources(prepared: PreparedRun, interruption: Interruption) -> tuple[ExampleStream, Latents, Texts]:
+    """The stream of examples, and how these become latents and texts; raises Interrupted where a signal comes."""
     settings, pipeline, device = prepared.settings, prepared.pipeline, prepared.accelerator.device
     stream = ExampleStream(
         prepared.images,
@@ -133,10 +115,11 @@ def make_sources(prepared: PreparedRun) -> tuple[ExampleStream, Latents, Texts]:
     if prepared.accelerator.is_main_process:
         warn_of_long_prompts(prompts, pipeline, prepared.family)
     if settings.cache_latents:
-        latents = cache_latents(stream, latents)
+        watch = partial(until_stopped, accelerator=prepared.accelerator, interruption=interruption)
+        latents = cache_latents(stream, latents, watch)
         pipeline.vae.to("cpu")
         if not settings.train_text_encoder:
-            texts = cache_texts(prompts, texts)
+            texts = cache_texts(prompts, texts, watch)
             for name in prepared.family.encoders:
                 getattr(pipeline, name).to("cpu")
     return stream, latents, texts
@@ -159,27 +142,43 @@ def add_adapters(
 
 
 def with_class_images(prepared: PreparedRun, interruption: Interruption) -> PreparedRun:
-    """Draw the class images that are missing, and read all of them."""
-    settings, accelerator, pipeline = prepared.settings, prepared.accelerator, prepared.pipeline
-    missing = range(len(prepared.classes), settings.num_class_images)
-    if not missing:
+    """Draw the class images that are missing, and read all of them.
+
+    Raises:
+        Interrupted: a signal came; images that were drawn are kept.
+        InvalidValueError: another run is drawing into the same folder.
+    """
+    settings, accelerator = prepared.settings, prepared.accelerator
+    folder = Path(settings.class_data_dir).expanduser()
+    if len(prepared.classes) >= settings.num_class_images:
         return prepared
+    with ExitStack() as stack:
+        if folder.resolve() != Path(settings.output_dir).expanduser().resolve():
+            on_main(accelerator, lambda: stack.enter_context(locked(folder, "class_data_dir")))
+        # Another run may have drawn some in the meantime.
+        missing = range(len(class_examples(settings)), settings.num_class_images)
+        accelerator.wait_for_everyone()
+        _draw_class_images(prepared, missing, interruption)
+    end_if_stopped(accelerator, interruption)
+    return replace(prepared, classes=tuple(class_examples(settings)))
+
+
+def _draw_class_images(prepared: PreparedRun, missing: range, interruption: Interruption) -> None:
+    settings, accelerator, pipeline = prepared.settings, prepared.accelerator, prepared.pipeline
     asked = settings.prior_generation_precision
     if asked is not None and DTYPES[asked] != pipeline.unet.dtype:
         pipeline, _ = load_pipeline(settings, DTYPES[asked])
         for model in modules(pipeline):
             model.to(accelerator.device)
-    share = missing[accelerator.process_index :: accelerator.num_processes]
     generate_class_images(
         pipeline,
         settings,
         prepared.seed,
-        share,
+        missing[accelerator.process_index :: accelerator.num_processes],
         lambda: interruption.requested is not None,
         accelerator.is_main_process,
     )
     accelerator.wait_for_everyone()
-    return replace(prepared, classes=tuple(class_examples(settings)))
 
 
 def make_accelerator(settings: CustomizeSettings) -> Accelerator:

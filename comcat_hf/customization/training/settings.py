@@ -1,15 +1,15 @@
 """What a training of an adapter on a subject is told: flags named as in diffusers' DreamBooth scripts."""
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ...configs.adapter import ComCATConfig
 from ...errors import InvalidValueError
+from ...training.flags import ABOVE_ZERO, BELOW_ONE, COUNT, FROM_ZERO, NOTHING, check_flags, flag
 from ...training.recipes import parse_settings
 
 
@@ -18,28 +18,9 @@ __all__ = ["CustomizeSettings", "parse_customize_settings"]
 Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
-_COUNTS = (
-    "num_class_images",
-    "sample_batch_size",
-    "resolution",
-    "train_batch_size",
-    "num_train_epochs",
-    "max_train_steps",
-    "gradient_accumulation_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "num_validation_images",
-    "validation_steps",
-    "lr_num_cycles",
-)
-_ABOVE_ZERO = ("learning_rate", "snr_gamma", "max_grad_norm", "adam_epsilon", "lr_power")
-_FROM_ZERO = ("prior_loss_weight", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "seed")
 _PROMPTS = ("instance_prompt", "class_prompt", "validation_prompt")
-_SHARES = ("adam_beta1", "adam_beta2")
-
-
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+# What a setting decides, for its flag. Images are compared by their names and prompts, wherever they came from.
+IMAGES, CLASS_IMAGES, TRAINING = ("images",), ("class images",), ("training",)
 
 
 @dataclass(frozen=True)
@@ -55,76 +36,97 @@ class CustomizeSettings:
     """
 
     # The model
-    pretrained_model_name_or_path: str | None = _flag(None, "Folder or Hub id of a text-to-image pipeline.")
-    revision: str | None = _flag(None, "Branch, tag or commit of the pipeline.")
-    variant: str | None = _flag(None, "Variant of the pipeline's files, for example fp16.")
-    cache_dir: str | None = _flag(None, "Where downloads are kept.")
+    pretrained_model_name_or_path: str | None = flag(None, "Folder or Hub id of a text-to-image pipeline.", TRAINING)
+    revision: str | None = flag(None, "Branch, tag or commit of the pipeline.", TRAINING)
+    variant: str | None = flag(None, "Variant of the pipeline's files, for example fp16.", TRAINING)
+    cache_dir: str | None = flag(None, "Where downloads are kept.", NOTHING)
     # The subject
-    instance_data_dir: str | None = _flag(None, "Folder with images of the subject, captions beside them optional.")
-    dataset_name: str | None = _flag(None, "Data set with images of the subject, on the Hub or a folder.")
-    dataset_config_name: str | None = _flag(None, "Configuration of the data set.")
-    image_column: str = _flag("image", "Column of the data set that holds the images.")
-    caption_column: str | None = _flag(None, "Column (data set) or key (metadata.jsonl) that holds captions.")
-    instance_prompt: str | None = _flag(None, "Prompt with the subject's name, e.g. 'a photo of sks dog'.")
-    instance_token: str | None = _flag(None, "The subject's name, e.g. sks; prompts must hold it.")
-    resolution: int = _flag(512, "Side of the training images in pixels.")
-    center_crop: bool = _flag(False, "Crop at the centre instead of anywhere.")
-    random_flip: bool = _flag(False, "Mirror images half of the time.")
+    instance_data_dir: str | None = flag(
+        None, "Folder with images of the subject, captions beside them optional.", IMAGES
+    )
+    dataset_name: str | None = flag(None, "Data set with images of the subject, on the Hub or a folder.", IMAGES)
+    dataset_config_name: str | None = flag(None, "Configuration of the data set.", IMAGES)
+    image_column: str = flag("image", "Column of the data set that holds the images.", IMAGES)
+    caption_column: str | None = flag(None, "Column (data set) or key (metadata.jsonl) that holds captions.", IMAGES)
+    instance_prompt: str | None = flag(None, "Prompt with the subject's name, e.g. 'a photo of sks dog'.", IMAGES)
+    instance_token: str | None = flag(None, "The subject's name, e.g. sks; prompts must hold it.", NOTHING)
+    resolution: int = flag(512, "Side of the training images in pixels.", TRAINING, COUNT)
+    center_crop: bool = flag(False, "Crop at the centre instead of anywhere.", TRAINING)
+    random_flip: bool = flag(False, "Mirror images half of the time.", TRAINING)
     # The class
-    with_prior_preservation: bool = _flag(False, "Train on images of the subject's class as well.")
-    class_data_dir: str | None = _flag(None, "Folder of class images; what is missing is generated.")
-    class_prompt: str | None = _flag(None, "Prompt of the class images, e.g. 'a photo of a dog'.")
-    prior_loss_weight: float = _flag(1.0, "Weight of the loss on class images.")
-    num_class_images: int = _flag(100, "How many class images there shall be.")
-    sample_batch_size: int = _flag(4, "Images generated at once.")
-    prior_generation_precision: Literal["fp32", "fp16", "bf16"] | None = _flag(None, "Dtype to generate them in.")
+    with_prior_preservation: bool = flag(False, "Train on images of the subject's class as well.", TRAINING)
+    class_data_dir: str | None = flag(None, "Folder of class images; what is missing is generated.", CLASS_IMAGES)
+    class_prompt: str | None = flag(None, "Prompt of the class images, e.g. 'a photo of a dog'.", CLASS_IMAGES)
+    prior_loss_weight: float = flag(1.0, "Weight of the loss on class images.", TRAINING, FROM_ZERO)
+    num_class_images: int = flag(100, "How many class images there shall be.", CLASS_IMAGES, COUNT)
+    sample_batch_size: int = flag(4, "Images generated at once.", CLASS_IMAGES, COUNT)
+    prior_generation_precision: Literal["fp32", "fp16", "bf16"] | None = flag(
+        None, "Dtype to generate them in.", CLASS_IMAGES
+    )
     # The adapter
-    qk_rank: str | None = _flag("2", "Rank per head of the query/key product; 0 or none leaves it out.")
-    vo_rank: str | None = _flag("2", "Rank per head of the value/output product; 0 or none leaves it out.")
-    core: bool = _flag(False, "Train a small matrix per head between frozen bases: adapters of tens of kilobytes.")
-    adapter_name: str = _flag("default", "Name of the adapter.")
-    train_text_encoder: bool = _flag(False, "Adapt the text encoders as well.")
+    qk_rank: str | None = flag(
+        "2", "Rank per head of the query/key product; 0 or none leaves it out.", TRAINING, fixed=True
+    )
+    vo_rank: str | None = flag(
+        "2", "Rank per head of the value/output product; 0 or none leaves it out.", TRAINING, fixed=True
+    )
+    core: bool = flag(
+        False,
+        "Train a small matrix per head between frozen bases: adapters of tens of kilobytes.",
+        TRAINING,
+        fixed=True,
+    )
+    adapter_name: str = flag("default", "Name of the adapter.", NOTHING)
+    train_text_encoder: bool = flag(False, "Adapt the text encoders as well.", TRAINING, fixed=True)
     # The training
-    output_dir: str = _flag("comcat-model", "Where the adapter and the checkpoints go.")
-    overwrite_output_dir: bool = _flag(False, "Remove the checkpoints of an earlier run from output_dir.")
-    seed: int | None = _flag(None, "Makes the run repeatable; default: that of the resumed run, else 42.")
-    train_batch_size: int = _flag(4, "Images of the subject per step and process.")
-    num_train_epochs: int = _flag(1, "Times through the data, where max_train_steps is not given.")
-    max_train_steps: int | None = _flag(None, "Optimizer steps.")
-    gradient_accumulation_steps: int = _flag(1, "Batches per optimizer step.")
-    gradient_checkpointing: bool = _flag(False, "Less memory, slower steps.")
-    mixed_precision: Precision | None = _flag(None, "Dtype of the frozen base; default: accelerate's.")  # noqa: RUF009
-    cache_latents: bool = _flag(False, "Encode images (cropped at the centre) and texts once, before training.")
-    dataloader_num_workers: int = _flag(0, "Processes that read images; 0 reads in the main one.")
+    output_dir: str = flag("comcat-model", "Where the adapter and the checkpoints go.", NOTHING)
+    overwrite_output_dir: bool = flag(False, "Remove the checkpoints of an earlier run from output_dir.", NOTHING)
+    seed: int | None = flag(
+        None, "Makes the run repeatable; default: that of the resumed run, else 42.", TRAINING, FROM_ZERO
+    )
+    train_batch_size: int = flag(4, "Images of the subject per step and process.", TRAINING, COUNT)
+    num_train_epochs: int = flag(1, "Times through the data, where max_train_steps is not given.", TRAINING, COUNT)
+    max_train_steps: int | None = flag(None, "Optimizer steps.", TRAINING, COUNT)
+    gradient_accumulation_steps: int = flag(1, "Batches per optimizer step.", TRAINING, COUNT)
+    gradient_checkpointing: bool = flag(False, "Less memory, slower steps.", TRAINING)
+    mixed_precision: Precision | None = flag(None, "Dtype of the frozen base; default: accelerate's.", TRAINING)  # noqa: RUF009
+    cache_latents: bool = flag(
+        False, "Encode images (cropped at the centre) and texts once, before training.", TRAINING
+    )
+    dataloader_num_workers: int = flag(0, "Processes that read images; 0 reads in the main one.", NOTHING, FROM_ZERO)
     # Loss and optimizer
-    snr_gamma: float | None = _flag(None, "Min-SNR loss weights with this gamma; 5.0 is recommended.")
-    learning_rate: float = _flag(2.5e-3, "Highest learning rate.")
-    scale_lr: bool = _flag(False, "Multiply the rate by processes, accumulation steps and batch size.")
-    lr_scheduler: Schedule = _flag("linear", "How the learning rate changes.")  # noqa: RUF009
-    lr_warmup_steps: int = _flag(0, "Steps in which the rate rises.")
-    lr_num_cycles: int = _flag(1, "Restarts of cosine_with_restarts.")
-    lr_power: float = _flag(1.0, "Power of polynomial.")
-    use_8bit_adam: bool = _flag(False, "Adam of bitsandbytes.")
-    adam_beta1: float = _flag(0.9, "First decay rate of Adam.")
-    adam_beta2: float = _flag(0.999, "Second decay rate of Adam.")
-    adam_weight_decay: float = _flag(1e-2, "Weight decay.")
-    adam_epsilon: float = _flag(1e-8, "Epsilon of Adam.")
-    max_grad_norm: float = _flag(1.0, "Gradients are scaled down to this norm.")
+    snr_gamma: float | None = flag(
+        None, "Min-SNR loss weights with this gamma; 5.0 is recommended.", TRAINING, ABOVE_ZERO
+    )
+    learning_rate: float = flag(2.5e-3, "Highest learning rate.", TRAINING, ABOVE_ZERO)
+    scale_lr: bool = flag(False, "Multiply the rate by processes, accumulation steps and batch size.", TRAINING)
+    lr_scheduler: Schedule = flag("linear", "How the learning rate changes.", TRAINING)  # noqa: RUF009
+    lr_warmup_steps: int = flag(0, "Steps in which the rate rises.", TRAINING, FROM_ZERO)
+    lr_num_cycles: int = flag(1, "Restarts of cosine_with_restarts.", TRAINING, COUNT)
+    lr_power: float = flag(1.0, "Power of polynomial.", TRAINING, ABOVE_ZERO)
+    use_8bit_adam: bool = flag(False, "Adam of bitsandbytes.", TRAINING)
+    adam_beta1: float = flag(0.9, "First decay rate of Adam.", TRAINING, BELOW_ONE)
+    adam_beta2: float = flag(0.999, "Second decay rate of Adam.", TRAINING, BELOW_ONE)
+    adam_weight_decay: float = flag(1e-2, "Weight decay.", TRAINING, FROM_ZERO)
+    adam_epsilon: float = flag(1e-8, "Epsilon of Adam.", TRAINING, ABOVE_ZERO)
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", TRAINING, ABOVE_ZERO)
     # Checkpoints, validation, reports
-    checkpointing_steps: int = _flag(500, "Write checkpoint-N in output_dir every so many steps.")
-    checkpoints_total_limit: int | None = _flag(None, "Keep so many checkpoints, the latest.")
-    resume_from_checkpoint: str | None = _flag(None, "Path of a checkpoint, its name in output_dir, or latest.")
-    validation_prompt: str | None = _flag(None, "Generate images for this prompt during training.")
-    num_validation_images: int = _flag(4, "How many.")
-    validation_steps: int = _flag(100, "Generate them every so many steps, and at the end.")
-    num_inference_steps: int = _flag(25, "Denoising steps of class and validation images.")
-    report_to: str = _flag("none", "Tracker: tensorboard, wandb, comet_ml, ..., all or none.")
-    logging_dir: str = _flag("logs", "Where a tracker writes, in output_dir.")
-    push_to_hub: bool = _flag(False, "Upload the adapter when it is trained.")
-    hub_model_id: str | None = _flag(None, "Repository to upload to; default: the name of output_dir.")
-    hub_token: str | None = _flag(None, "Token for the upload.")
-    hub_private: bool = _flag(False, "Make the repository private.")
-    dry_run: bool = _flag(False, "Say what would be trained, and stop before.")
+    checkpointing_steps: int = flag(500, "Write checkpoint-N in output_dir every so many steps.", NOTHING, COUNT)
+    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the latest.", NOTHING, COUNT)
+    resume_from_checkpoint: str | None = flag(
+        None, "Path of a checkpoint, its name in output_dir, or latest.", NOTHING
+    )
+    validation_prompt: str | None = flag(None, "Generate images for this prompt during training.", NOTHING)
+    num_validation_images: int = flag(4, "How many.", NOTHING, COUNT)
+    validation_steps: int = flag(100, "Generate them every so many steps, and at the end.", NOTHING, COUNT)
+    num_inference_steps: int = flag(25, "Denoising steps of class and validation images.", CLASS_IMAGES)
+    report_to: str = flag("none", "Tracker: tensorboard, wandb, comet_ml, ..., all or none.", NOTHING)
+    logging_dir: str = flag("logs", "Where a tracker writes, in output_dir.", NOTHING)
+    push_to_hub: bool = flag(False, "Upload the adapter when it is trained.", NOTHING)
+    hub_model_id: str | None = flag(None, "Repository to upload to; default: the name of output_dir.", NOTHING)
+    hub_token: str | None = flag(None, "Token for the upload.", NOTHING)
+    hub_private: bool = flag(False, "Make the repository private.", NOTHING)
+    dry_run: bool = flag(False, "Say what would be trained, and stop before.", NOTHING)
 
     def __post_init__(self) -> None:
         for name in ("qk_rank", "vo_rank"):
@@ -136,7 +138,7 @@ class CustomizeSettings:
         Raises:
             InvalidValueError: one cannot.
         """
-        _check_numbers(self)
+        check_flags(self)
         for name in _PROMPTS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -249,17 +251,3 @@ def _rank(name: str, value: Any) -> int | None:
     if isinstance(value, bool) or not text.isdecimal():
         raise InvalidValueError(f"--{name} must be a whole number from 1, or 0 or none for no rank, got {value!r}.")
     return int(text)
-
-
-def _check_numbers(settings: CustomizeSettings) -> None:
-    rules = (
-        (_COUNTS, lambda value: value >= 1, "a whole number from 1"),
-        (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "a number above 0"),
-        (_FROM_ZERO, lambda value: 0 <= value < math.inf, "a number from 0"),
-        (_SHARES, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-    )
-    for names, holds, wanted in rules:
-        for name in names:
-            value = getattr(settings, name)
-            if value is not None and not holds(value):
-                raise InvalidValueError(f"--{name} must be {wanted}, got {value!r}.")

@@ -1,7 +1,7 @@
 """Latents and texts of a batch, computed when it is needed or kept from before the training."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = ["Latents", "Texts", "cache_latents", "cache_texts", "from_latents", "
 logger = logging.getLogger(__name__)
 
 Item = Mapping[str, Any]
+Watch = Callable[[Iterable[Any]], Iterable[Any]]
 
 # Which image, and whether it is mirrored.
 Place = tuple[str, int, bool]
@@ -98,17 +99,18 @@ class Texts:
             return {"text": self.family.encode([getattr(self.pipeline, n) for n in self.family.encoders], tokens)}
 
 
-def cache_latents(stream: ExampleStream, latents: Latents) -> Latents:
+def cache_latents(stream: ExampleStream, latents: Latents, watch: Watch) -> Latents:
     """Encode every image of a stream, and its mirror image where images are mirrored.
 
     Args:
         stream: whose images are cropped at the centre.
         latents: how they are encoded.
+        watch: gives the images, until a signal ends the run.
     """
     kept = {}
     flips = (False, True) if stream.random_flip else (False,)
     for kind, examples in {"instance": stream.instances, "class": stream.classes}.items():
-        for index, example in enumerate(examples):
+        for index, example in enumerate(watch(examples)):
             for flip in flips:
                 image = stream.prepare(example, flip)
                 mean, deviation = _encode(latents.vae, image.pixels[None].to(latents.device))
@@ -116,15 +118,16 @@ def cache_latents(stream: ExampleStream, latents: Latents) -> Latents:
     return Latents(latents.vae, latents.device, kept)
 
 
-def cache_texts(prompts: Iterable[str], texts: Texts) -> Texts:
+def cache_texts(prompts: Iterable[str], texts: Texts, watch: Watch) -> Texts:
     """Encode prompts once.
 
     Args:
         prompts: all that will occur.
         texts: how they are encoded, by text encoders that are not trained.
+        watch: gives the prompts, until a signal ends the run.
     """
     kept = {}
-    for prompt in dict.fromkeys(prompts):
+    for prompt in watch(dict.fromkeys(prompts)):
         kept[prompt] = {name: value[0].cpu() for name, value in texts([prompt])["text"].items()}
     return Texts(texts.pipeline, texts.family, texts.device, texts.trained, kept)
 

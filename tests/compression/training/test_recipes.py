@@ -86,7 +86,7 @@ def test_every_recipe_is_expected():
         (["--seed", "1", "s3cret"], "unrecognized arguments: a value without a flag"),
         (["--seed", "hf_s3cretabcdefghijklmno"], r"--seed: invalid .*\*\*\*"),
         (["r.yaml"], "r.yaml: .*line 1, column 18: mapping values are not allowed here"),
-        (["l.yaml"], "l.yaml: hub_token: expected one value, found a list"),
+        (["l.yaml"], "l.yaml: hub_token: expected one value, found a sequence"),
     ],
 )
 def test_what_may_be_a_token_is_not_repeated(tmp_path, monkeypatch, words, says):

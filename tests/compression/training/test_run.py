@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from comcat_hf.compression.training.run import CompressResult, compress_vit
 from comcat_hf.compression.training.settings import CompressSettings, parse_compress_settings
 from comcat_hf.configs import RankPlan
 from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
+from comcat_hf.training.locks import locked
 from tests.helpers import randomize
 
 
@@ -246,9 +249,43 @@ class TestStages:
         with pytest.raises(CheckpointError, match=r"expected a rank plan of an earlier run.*Add allocate to --stages"):
             run(base, tmp_path / "out", stages="finetune")
 
-    def test_other_settings_are_not_mixed(self, base, whole):
-        with pytest.raises(InvalidValueError, match=r"the stage allocate was done with --reduction 0\.4"):
-            run(base, whole[0], reduction=0.3)
+    @pytest.mark.parametrize(
+        ("stage", "changes"),
+        [
+            ("allocate", {"reduction": 0.3}),
+            ("calibrate", {"calibration_batch_size": 8}),
+            ("initialize", {"compensate": False}),
+            ("finetune", {"label_smoothing": 0.1}),
+            ("finetune", {"mixup_alpha": 0.8}),
+            ("finetune", {"warmup_steps": 2}),
+            ("finetune", {"adam_beta1": 0.8}),
+            ("finetune", {"max_grad_norm": 2.0, "resume_from_checkpoint": "latest"}),
+        ],
+    )
+    def test_other_settings_are_not_mixed(self, base, whole, stage, changes):
+        name = next(iter(changes))
+        asked = re.escape(f"asked for with {changes[name]}")
+        with pytest.raises(InvalidValueError, match=rf"the stage {stage} was done with --{name} .* {asked}"):
+            run(base, whole[0], **changes)
+
+    def test_a_plan_that_was_edited_is_not_the_one_that_was_used(self, base, whole, tmp_path):
+        given = {"reduction": None, "plan": str(tmp_path), "stages": "allocate,initialize"}
+        plan = whole[1].plan.plan
+        plan.save_pretrained(tmp_path)
+        run(base, tmp_path / "out", **given)
+        replace(plan, ranks=dict(list(plan.ranks.items())[1:])).save_pretrained(tmp_path)
+        with pytest.raises(InvalidValueError, match="was done with another plan than --plan"):
+            run(base, tmp_path / "out", **given)
+
+    def test_nothing_is_left_to_train_with_other_settings(self, base, whole, tmp_path):
+        """As after SIGKILL between the last checkpoint and the model."""
+        shutil.copytree(whole[0], tmp_path / "out")
+        (tmp_path / "out" / "comcat_stages.json").write_text(_without(whole[0] / "comcat_stages.json", "finetune"))
+        resumed = {"resume_from_checkpoint": "latest"}
+        with pytest.raises(InvalidValueError, match="expected a training with --warmup_steps 2, found one with 0"):
+            run(base, tmp_path / "out", warmup_steps=2, **resumed)
+        run(base, tmp_path / "out", **resumed)
+        assert same(tmp_path / "out", whole[0])
 
     def test_a_plan_that_is_given(self, base, whole, tmp_path):
         # As a plan edited by hand: what it says it reached is no longer true.
@@ -279,14 +316,130 @@ class TestSearch:
         assert (tmp_path / "cut" / "search_state.pt").is_file()
         assert not (tmp_path / "cut" / "initial").exists()
         monkeypatch.undo()
+        with pytest.raises(InvalidValueError, match=r"begun with --distillation_alpha 0\.5, .* 0\.9"):
+            run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH, distillation_alpha=0.9)
         resumed = run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH)
         assert resumed.plan.plan.ranks == whole.plan.plan.ranks
         assert resumed.plan.plan.strategy == "search"
         assert same(tmp_path / "cut" / "initial", tmp_path / "whole" / "initial")
+        for name, value in {"distillation_type": "hard", "search_share": 0.5}.items():
+            with pytest.raises(InvalidValueError, match=f"was done with --{name} "):
+                run(base, tmp_path / "cut", stages=self.STAGES, **self.SEARCH | {name: value})
 
     def test_of_a_stream_is_refused(self, base, tmp_path):
         with pytest.raises(CheckpointError, match="cannot be split"):
             run(base, tmp_path / "out", streaming=True, **self.SEARCH)
+
+
+class TestFineTuningThatMakesItWorse:
+    def test_is_said_with_the_place_of_the_model_before(self, base, tmp_path, caplog):
+        """On labels that the dense model gives: with a rate that ruins what it knows, and one that does nothing."""
+        dense = AutoModelForImageClassification.from_pretrained(base / "vit")
+        processor = AutoImageProcessor.from_pretrained(base / "vit", backend="pil")
+        data = Dataset.from_parquet(str(base / "validation.parquet"), cache_dir=str(tmp_path))
+        given = processor(list(data["image"]), return_tensors="pt")
+        labels = dense(**given).logits.argmax(-1).tolist()
+        data.remove_columns("label").add_column("label", labels).to_parquet(tmp_path / "validation.parquet")
+        for rate in (1.0, 1e-9):
+            changes = {"learning_rate": rate, "min_learning_rate": 0.0, "max_train_steps": 3, "ema_decay": None}
+            folder, data_file = tmp_path / str(rate), str(tmp_path / "validation.parquet")
+            metrics = run(base, folder, validation_file=data_file, **changes).metrics
+            before, after = (metrics[name]["top1"] for name in ("initial", "final"))
+            said = f"top-1 {after:.2%}, before it {before:.2%}. The model before it is in {folder / 'initial'}"
+            assert (after < before, said in caplog.text) == (rate == 1.0, rate == 1.0)
+
+
+class TestAnUploadThatIsOff:
+    def test_is_not_listed(self, base, tmp_path):
+        given = flags(base, tmp_path / "out", dry_run=True)
+        for on in (False, True):
+            plan = compress_vit(CompressSettings(**given | {"push_to_hub": on})).plan
+            listed = next(line for line in plan.describe().splitlines() if line.startswith("Stages:"))
+            assert listed.endswith("export, push" if on else "export")
+        with pytest.raises(InvalidValueError, match="--stages push needs --push_to_hub True, got False"):
+            run(base, tmp_path / "out", stages="push")
+
+
+class _Signals:
+    """Sends a signal to this process at a forward pass of the whole model, some of them after a line of the report."""
+
+    def __init__(self, line: str, passes: int, number: int) -> None:
+        self.line, self.passes, self.number = line, passes, number
+        self.after = 0
+        self.heard = False
+
+    def hear(self, line: str) -> None:
+        self.heard = self.heard or line.startswith(self.line)
+
+    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
+        if self.heard and isinstance(module, ViTForImageClassification):
+            self.passes -= 1
+            self.after += self.passes < 0
+            if self.passes == 0:
+                os.kill(os.getpid(), self.number)
+
+
+class TestSignals:
+    """SIGTERM and Ctrl-C in every stage: each ends with that forward pass, and what was done is kept."""
+
+    # After which line of the report, which forward pass, where the run has validation images, and what is done then.
+    PLACES = (
+        ("Stage calibrate: ", 2, {}, []),
+        ("Stage allocate: ", 9, {}, ["calibrate"]),
+        ("Stage initialize: ", 2, {}, ["calibrate", "allocate"]),
+        ("Sweep: ", 2, {"sweep": "0.2"}, ["calibrate", "allocate", "initialize"]),
+        ("Stage finetune: ", 3, {}, ["calibrate", "allocate", "initialize"]),
+        ("Going on from ", 6, {"eval_steps": "3"}, ["calibrate", "allocate", "initialize"]),
+        ("Going on from ", 1000, {}, ["calibrate", "allocate", "initialize", "finetune"]),
+        ("Stage finetune: done", 4, {}, ["calibrate", "allocate", "initialize", "finetune"]),
+    )
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+    def test_end_every_stage(self, base, whole, tmp_path, number):
+        """One run, interrupted and started again until it is through."""
+        folder = tmp_path / "out"
+        for line, passes, changes, done in self.PLACES:
+            signals = _Signals(line, passes, number)
+            settings = CompressSettings(**flags(base, folder, resume_from_checkpoint="latest", **changes))
+            hook = torch.nn.modules.module.register_module_forward_pre_hook(signals)
+            try:
+                result = compress_vit(settings, report=signals.hear)
+            finally:
+                hook.remove()
+            if passes == 1000:
+                assert result.interrupted is None
+            else:
+                assert (line, result.interrupted, signals.after) == (line, number.name, 0)
+            record = folder / "comcat_stages.json"
+            assert list(json.loads(record.read_text())["stages"] if record.is_file() else []) == done
+            assert not list(folder.rglob(".*"))
+        assert (folder / "checkpoint-3").is_dir()
+        assert same(folder, whole[0])
+        assert signal.getsignal(number) != signal.SIG_IGN
+
+    def test_while_reading(self, base, tmp_path, monkeypatch):
+        """Before there is a plan, and so without one."""
+
+        def load(settings: CompressSettings) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+        monkeypatch.setattr("comcat_hf.compression.training.run.load_dense", load)
+        result = run(base, tmp_path / "out")
+        assert (result.interrupted, result.plan) == ("SIGTERM", None)
+        assert not (tmp_path / "out").exists()
+
+
+class TestTwoRunsInOneFolder:
+    def test_the_second_is_refused_and_changes_nothing(self, base, tmp_path):
+        folder = tmp_path / "out"
+        with locked(folder, "output_dir"):
+            before = sorted(folder.iterdir())
+            for changes in ({}, {"overwrite_output_dir": True}, {"strategy": "search"}):
+                with pytest.raises(InvalidValueError, match=rf"no other run writes to, found process {os.getpid()} "):
+                    run(base, folder, **changes)
+            assert run(base, folder, dry_run=True).plan is not None
+            assert sorted(folder.iterdir()) == before
 
 
 class TestDryRun:
@@ -332,6 +485,25 @@ class TestScript:
         assert done.returncode == 0, done.stderr[-2000:]
         assert same(folder, whole[0])
 
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_ends_in_a_stage_and_is_alone_in_its_folder(self, base, tmp_path, number):
+        folder, slow = tmp_path / "out", {"calibration_batch_size": 1, "stages": "calibrate,allocate"}
+        process = subprocess.Popen(
+            command(base, folder, **slow), stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        next(line for line in process.stderr if "Sensitivity" in line)
+        with pytest.raises(InvalidValueError, match=rf"--output_dir {folder}: expected a folder that no other run"):
+            run(base, folder, **slow)
+        start = time.monotonic()
+        os.killpg(process.pid, number)
+        rest = process.stderr.read()
+        process.wait()
+        assert time.monotonic() - start < 30
+        assert (f"Stopped by {number.name}" in rest) == (number != signal.SIGKILL)
+        assert list(json.loads((folder / "comcat_stages.json").read_text())["stages"]) == ["calibrate"]
+        # Also after SIGKILL the folder is free.
+        assert run(base, folder, **slow).interrupted is None
+
     def test_two_processes_equal_one(self, base, tmp_path):
         plain = {"random_resized_crop_scale": 1.0, "horizontal_flip": 0.0, "logging_steps": 1, "ema_decay": 0.5}
         one, two = tmp_path / "one", tmp_path / "two"
@@ -351,12 +523,23 @@ class TestScript:
             assert results[0][name]["samples"] == results[1][name]["samples"] == 48
             assert results[0][name]["top1"] == results[1][name]["top1"]
 
-    def test_user_errors_are_one_line(self, base, tmp_path):
-        arguments = command(base, tmp_path / "out", reduction=0.99)[5:]
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert "error: " in done.stderr
-        assert "Traceback" not in done.stderr
+    @pytest.mark.parametrize("processes", [None, 1, 2])
+    def test_a_user_error_is_the_last_line(self, base, tmp_path, processes):
+        """In a script of its own, and behind what the launcher of one or two processes has to say."""
+        arguments = command(base, tmp_path / "out", reduction=1.0, processes=processes or 1)
+        if processes is None:
+            arguments = [sys.executable, *arguments[5:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == (2 if processes is None else 1)
+        *before, last = done.stderr.splitlines()
+        assert last == "error: --reduction must be a number from 0 to below 1, got 1.0."
+        assert ("Traceback" in done.stderr) == (processes is not None) == (last in before)
+
+
+def _without(record: Path, stage: str) -> str:
+    content = json.loads(record.read_text())
+    del content["stages"][stage], content["digest"]
+    return json.dumps(content)
 
 
 def _without_dropout(base: Path, folder: Path) -> Path:
