@@ -18,7 +18,7 @@ from ..errors import CheckpointError, InvalidValueError
 from .current import check_saveable, current_plan
 
 
-__all__ = ["attach", "is_model", "recorded", "register"]
+__all__ = ["attach", "is_model", "recorded", "register", "watch"]
 
 QUANT_METHOD = "comcat"
 _CONFIG = "quantization_config"
@@ -71,10 +71,17 @@ def attach(model: nn.Module, plan: RankPlan | None) -> None:
     """Put a plan into the model's configuration and the rank file beside what it saves; `None` takes both away."""
     if plan is None:
         model.__dict__.pop("save_pretrained", None)
+        if hasattr(model, "peft_config"):
+            watch(model)
         config = model.config
         model._internal_dict = type(config)({key: value for key, value in config.items() if key != _CONFIG})
         return
     model.register_to_config(**{_CONFIG: ComCATConfigFile(**plan.to_dict()).to_dict()})
+    watch(model)
+
+
+def watch(model: nn.Module) -> None:
+    """Let a model say which ranks it has when it is saved, and refuse to be saved with adapters."""
     # An instance attribute, since the class must stay the host's; a partial, since that can be copied and pickled.
     model.save_pretrained = functools.partial(_save_pretrained, model)
 
@@ -88,6 +95,7 @@ def _save_pretrained(
     **kwargs: Any,
 ) -> None:
     check_saveable(model)
+    _check_no_adapters(model)
     # Named, since a pipeline asks which of these its parts take.
     kwargs |= {"safe_serialization": safe_serialization, "variant": variant}
     plan = current_plan(model, recorded(model))
@@ -96,6 +104,18 @@ def _save_pretrained(
         # First: an upload takes everything in the folder.
         plan.save_pretrained(save_directory)
     type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    # diffusers would write names that no model has, and load what is missing onto the meta device.
+    found = next((key for key in model.state_dict() if ".comcat_factors." in key or ".base_layer." in key), None)
+    if found is not None:
+        names = ", ".join(getattr(model, "peft_config", {})) or "?"
+        raise InvalidValueError(
+            f"{found}: expected a {type(model).__name__} without adapters, found {names}, which the model's "
+            "folder cannot hold. Save a pipeline with adapters merged in by export_pipeline(pipe, folder), an adapter "
+            "alone by save_comcat_weights(pipe, folder), or call fuse_lora() and unload_lora_weights() before."
+        )
 
 
 def register() -> None:

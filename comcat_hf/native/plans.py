@@ -11,7 +11,7 @@ from . import diffusers, transformers
 from .current import current_plan
 
 
-__all__ = ["attach_plan", "is_native", "plan_of"]
+__all__ = ["attach_plan", "is_native", "plan_of", "watch_saving"]
 
 
 def is_native(model: nn.Module) -> bool:
@@ -51,6 +51,12 @@ def attach_plan(model: nn.Module, plan: RankPlan | None = None) -> nn.Module:
     """
     _host(model).attach(model, current_plan(model, plan))
     return model
+
+
+def watch_saving(model: nn.Module) -> None:
+    """Let a model that gets adapters look, when it is saved, at what it holds by then: adapters, fused modules."""
+    if is_native(model):
+        _host(model).watch(model)
 
 
 def _host(model: nn.Module) -> ModuleType:

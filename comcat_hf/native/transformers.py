@@ -25,7 +25,7 @@ from ..errors import CheckpointError, InvalidValueError
 from .current import check_saveable, current_plan
 
 
-__all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
+__all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded", "watch"]
 
 QUANT_METHOD = "comcat"
 # Arguments of save_pretrained that are meant for the upload.
@@ -104,9 +104,15 @@ def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
     if plan is None:
         # A backbone of which only the head was compressed, or every low-rank module was replaced since.
         model.__dict__.pop("save_pretrained", None)
-        model.config.__dict__.pop("quantization_config", None)
+        if recorded(model) is not None:
+            del model.config.quantization_config
         return
     model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
+    watch(model)
+
+
+def watch(model: PreTrainedModel) -> None:
+    """Let a model say which ranks it has when it is saved."""
     # An instance attribute, since the class must stay the host's; a partial, since that can be copied and pickled.
     model.save_pretrained = functools.partial(_save_pretrained, model)
 
