@@ -10,6 +10,7 @@ from ..errors import UnsupportedModuleError
 from .modules import LowRankAttention
 from .residuals import Core, Residual, rows_in, rows_out
 from .views import AttentionView, base_module, is_tuner_layer
+from .weights import compute_dtype
 from .widening import common_width
 
 
@@ -141,7 +142,7 @@ def with_rows(
         name, _, index = family.output.partition(".")
         dense = base_module(view.output)
         bias = dense.bias if output_bias is None else output_bias
-        output = _linear(rows["output"].flatten(0, 1).T.to(dense.weight.dtype), bias)
+        output = _linear(rows["output"].flatten(0, 1).T.to(compute_dtype(dense)), bias)
         if index:
             output = nn.ModuleList([output if i == int(index) else m for i, m in enumerate(getattr(host, name))])
         setattr(module, name, output)
@@ -164,7 +165,7 @@ def _fuse_again(module: nn.Module) -> None:
 
 def _linear_in(rows: Tensor, dense: nn.Module) -> nn.Linear:
     dense = base_module(dense)
-    flat = rows.flatten(0, 1).to(dense.weight.dtype)
+    flat = rows.flatten(0, 1).to(compute_dtype(dense))
     weight, bias = (flat[:, :-1], flat[:, -1]) if dense.bias is not None else (flat, None)
     return _linear(weight, bias)
 

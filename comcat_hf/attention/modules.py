@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .views import AttentionFamily, AttentionView
+from .weights import compute_dtype
 from .widening import StandIn, common_width, pad_heads, split_heads
 
 
@@ -38,7 +39,7 @@ def empty_linear(
     """An empty linear layer of other sizes, on the device and in the dtype of the one given."""
     weight = linear.weight
     return nn.utils.skip_init(
-        cls, in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype
+        cls, in_features, out_features, bias=bias, device=weight.device, dtype=compute_dtype(linear)
     ).train(linear.training)
 
 

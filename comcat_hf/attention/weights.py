@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModuleError
 
 
-__all__ = ["class_path", "float_weight", "is_plain_linear", "is_quantised", "kind_of_weight"]
+__all__ = ["class_path", "compute_dtype", "float_weight", "is_plain_linear", "is_quantised", "kind_of_weight"]
 
 _PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -20,6 +20,13 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype in _PLAIN_DTYPES
 
 
+def compute_dtype(linear: nn.Module) -> torch.dtype:
+    """The dtype that a linear layer computes in: under diffusers' layerwise casting not that of its weights."""
+    hooks = getattr(linear, "_diffusers_hook", None)
+    casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+    return linear.weight.dtype if casting is None else casting.compute_dtype
+
+
 def float_weight(linear: nn.Module) -> Tensor:
     """The weight of a linear layer in floating point, dequantised where it must be.
 
@@ -27,6 +34,8 @@ def float_weight(linear: nn.Module) -> Tensor:
         UnsupportedModuleError: a weight that does not dequantise itself.
     """
     weight = linear.weight.detach()
+    if compute_dtype(linear) != weight.dtype:
+        return weight.to(compute_dtype(linear))
     if not is_quantised(weight):
         return weight
     try:
