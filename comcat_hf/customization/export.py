@@ -15,10 +15,12 @@ from ..errors import InvalidValueError, UnsupportedModuleError
 from ..factorization import factorize_qk, factorize_vo
 from ..native import attach_plan
 from ..tuners.customize import CustomizeLayer
+from ..tuners.names import Adapters
 
 
 __all__ = ["export_pipeline"]
 
+OURS = (CustomizeLayer, Adapters)
 Export = Callable[[CustomizeLayer, list[str]], tuple[nn.Module, dict[str, float]]]
 
 
@@ -184,7 +186,7 @@ def _check(
             f"{', '.join(sorted(known)) or 'none'}."
         )
     for name, part in parts.items():
-        other = next((m for m in part.modules() if is_tuner_layer(m) and not isinstance(m, CustomizeLayer)), None)
+        other = next((m for m in part.modules() if is_tuner_layer(m) and not isinstance(m, OURS)), None)
         if other is not None:
             raise UnsupportedModuleError(
                 f"{name} carries an adapter of {type(other).__module__}, which would be lost. Merge it into the base "
