@@ -41,6 +41,7 @@ def merge_residuals(view: AttentionView, residuals: Sequence[tuple[Residual, flo
         UnsupportedModuleError: an adapter of another method is active on a projection and not merged, or full factors
             for a class that leaves its output projection to a sibling.
     """
+    check_mergeable(view, [factors for factors, _ in residuals])
     rows, p = joined_rows(view, residuals, bases), view.head_dim
     copies, width = 1, p
     if view.keeps_width:
@@ -84,7 +85,6 @@ def widened_attention(
 def joined_rows(view: AttentionView, residuals: Sequence[tuple[Residual, float]], bases: Bases) -> dict[str, Tensor]:
     """The rows of the four projections by head with the adapters' behind them, `(H, p + r, d)`; biases as a column."""
     heads = view.num_heads
-    check_mergeable(view, [factors for factors, _ in residuals])
     query, key, value = (_wide(rows_in(linear, heads)) for linear in (view.query, view.key, view.value))
     output = _wide(rows_out(view))
     parts: dict[str, list[Tensor]] = {"query": [query], "key": [key], "value": [value], "output": [output]}

@@ -161,7 +161,8 @@ def find_residual_sites(model: nn.Module, core: bool = False) -> dict[str, Resid
     sites = {name: ResidualSite(view, core) for name, view in attention_views(model, whole=False).items()}
     if not sites:
         raise UnsupportedModuleError(
-            f"{type(model).__name__} has no attention module that is known. Models whose attention modules are known "
+            f"{type(model).__name__} has no attention module that is known and not low-rank or widened already, as "
+            "compressed attention and fused full factors are. Models whose attention modules are known "
             "are listed in docs/constraints.md."
         )
     return sites

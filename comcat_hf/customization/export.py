@@ -69,6 +69,8 @@ def export_pipeline(
             swaps = []
             for path, layer in found.items():
                 names = layer.present(adapter_names or layer.active_adapters, "exported")
+                if names:
+                    layer.check_mergeable(adapter_names=names)
                 module, lost[f"{name}.{path}"] = build(layer, names) if names else (layer.base_layer, _nothing())
                 swaps.append((layer, module))
             stack.enter_context(_standing_in(parts[name], swaps))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.joining import can_join, joined_input, joined_output
 from ..attention.merging import check_mergeable, merge_residuals, widened_attention
 from ..attention.residuals import Residual, bases_of
-from ..attention.views import AttentionView
+from ..attention.views import AttentionView, is_tuner_layer
 from ..attention.weights import compute_dtype
 from ..attention.widening import StandIn, common_width, fold_heads, split_heads
 from .names import NamedAsDense
@@ -40,8 +40,8 @@ class CustomizeLayer(NamedAsDense):
         super().__init__(view.module)
         self.view = view
         self.scaling: dict[str, float] = {}
-        self.merged_layer: nn.Module | None = None
         self._merged_scales: dict[str, float] = {}
+        self._merged_beside: list[list[str]] = []
         # Tensors, so that a compiled forward does not depend on their values.
         self._scales: dict[str, Tensor] = {}
         self._initial: dict[str, float] = {}
@@ -149,9 +149,9 @@ class CustomizeLayer(NamedAsDense):
             if self.merged:
                 self.unmerge()
             return self.base_layer(hidden_states, *args, **kwargs)
-        if self.merged_layer is not None:
+        if self.merged_layer is not None and not self._others_act():
             return self.merged_layer(hidden_states, *args, **kwargs)
-        if not any(name in self.comcat_factors for name in self.active_adapters):
+        if not self._in_use():
             return self.base_layer(hidden_states, *args, **kwargs)
         heads, width = self._size()
         self._stand_in.resize(heads, width)
@@ -261,18 +261,26 @@ class CustomizeLayer(NamedAsDense):
                 found = self._bases[pair, rank] = tuple(basis.to(like.device) for basis in found)
         return tuple(basis.to(like.dtype) for basis in found)
 
+    def _others_act(self) -> bool:
+        """Whether an adapter of another method acts on a projection, which fused projections know nothing of."""
+        found = [linear for linear in self.view.projections().values() if is_tuner_layer(linear)]
+        return any(linear.active_adapters and not (linear.merged or linear.disable_adapters) for linear in found)
+
+    def _in_use(self) -> list[str]:
+        return [name for name in self.merged_adapters or self.active_adapters if name in self.comcat_factors]
+
     def _active(self) -> Iterator[tuple[Residual, Tensor]]:
-        for name in self.active_adapters:
-            if name in self.comcat_factors:
-                yield self.comcat_factors[name], self._scales[name]
+        for name in self._in_use():
+            fused = self._merged_scales.get(name)
+            scale = self._scales[name]
+            yield self.comcat_factors[name], scale if fused is None else torch.full_like(scale, fused)
 
     def _widths(self) -> tuple[int, int]:
         """How many columns the active full factors add to queries and keys, and to values."""
         added = [0, 0]
-        for name in self.active_adapters:
-            if name in self.comcat_factors:
-                for index, first in enumerate((self.comcat_factors[name].query, self.comcat_factors[name].value)):
-                    added[index] += 0 if first is None else first.out_features // self.view.num_heads
+        for name in self._in_use():
+            for index, first in enumerate((self.comcat_factors[name].query, self.comcat_factors[name].value)):
+                added[index] += 0 if first is None else first.out_features // self.view.num_heads
         return added[0], added[1]
 
     def _copies(self) -> int:
@@ -316,13 +324,16 @@ class CustomizeLayer(NamedAsDense):
         """
         names = [*self.merged_adapters]
         names += [n for n in self.check_mergeable(safe_merge, adapter_names) if n not in names]
-        if names == self.merged_adapters:
+        # Those of other methods that are fused into the dense weights.
+        beside = [linear.merged_adapters[:] for linear in self.view.projections().values() if is_tuner_layer(linear)]
+        if not names or (names, beside) == (self.merged_adapters, self._merged_beside):
             return
         scales = {name: self.scaling[name] for name in names} | self._merged_scales
         merged = merge_residuals(self.view, self.residuals(names, scales), self.bases)
         if safe_merge and not all(p.isfinite().all() for p in merged.parameters()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         self.merged_layer, self.comcat_factors.merged_adapters, self._merged_scales = merged, names, scales
+        self._merged_beside = beside
 
     def residuals(self, names: list[str], scales: dict[str, float] | None = None) -> list[tuple[Residual, float]]:
         """Factors and scale of each adapter named."""

@@ -29,6 +29,8 @@ _OF_ADAPTERS = frozenset(
 )
 # What diffusers asks every module of a model for, to name a processor by the module.
 _OF_DENSE = frozenset({"get_processor", "set_processor"})
+# A layer's children that are attention modules.
+_WHOLE = frozenset({"base_layer", "merged_layer"})
 
 
 class Adapters(nn.ModuleDict, BaseTunerLayer):
@@ -61,9 +63,6 @@ class Adapters(nn.ModuleDict, BaseTunerLayer):
     def r(self) -> dict[str, tuple[int | None, int | None]]:
         """The ranks per head by adapter name, `(qk, vo)`."""
         return {name: factors.ranks for name, factors in self.items()}
-
-    def get_base_layer(self) -> nn.Module:
-        return self._layer.get_base_layer()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -159,6 +158,7 @@ class NamedAsDense(ComCATLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer, Adapters(self))
+        self.merged_layer: nn.Module | None = None
         self.deletion = Deletion(self.comcat_factors)
         self.train(base_layer.training)
 
@@ -176,12 +176,15 @@ class NamedAsDense(ComCATLayer):
         yield from ((f"{start}base_layer" if name == prefix else name, module) for name, module in own)
         for name, child in self._own_children():
             yield from child.named_modules(memo, start + name, remove_duplicate)
+        if self.merged_layer is not None:
+            # For who looks for its class. Its parts stay unnamed: adapters of other methods go into the dense ones.
+            yield f"{start}merged_layer", self.merged_layer
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         dense = self.base_layer
         yield from dense.named_children()
         if not any(hasattr(dense, name) for name in _OF_DENSE):
-            yield "base_layer", _Shown.of(dense)
+            yield from ((n, _Shown.of(m)) for n, m in self._modules.items() if n in _WHOLE and m is not None)
         yield from self._own_children()
 
     def children(self) -> Iterator[nn.Module]:
@@ -189,10 +192,12 @@ class NamedAsDense(ComCATLayer):
 
     def _own_children(self) -> Iterator[tuple[str, nn.Module]]:
         found = list(self._modules.items())
-        return ((name, module) for name, module in found if module is not None and name != "base_layer")
+        return ((name, module) for name, module in found if name not in _WHOLE)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         own = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars)
+        for key in [key for key in own if key.startswith(f"{prefix}merged_layer.")]:
+            del own[key]
         if destination is None:
             destination = OrderedDict()
             destination._metadata = OrderedDict()
@@ -221,8 +226,15 @@ class NamedAsDense(ComCATLayer):
     def __getattr__(self, name: str) -> Any:
         if name in _OF_ADAPTERS:
             return getattr(self.comcat_factors, name)
+        if name == "set_processor" and self._dense_with(name) is not None:
+            return self._set_processor
         dense = self._dense_with(name)
         return super().__getattr__(name) if dense is None else getattr(dense, name)
+
+    def _set_processor(self, processor: Any) -> None:
+        for module in (self.base_layer, self.merged_layer):
+            if module is not None:
+                module.set_processor(processor)
 
     def __setattr__(self, name: str, value: Any) -> None:
         dense = self._dense_with(name)

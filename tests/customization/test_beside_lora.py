@@ -145,6 +145,20 @@ def test_the_order_does_not_matter(folder, name):
     assert_same(draw(pipe), draw(pipeline(folder)))
 
 
+def test_a_lora_acts_beside_ours_that_is_fused(folder):
+    pipe = pipeline(folder, "dog")
+    pipe.fuse_lora()
+    pipe.load_lora_weights(folder / "style", adapter_name="style")
+    pipe.set_adapters(["style"], [0.5])
+    assert not any("merged_layer" in key for key in pipe.unet.state_dict())
+    both = draw(pipeline(folder, "style", "dog"))
+    assert_same(draw(pipe), both)
+    pipe.fuse_lora(adapter_names=["style"])
+    assert_same(draw(pipe), both)
+    pipe.unload_lora_weights()
+    assert_same(draw(pipe), both)
+
+
 def test_between_and_with_a_text_encoder(folder, tmp_path):
     def text_lora(pipe):
         config = LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
