@@ -10,6 +10,7 @@ from ..errors import UnsupportedModuleError
 from .modules import LowRankAttention
 from .residuals import Core, Residual, rows_in, rows_out
 from .views import AttentionView, base_module, is_tuner_layer
+from .weights import compute_dtype
 from .widening import common_width
 
 
@@ -40,6 +41,7 @@ def merge_residuals(view: AttentionView, residuals: Sequence[tuple[Residual, flo
         UnsupportedModuleError: an adapter of another method is active on a projection and not merged, or full factors
             for a class that leaves its output projection to a sibling.
     """
+    check_mergeable(view, [factors for factors, _ in residuals])
     rows, p = joined_rows(view, residuals, bases), view.head_dim
     copies, width = 1, p
     if view.keeps_width:
@@ -83,7 +85,6 @@ def widened_attention(
 def joined_rows(view: AttentionView, residuals: Sequence[tuple[Residual, float]], bases: Bases) -> dict[str, Tensor]:
     """The rows of the four projections by head with the adapters' behind them, `(H, p + r, d)`; biases as a column."""
     heads = view.num_heads
-    check_mergeable(view, [factors for factors, _ in residuals])
     query, key, value = (_wide(rows_in(linear, heads)) for linear in (view.query, view.key, view.value))
     output = _wide(rows_out(view))
     parts: dict[str, list[Tensor]] = {"query": [query], "key": [key], "value": [value], "output": [output]}
@@ -141,7 +142,7 @@ def with_rows(
         name, _, index = family.output.partition(".")
         dense = base_module(view.output)
         bias = dense.bias if output_bias is None else output_bias
-        output = _linear(rows["output"].flatten(0, 1).T.to(dense.weight.dtype), bias)
+        output = _linear(rows["output"].flatten(0, 1).T.to(compute_dtype(dense)), bias)
         if index:
             output = nn.ModuleList([output if i == int(index) else m for i, m in enumerate(getattr(host, name))])
         setattr(module, name, output)
@@ -164,7 +165,7 @@ def _fuse_again(module: nn.Module) -> None:
 
 def _linear_in(rows: Tensor, dense: nn.Module) -> nn.Linear:
     dense = base_module(dense)
-    flat = rows.flatten(0, 1).to(dense.weight.dtype)
+    flat = rows.flatten(0, 1).to(compute_dtype(dense))
     weight, bias = (flat[:, :-1], flat[:, -1]) if dense.bias is not None else (flat, None)
     return _linear(weight, bias)
 

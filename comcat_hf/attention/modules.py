@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .views import AttentionFamily, AttentionView, base_module
-from .weights import dtype_taken
+from .weights import compute_dtype
 from .widening import StandIn, common_width, pad_heads, split_heads
 
 
@@ -39,7 +39,7 @@ def empty_linear(
     """An empty linear layer of other sizes, on the device and in the dtype of the one given."""
     weight = linear.weight
     return nn.utils.skip_init(
-        cls, in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype
+        cls, in_features, out_features, bias=bias, device=weight.device, dtype=compute_dtype(linear)
     ).train(linear.training)
 
 
@@ -208,7 +208,7 @@ class LowRankAttention(nn.Module):
 
 def _project(linear: nn.Linear, states: Tensor) -> Tensor:
     # A projection shared with a half precision base keeps its dtype beside factors in float32.
-    dtype = dtype_taken(linear, states)
+    dtype = compute_dtype(linear, states)
     if dtype == states.dtype or torch.is_autocast_enabled(states.device.type):
         return linear(states)
     return linear(states.to(dtype)).to(states.dtype)

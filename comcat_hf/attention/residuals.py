@@ -12,7 +12,7 @@ from ..core import head_basis
 from ..errors import InvalidValueError, UnsupportedModuleError
 from .sites import AttentionSite
 from .views import AttentionView, attention_views, base_module, known_attention_classes
-from .weights import float_weight
+from .weights import compute_dtype, float_weight
 
 
 __all__ = ["Core", "Residual", "ResidualSite", "find_residual_sites"]
@@ -65,8 +65,8 @@ class Residual(nn.Module):
     def __init__(self, view: AttentionView, qk_rank: int | None, vo_rank: int | None, core: bool) -> None:
         super().__init__()
         self.num_heads = heads = view.num_heads
-        weight = base_module(view.query).weight
-        options = {"device": weight.device, "dtype": weight.dtype}
+        query = base_module(view.query)
+        options = {"device": query.weight.device, "dtype": compute_dtype(query)}
 
         def linear(rank: int | None, layer: nn.Linear, *, out: bool = False) -> nn.Linear | None:
             if rank is None or core:
@@ -128,7 +128,18 @@ class ResidualSite:
                     f"{'query/key' if choice == 'qk' else 'value/output'} product cannot be adapted: {reason}. Leave "
                     f"that pair out with {choice}_rank=None."
                 )
+        if any(rank is not None for rank in ranks.values()):
+            self._check_processor()
         return ranks
+
+    def _check_processor(self) -> None:
+        # Now, and not at the first forward: what runs the module may not run what an adapter adds.
+        try:
+            self.view.query_factor(self.view.head_dim)
+        except UnsupportedModuleError as error:
+            raise UnsupportedModuleError(
+                f"{self.name}: {error} exclude_modules leaves single modules out of an adapter."
+            ) from error
 
     def dense_modules(self) -> dict[str, nn.Module]:
         return {self.name: self.view.module}
@@ -156,7 +167,8 @@ def find_residual_sites(model: nn.Module, core: bool, refuse: Callable[[str], bo
     sites = {name: ResidualSite(view, core) for name, view in views.items()}
     if not sites:
         raise UnsupportedModuleError(
-            f"{type(model).__name__} has no attention module that is known. Known classes: "
+            f"{type(model).__name__} has no attention module that is known and not low-rank or widened already, as "
+            "compressed attention and fused full factors are. Known classes: "
             f"{', '.join(known_attention_classes())}. Describe another one with "
             "comcat_hf.register_attention_family."
         )
@@ -198,7 +210,7 @@ def rows_in(linear: nn.Module, num_heads: int) -> Tensor:
         linear = base_module(linear)
         rows = float_weight(linear)
         if linear.bias is not None:
-            rows = torch.cat([rows, linear.bias.detach()[:, None]], dim=1)
+            rows = torch.cat([rows, linear.bias.detach().to(rows)[:, None]], dim=1)
         return rows.unflatten(0, (num_heads, -1)).clone()
 
 

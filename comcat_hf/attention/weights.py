@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModuleError
 
 
-__all__ = ["class_path", "dtype_taken", "float_weight", "is_plain_linear", "is_quantised", "kind_of_weight"]
+__all__ = ["class_path", "compute_dtype", "float_weight", "is_plain_linear", "is_quantised", "kind_of_weight"]
 
 _PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -20,10 +20,16 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype in _PLAIN_DTYPES
 
 
-def dtype_taken(linear: nn.Module, states: Tensor) -> torch.dtype:
-    """The dtype that a linear layer takes `states` in."""
+def compute_dtype(linear: nn.Module, states: Tensor | None = None) -> torch.dtype:
+    """The dtype that a linear layer computes in: under diffusers' layerwise casting not that of its weights."""
+    hooks = getattr(linear, "_diffusers_hook", None)
+    casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+    if casting is not None:
+        return casting.compute_dtype
+    if isinstance(linear.weight, Tensor):
+        return linear.weight.dtype
     # In a layer of torch.ao.quantization the weight is a method, and floats are taken as they are.
-    return linear.weight.dtype if isinstance(linear.weight, Tensor) else states.dtype
+    return torch.float32 if states is None else states.dtype
 
 
 def float_weight(linear: nn.Module) -> Tensor:
@@ -33,6 +39,8 @@ def float_weight(linear: nn.Module) -> Tensor:
         UnsupportedModuleError: a weight that does not dequantise itself.
     """
     weight = linear.weight.detach()
+    if compute_dtype(linear) != weight.dtype:
+        return weight.to(compute_dtype(linear))
     if not is_quantised(weight):
         return weight
     try:

@@ -16,10 +16,12 @@ from ..factorization import factorize_qk, factorize_vo
 from ..native import attach_plan
 from ..native.diffusers import is_model, naming_no_folder
 from ..tuners.customize import CustomizeLayer
+from ..tuners.names import Adapters
 
 
 __all__ = ["export_pipeline"]
 
+OURS = (CustomizeLayer, Adapters)
 Export = Callable[[CustomizeLayer, list[str]], tuple[nn.Module, dict[str, float]]]
 
 
@@ -68,6 +70,8 @@ def export_pipeline(
             swaps = []
             for path, layer in found.items():
                 names = layer.present(adapter_names or layer.active_adapters, "exported")
+                if names:
+                    layer.check_mergeable(adapter_names=names)
                 module, lost[f"{name}.{path}"] = build(layer, names) if names else (layer.base_layer, _nothing())
                 swaps.append((layer, module))
             stack.enter_context(_standing_in(parts[name], swaps))
@@ -187,7 +191,7 @@ def _check(
             f"{', '.join(sorted(known)) or 'none'}."
         )
     for name, part in parts.items():
-        other = next((m for m in part.modules() if is_tuner_layer(m) and not isinstance(m, CustomizeLayer)), None)
+        other = next((m for m in part.modules() if is_tuner_layer(m) and not isinstance(m, OURS)), None)
         if other is not None:
             raise UnsupportedModuleError(
                 f"{name} carries an adapter of {type(other).__module__}, which would be lost. Merge it into the base "

@@ -287,7 +287,8 @@ def _add(saved: list[_Saved], adapter_name: str) -> None:
             model = part.model
             inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=True)
             _check_fits(part, adapter_name)
-            weights = {key: tensor.to(_dtype(model)) for key, tensor in part.weights.items()}
+            made = _state(model, adapter_name)
+            weights = {key: tensor.to(made[key].dtype) for key, tensor in part.weights.items()}
             set_peft_model_state_dict(model, weights, adapter_name, low_cpu_mem_usage=True)
             model._hf_peft_config_loaded = True
         for part in saved:
@@ -354,10 +355,6 @@ def _sizes(model: nn.Module) -> dict[str, float]:
         name: float(f"{rows_in(view.query, view.num_heads).double().square().mean().sqrt().item():.4g}")
         for name, view in views.items()
     }
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def _source(pipeline: Pipeline) -> str | None:

@@ -6,6 +6,7 @@ from .loading import load_model as load_model
 from .plans import attach_plan as attach_plan
 from .plans import is_native as is_native
 from .plans import plan_of as plan_of
+from .plans import watch_saving as watch_saving
 from .skeletons import dense_skeleton as dense_skeleton
 from .transformers import ComCATQuantizationConfig as ComCATQuantizationConfig
 from .transformers import ComCATQuantizer as ComCATQuantizer

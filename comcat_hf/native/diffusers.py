@@ -23,7 +23,7 @@ from ..transport import hub_id
 from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
 
 
-__all__ = ["attach", "is_model", "naming_no_folder", "recorded", "register"]
+__all__ = ["attach", "is_model", "naming_no_folder", "recorded", "register", "watch"]
 
 _CONFIG = "quantization_config"
 _SOURCE = "_name_or_path"
@@ -76,14 +76,19 @@ def recorded(model: nn.Module) -> RankPlan | None:
 
 def attach(model: nn.Module, plan: RankPlan | None) -> None:
     """Put a plan into the model's configuration; `None` takes it away."""
-    from diffusers import ModelMixin
-
-    teach_saving(ModelMixin, _save_pretrained)
+    watch()
     if plan is None:
         config = model.config
         model._internal_dict = type(config)({key: value for key, value in config.items() if key != _CONFIG})
         return
     model.register_to_config(**{_CONFIG: ComCATConfigFile(**plan.to_dict()).to_dict()})
+
+
+def watch() -> None:
+    """Let diffusers' models say which ranks they have when they are saved, and refuse to be saved with adapters."""
+    from diffusers import ModelMixin
+
+    teach_saving(ModelMixin, _save_pretrained)
 
 
 def _save_pretrained(
@@ -96,6 +101,7 @@ def _save_pretrained(
 ) -> None:
     known = recorded(model)
     plan = current_plan(model, known)
+    _check_no_adapters(model)
     if plan is not None:
         check_saveable(model)
     if (plan or known) is not None:
@@ -117,6 +123,18 @@ def naming_no_folder(host: Any) -> Iterator[None]:
         yield
     finally:
         host._internal_dict = config
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    # diffusers would write names that no model has, and load what is missing onto the meta device.
+    found = next((key for key in model.state_dict() if ".comcat_factors." in key), None)
+    if found is not None:
+        names = ", ".join(getattr(model, "peft_config", {})) or "?"
+        raise InvalidValueError(
+            f"{found}: expected a {type(model).__name__} without adapters, found {names}, which the model's "
+            "folder cannot hold. Save a pipeline with adapters merged in by export_pipeline(pipe, folder), an adapter "
+            "alone by save_comcat_weights(pipe, folder), or call fuse_lora() and unload_lora_weights() before."
+        )
 
 
 def register() -> None:

@@ -12,7 +12,7 @@ from . import diffusers, transformers
 from .current import current_plan
 
 
-__all__ = ["attach_plan", "is_native", "plan_of"]
+__all__ = ["attach_plan", "is_native", "plan_of", "watch_saving"]
 
 
 def is_native(model: nn.Module) -> bool:
@@ -53,6 +53,12 @@ def attach_plan(model: nn.Module, plan: RankPlan | None = None) -> nn.Module:
     """
     _host(model).attach(model, current_plan(model, plan))
     return model
+
+
+def watch_saving(model: nn.Module) -> None:
+    """Let a model that gets adapters look, when it is saved, at what it holds by then: adapters, fused modules."""
+    if diffusers.is_model(model):
+        diffusers.watch()
 
 
 def _host(model: nn.Module) -> ModuleType:

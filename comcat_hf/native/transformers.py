@@ -104,7 +104,8 @@ def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
     """Put a plan into the model's configuration; `None` takes it away."""
     if plan is None:
         # A backbone of which only the head was compressed, or every low-rank module was replaced since.
-        model.config.__dict__.pop("quantization_config", None)
+        if recorded(model) is not None:
+            del model.config.quantization_config
     else:
         model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
         # In memory it may name a folder of this machine as base.

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from torch import Tensor, nn
 from ..attention.joining import can_join, joined_input, joined_output
 from ..attention.merging import check_mergeable, merge_residuals, widened_attention
 from ..attention.residuals import Residual, bases_of
-from ..attention.views import AttentionView
-from ..attention.weights import dtype_taken
+from ..attention.views import AttentionView, is_tuner_layer
+from ..attention.weights import compute_dtype
 from ..attention.widening import StandIn, common_width, fold_heads, split_heads
-from ..errors import InvalidValueError
-from .layer import ComCATLayer
+from .names import NamedAsDense
 
 
 __all__ = ["CustomizeLayer"]
@@ -22,7 +22,7 @@ __all__ = ["CustomizeLayer"]
 Bases = tuple[Tensor, Tensor]
 
 
-class CustomizeLayer(ComCATLayer):
+class CustomizeLayer(NamedAsDense):
     """Adds the residuals of the active adapters to a dense attention module.
 
     Full factors stand beside the heads' own queries, keys and values as further columns, so that scores are
@@ -32,7 +32,6 @@ class CustomizeLayer(ComCATLayer):
 
     Attributes:
         scaling: adapter scale by adapter name; multiplies the residual product once per pair.
-        r: the ranks per head by adapter name, `(qk, vo)`.
     """
 
     mode = "customize"
@@ -41,29 +40,29 @@ class CustomizeLayer(ComCATLayer):
         super().__init__(view.module)
         self.view = view
         self.scaling: dict[str, float] = {}
-        self.r: dict[str, tuple[int | None, int | None]] = {}
-        self.merged_layer: nn.Module | None = None
         self._merged_scales: dict[str, float] = {}
+        self._merged_beside: list[list[str]] = []
         # Tensors, so that a compiled forward does not depend on their values.
         self._scales: dict[str, Tensor] = {}
         self._initial: dict[str, float] = {}
         self._undo: list[tuple[float, dict[str, float]]] = []
         self._bases: dict[tuple[str, int], Bases] = {}
+        self._stand_for(view)
+
+    def _stand_for(self, view: AttentionView) -> None:
+        # No attributes of the layer: these would hide projections of the same names.
+        projections = SimpleNamespace(query=self._query, key=self._key, value=self._value, output=self._output)
         # Past nn.Module, which would register it.
-        self.__dict__["_stand_in"] = StandIn.of(view.module, view.family, self)
+        self.__dict__["_stand_in"] = StandIn.of(self.base_layer, view.family, projections)
 
     # Adapters
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._settle()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CustomizeLayer":
         super()._apply(fn, recurse)
-        self._settle()
+        self.settle()
         return self
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Follow the device and the active adapters now: a forward that does is compiled a second time."""
         device = next(self.base_layer.parameters()).device
         self._stand_in.resize(*self._size())
@@ -82,7 +81,6 @@ class CustomizeLayer(ComCATLayer):
             scale: what [`set_scale`] takes as 1.
         """
         super().update_layer(adapter_name, factors)
-        self.r[adapter_name] = factors.ranks
         self._initial[adapter_name] = scale
         self._set_scaling(adapter_name, scale)
         # Now, while the weights are those that the adapter belongs to; on the meta device there are none yet.
@@ -90,11 +88,9 @@ class CustomizeLayer(ComCATLayer):
             if core is not None and not next(self.base_layer.parameters()).is_meta:
                 self.bases(pair, core.rank)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.merged_adapters:
-            raise InvalidValueError(f"The adapter {adapter_name} is fused into the model. Unfuse it first.")
-        super().delete_adapter(adapter_name)
-        for kept in (self.r, self.scaling, self._initial, self._scales):
+    def forget(self, adapter_name: str) -> None:
+        """Drop what is kept of an adapter beside its factors."""
+        for kept in (self.scaling, self._initial, self._scales):
             kept.pop(adapter_name, None)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -153,9 +149,9 @@ class CustomizeLayer(ComCATLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(hidden_states, *args, **kwargs)
-        if self.merged_layer is not None:
+        if self.merged_layer is not None and not self._others_act():
             return self.merged_layer(hidden_states, *args, **kwargs)
-        if not any(name in self.comcat_factors for name in self.active_adapters):
+        if not self._in_use():
             return self.base_layer(hidden_states, *args, **kwargs)
         heads, width = self._size()
         self._stand_in.resize(heads, width)
@@ -166,7 +162,7 @@ class CustomizeLayer(ComCATLayer):
         attended = split_heads(output[0], self.view.num_heads)[..., : self.view.head_dim].flatten(-2)
         return (attended, *output[1:])
 
-    def query(self, states: Tensor) -> Tensor:
+    def _query(self, states: Tensor) -> Tensor:
         view = self.view
         width = self._size()[1]
         factor = view.query_factor(width)
@@ -184,11 +180,11 @@ class CustomizeLayer(ComCATLayer):
         folded = self._repeat(fold_heads(parts, width))
         return folded if factor == 1 else folded * factor
 
-    def key(self, states: Tensor) -> Tensor:
+    def _key(self, states: Tensor) -> Tensor:
         found = [(factors.key, scale) for factors, scale in self._active() if factors.key is not None]
         return self._repeat(self._scaled("key", found, states))
 
-    def value(self, states: Tensor) -> Tensor:
+    def _value(self, states: Tensor) -> Tensor:
         found = [(factors.value, scale) for factors, scale in self._active() if factors.value is not None]
         if self._copies() == 1:
             return self._scaled("value", found, states)
@@ -207,7 +203,7 @@ class CustomizeLayer(ComCATLayer):
         own = self._project(role, states)
         return fold_heads([own, *(scale * _residual(linear, states, own) for linear, scale in found)], width)
 
-    def output(self, states: Tensor) -> Tensor:
+    def _output(self, states: Tensor) -> Tensor:
         view, copies = self.view, self._copies()
         linears = [factors.output for factors, _ in self._active() if factors.output is not None]
         dense = view.family.output_of(self.base_layer)
@@ -265,18 +261,26 @@ class CustomizeLayer(ComCATLayer):
                 found = self._bases[pair, rank] = tuple(basis.to(like.device) for basis in found)
         return tuple(basis.to(like.dtype) for basis in found)
 
+    def _others_act(self) -> bool:
+        """Whether an adapter of another method acts on a projection, which fused projections know nothing of."""
+        found = [linear for linear in self.view.projections().values() if is_tuner_layer(linear)]
+        return any(linear.active_adapters and not (linear.merged or linear.disable_adapters) for linear in found)
+
+    def _in_use(self) -> list[str]:
+        return [name for name in self.merged_adapters or self.active_adapters if name in self.comcat_factors]
+
     def _active(self) -> Iterator[tuple[Residual, Tensor]]:
-        for name in self.active_adapters:
-            if name in self.comcat_factors:
-                yield self.comcat_factors[name], self._scales[name]
+        for name in self._in_use():
+            fused = self._merged_scales.get(name)
+            scale = self._scales[name]
+            yield self.comcat_factors[name], scale if fused is None else torch.full_like(scale, fused)
 
     def _widths(self) -> tuple[int, int]:
         """How many columns the active full factors add to queries and keys, and to values."""
         added = [0, 0]
-        for name in self.active_adapters:
-            if name in self.comcat_factors:
-                for index, first in enumerate((self.comcat_factors[name].query, self.comcat_factors[name].value)):
-                    added[index] += 0 if first is None else first.out_features // self.view.num_heads
+        for name in self._in_use():
+            for index, first in enumerate((self.comcat_factors[name].query, self.comcat_factors[name].value)):
+                added[index] += 0 if first is None else first.out_features // self.view.num_heads
         return added[0], added[1]
 
     def _copies(self) -> int:
@@ -319,13 +323,16 @@ class CustomizeLayer(ComCATLayer):
         module is kept.
         """
         names = [*self.merged_adapters, *self.to_merge(safe_merge, adapter_names)]
-        if names == self.merged_adapters:
+        # Those of other methods that are fused into the dense weights.
+        beside = [linear.merged_adapters[:] for linear in self.view.projections().values() if is_tuner_layer(linear)]
+        if not names or (names, beside) == (self.merged_adapters, self._merged_beside):
             return
         scales = {name: self.scaling[name] for name in names} | self._merged_scales
         merged = merge_residuals(self.view, self.residuals(names, scales), self.bases)
         if safe_merge and not all(p.isfinite().all() for p in merged.parameters()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self.merged_layer, self.merged_adapters, self._merged_scales = merged, names, scales
+        self.merged_layer, self.comcat_factors.merged_adapters, self._merged_scales = merged, names, scales
+        self._merged_beside = beside
 
     def residuals(self, names: list[str], scales: dict[str, float] | None = None) -> list[tuple[Residual, float]]:
         """Factors and scale of each adapter named."""
@@ -342,7 +349,11 @@ class CustomizeLayer(ComCATLayer):
         """The module that remains: with `merge` one that owns the merged projections, else the dense one."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if not merge or self.merged_layer is None:
+        return self.get_base_layer() if merge else self.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that diffusers leaves when it takes adapters away: with the fused ones in it, if any."""
+        if self.merged_layer is None:
             return self.base_layer
         residuals = self.residuals(self.merged_adapters, self._merged_scales)
         return widened_attention(self.view, residuals, self.bases) or self.merged_layer
@@ -354,7 +365,7 @@ class CustomizeLayer(ComCATLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_stand_in"] = StandIn.of(self.base_layer, self.view.family, self)
+        self._stand_for(self.view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CustomizeLayer":
         copied = type(self).__new__(type(self))
@@ -371,4 +382,4 @@ def _project(linear: nn.Linear, states: Tensor) -> Tensor:
     # Factors may be in float32 beside a half precision base.
     if torch.is_autocast_enabled(states.device.type):
         return linear(states)
-    return linear(states.to(dtype_taken(linear, states)))
+    return linear(states.to(compute_dtype(linear, states)))

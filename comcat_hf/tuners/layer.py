@@ -11,14 +11,22 @@ from ..attention import LowRankAttention
 from ..errors import InvalidValueError, UnsupportedModuleError
 
 
-__all__ = ["ComCATLayer", "CompressLayer"]
+__all__ = ["ComCATLayer", "CompressLayer", "prepare"]
 
 
 # Of LoRA, LoKr, LoHa, OFT and VeRA, in the names of what they add.
 _OF_ADAPTERS = re.compile(r"\.(lora|lokr|hada|oft|vera)_")
 
 
-class ComCATLayer(nn.Module, BaseTunerLayer):
+def prepare(layer: BaseTunerLayer) -> None:
+    """Give a tuner layer the state that PEFT and diffusers expect of each."""
+    layer.merged_adapters = []
+    layer._disable_adapters = False
+    layer._active_adapter = []
+    layer.cast_input_dtype_enabled = True
+
+
+class ComCATLayer(nn.Module):
     """What the layers of both modes have in common.
 
     Attributes:
@@ -30,13 +38,10 @@ class ComCATLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("comcat_factors",)
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, factors: nn.ModuleDict) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.comcat_factors = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter = []
+        self.comcat_factors = factors
         self.training = base_layer.training
 
     def update_layer(self, adapter_name: str, factors: nn.Module) -> None:
@@ -61,28 +66,22 @@ class ComCATLayer(nn.Module, BaseTunerLayer):
         names = self.check_mergeable(safe_merge, adapter_names)
         return check_adapters_to_merge(self, names) if names else []
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # PEFT puts no adapter into a tuner layer, and leaves what it found no place for at a warning.
-        for key in state_dict:
-            path = key.removeprefix(prefix)
-            if path != key and path.partition(".")[0] not in self._modules and _OF_ADAPTERS.search(path):
-                raise UnsupportedModuleError(
-                    f"{key}: expected a module that an adapter of another method was put into, found {prefix[:-1]} to "
-                    f"be a {type(self).__name__}, which must come after it. Call unload_comcat_weights(pipe), load "
-                    "that adapter, then load the ComCAT adapter again."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
-        # An attention module has no weight of its own. No dtype: factors keep theirs, or loading with
-        # low_cpu_mem_usage would round trained float32 factors to a half precision base.
-        return next(base_layer.parameters()).device, None
-
-
-class CompressLayer(ComCATLayer):
+class CompressLayer(ComCATLayer, BaseTunerLayer):
     """Runs the active adapter's factors in place of the dense module."""
 
     mode = "compress"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer, nn.ModuleDict())
+        prepare(self)
+
+    @property
+    def lora_A(self) -> nn.ModuleDict:
+        """Where diffusers finds what `set_lora_device` moves."""
+        return self.comcat_factors
+
+    lora_B = lora_A
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -113,6 +112,23 @@ class CompressLayer(ComCATLayer):
         if isinstance(output, tuple):
             return tuple(_cast(value, hidden_states.dtype) for value in output)
         return output.to(hidden_states.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # PEFT puts no adapter into a tuner layer, and leaves what it found no place for at a warning.
+        for key in state_dict:
+            path = key.removeprefix(prefix)
+            if path != key and path.partition(".")[0] not in self._modules and _OF_ADAPTERS.search(path):
+                raise UnsupportedModuleError(
+                    f"{key}: expected a module that an adapter of another method was put into, found {prefix[:-1]} to "
+                    f"be a {type(self).__name__}, which must come after it. Call unload_comcat_weights(pipe), load "
+                    "that adapter, then load the ComCAT adapter again."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # An attention module has no weight of its own. No dtype: factors keep theirs, or loading with
+        # low_cpu_mem_usage would round trained float32 factors to a half precision base.
+        return next(base_layer.parameters()).device, None
 
     def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
         """Which adapters [`merge`] would merge here; raises what it would raise."""

@@ -77,6 +77,9 @@ def _load_checked(adapter_name: str, model: nn.Module, *args: Any, **kwargs: Any
     del model._load_pretrained_model
     info, offloaded = model._load_pretrained_model(model, *args, **kwargs)
     found: dict[str, Any] = {key: t for key, t in model.state_dict().items() if key not in info.missing_keys}
+    if found and not any(f".{own}.{adapter_name}." in key for own in _OWN for key in found):
+        # The adapter had its tensors from elsewhere; these are of another one.
+        return info, offloaded
     found |= {key: SimpleNamespace(shape=there) for key, there, _ in info.mismatched_keys}
     found |= {key: SimpleNamespace(shape=("unknown",)) for key in info.unexpected_keys}
     check_adapter(model, adapter_name, found)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import nn
 
 from ..attention import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
@@ -19,10 +19,11 @@ from ..attention.sites import check_disjoint
 from ..attention.views import check_not_quantised
 from ..configs.adapter import ComCATConfig
 from ..errors import InvalidValueError, RankPlanError
-from ..native import attach_plan, is_native, plan_of
+from ..native import attach_plan, is_native, plan_of, watch_saving
 from .customize import CustomizeLayer
 from .layer import ComCATLayer, CompressLayer
 from .loading import check_adapter, watch_loading
+from .names import Adapters, Deletion
 
 
 __all__ = ["ComCATModel", "initialize_comcat_weights"]
@@ -42,7 +43,7 @@ class ComCATModel(BaseTuner):
     """
 
     prefix = "comcat_"
-    tuner_layer_cls = ComCATLayer
+    tuner_layer_cls = (CompressLayer, Adapters, Deletion)
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -61,6 +62,10 @@ class ComCATModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             _warn_of_ignored(self.peft_config[adapter_name], self._sites)
             watch_loading(model, adapter_name)
+            watch_saving(model)
+            if hasattr(model, "_skip_layerwise_casting_patterns"):
+                # As diffusers itself leaves out the factors of a LoRA.
+                model._skip_layerwise_casting_patterns = {*(model._skip_layerwise_casting_patterns or ()), self.prefix}
         except BaseException:
             restore()
             if not any(adapter_name in layer.comcat_factors for layer in self._layers()):
@@ -172,7 +177,8 @@ class ComCATModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if merge and is_native(model) and read_ranks(model):
+        ranks = read_ranks(model)
+        if merge and is_native(model) and ranks:
             attach_plan(model, plan_of(model))
         return model
 
@@ -346,7 +352,7 @@ def _matches(key: str, name: str) -> bool:
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     taken = {part for name, _, _ in named_base_modules(model) for part in name.split(".")} | _OWN_NAMES
-    if adapter_name in taken or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    if adapter_name in taken or "." in adapter_name or hasattr(Adapters(), adapter_name):
         raise InvalidValueError(
             f"An adapter cannot be named {adapter_name!r}: modules or parameters of {type(model).__name__} have that "
             "name or it cannot stand in a state dict, where PEFT tells adapters apart by their names. Choose another "
@@ -371,7 +377,7 @@ def _check_modules_to_save(config: ComCATConfig, model: nn.Module, paths: Iterab
 def remember(model: nn.Module) -> Callable[[], None]:
     """Note which modules a model has, which are active and which parameters are trained; returns what restores it."""
     children = [(module, dict(module._modules)) for module in model.modules()]
-    active = [(module, module._active_adapter) for module in model.modules() if hasattr(module, "_active_adapter")]
+    active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, BaseTunerLayer)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore() -> None:

@@ -115,40 +115,89 @@ def test_each_is_saved_by_itself(folder, alone, tmp_path):
     pipe = pipeline(folder, "style", "dog")
     save_comcat_weights(pipe, tmp_path / "dog", "dog")
     assert_equal_files(tmp_path / OURS, folder / OURS)
-    # With ours in the UNet a LoRA's names would have `base_layer` in them.
-    unload_comcat_weights(pipe)
     pipe.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.unet, adapter_name="style"))
     assert_equal_files(tmp_path / LORA, folder / "style" / LORA)
+    unload_comcat_weights(pipe)
     assert_same(draw(pipe), alone["style"])
+
+
+def test_all_are_unloaded(folder, alone):
+    pipe = pipeline(folder, "style", "dog")
     pipe.unload_lora_weights()
-    assert_same(draw(pipe), alone[""])
+    assert not any(hasattr(module, "base_layer") for module in pipe.unet.modules())
+    assert torch.equal(draw(pipe), alone[""])
 
 
-@pytest.mark.parametrize("deleted", [False, True])
-def test_a_lora_that_comes_second_is_refused(folder, alone, deleted):
-    pipe = pipeline(folder, "dog")
-    if deleted:
-        pipe.delete_adapters("dog")
-    before = draw(pipe)
-    with pytest.raises(UnsupportedModuleError, match=r"attn1 to be a CustomizeLayer.*unload_comcat_weights\(pipe\)"):
-        pipe.load_lora_weights(folder / "style", adapter_name="style")
-    # PEFT's own: it finds no module at all.
-    with pytest.raises(ValueError, match="not found in the base model"):
-        pipe.load_lora_weights(folder / "narrow", adapter_name="narrow")
-    if not deleted:
-        pipe.set_adapters(["dog"], [0.5])
-    assert_same(draw(pipe), before)
-    unload_comcat_weights(pipe)
-    assert not any(hasattr(module, "comcat_factors") for module in pipe.unet.modules())
-
-
-def test_in_the_other_order_after_unloading(folder, alone):
-    pipe = pipeline(folder, "dog")
+@pytest.mark.parametrize("name", ["style", "narrow"])
+def test_the_order_does_not_matter(folder, name):
+    """A LoRA of attention and what stands beside it, and one of attention alone, loaded after ours."""
+    expected, pipe = pipeline(folder, name, "dog"), pipeline(folder, "dog", name)
+    both = draw(expected)
+    assert_same(draw(pipe), both)
+    pipe.fuse_lora()
+    assert_same(draw(pipe), both)
+    pipe.unfuse_lora()
+    assert_same(draw(pipe), both)
     pipe.delete_adapters("dog")
-    unload_comcat_weights(pipe)
+    pipe.set_adapters([name], [0.5])
+    assert_same(draw(pipe), draw(pipeline(folder, name)))
+    pipe.unload_lora_weights()
+    assert_same(draw(pipe), draw(pipeline(folder)))
+
+
+def test_a_lora_acts_beside_ours_that_is_fused(folder):
+    pipe = pipeline(folder, "dog")
+    pipe.fuse_lora()
     pipe.load_lora_weights(folder / "style", adapter_name="style")
     pipe.set_adapters(["style"], [0.5])
-    assert_same(draw(pipe), alone["style"])
+    assert not any("merged_layer" in key for key in pipe.unet.state_dict())
+    both = draw(pipeline(folder, "style", "dog"))
+    assert_same(draw(pipe), both)
+    pipe.fuse_lora(adapter_names=["style"])
+    assert_same(draw(pipe), both)
+    pipe.unload_lora_weights()
+    assert_same(draw(pipe), both)
+
+
+def test_between_and_with_a_text_encoder(folder, tmp_path):
+    def text_lora(pipe):
+        config = LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+        pipe.text_encoder.add_adapter(config, "words")
+        state = get_peft_model_state_dict(pipe.text_encoder, adapter_name="words")
+        pipe.save_lora_weights(tmp_path / "words", text_encoder_lora_layers=state)
+
+    text_lora(pipeline(folder))
+    pipe = pipeline(folder)
+    pipe.text_encoder.add_adapter(ComCATConfig(mode="customize", qk_rank=1, vo_rank=1, init_weights=False), "ours")
+    save_comcat_weights(pipe, tmp_path / "ours", "ours")
+    found = []
+    for order in (("words", "ours"), ("ours", "words")):
+        pipe = pipeline(folder)
+        for name in order:
+            if name == "ours":
+                load_comcat_weights(pipe, tmp_path / name, name)
+            else:
+                pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+        pipe.set_adapters(["words", "ours"], [0.5, 0.5])
+        found.append(draw(pipe))
+        pipe.set_adapters(["ours"], [0.5])
+        assert differ(draw(pipe), found[-1])
+    assert_same(*found)
+
+
+def test_values_of_a_lora_are_swapped_beside_ours(folder):
+    pipe = pipeline(folder, "dog", "narrow")
+    state = get_peft_model_state_dict(pipe.unet, adapter_name="narrow")
+    assert not any("base_layer" in key for key in state)
+    other = {key: -tensor if "lora_B" in key else tensor.clone() for key, tensor in state.items()}
+    before = draw(pipe)
+    pipe.unet.load_lora_adapter(other, prefix=None, adapter_name="narrow", hotswap=True)
+    assert differ(draw(pipe), before)
+    swapped = pipeline(folder, "dog")
+    swapped.unet.load_lora_adapter(other, prefix=None, adapter_name="narrow")
+    swapped.set_adapters(["dog", "narrow"], [0.5, 1.0])
+    pipe.set_adapters(["dog", "narrow"], [0.5, 1.0])
+    assert_same(draw(pipe), draw(swapped))
 
 
 def test_what_was_fused_before_a_refusal_is_taken_back(folder):

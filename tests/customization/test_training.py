@@ -539,7 +539,7 @@ def test_rank_means_both_ranks(tmp_path, recipe, arguments, ranks):
         (["--vo-rank=2", "--rank=4"], "found --rank 4 and --vo_rank 2"),
         (["--rank", "two"], "_rank must be a whole number"),
         (["--rank"], "expected one argument"),
-        (["--ran", "4"], r"--ran 4 \(did you mean rank"),
+        (["--ran", "4"], r"--ran \(did you mean rank"),
     ],
 )
 def test_a_rank_that_is_not_clear_is_an_error(arguments, says):

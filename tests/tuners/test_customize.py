@@ -688,10 +688,14 @@ class TestLayer:
         expected = model(x)
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
             assert torch.equal(copied(x), expected)
-            own = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
-            assert own.isdisjoint(id(p) for p in (*copied.parameters(), *copied.modules()))
+            parameters = [
+                {id(p): p for part in (m, m.attn.merged_layer) if part is not None for p in part.parameters()}
+                for m in (model, copied)
+            ]
+            assert parameters[0].keys().isdisjoint(parameters[1])
+            assert {id(m) for m in model.modules()}.isdisjoint(id(m) for m in copied.modules())
             with torch.no_grad():
-                for parameter in copied.parameters():
+                for parameter in parameters[1].values():
                     parameter.mul_(1.5)
             copied.attn.set_scale("a", 2.0)
             assert not near(copied(x), expected, 1e-2)

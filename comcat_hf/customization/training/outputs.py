@@ -21,6 +21,7 @@ import comcat_hf
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({base})
+# Not load_lora_weights, which reads adapters of other kinds.
 comcat_hf.load_comcat_weights(pipe, {repository})
 image = pipe({prompt}).images[0]
 """
