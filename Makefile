@@ -12,7 +12,7 @@ help:
 	@echo "make demo     run the demo (ARGS='--help' shows its options)"
 	@echo "make demo-customize"
 	@echo "              teach a small Stable Diffusion a digit it has not seen (ARGS as above)"
-	@echo "make test     run the tests (ARGS='tests/test_transport.py -k json' picks some)"
+	@echo "make test     run the tests (ARGS='tests/hub/test_local.py -k json' picks some)"
 	@echo "make quality  check the code's style"
 	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
 	@echo "make clean    remove caches and build files (not .venv)"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import comcat_hf
-from comcat_hf.attention import LowRankAttention, LowRankLinear, find_sites, replace_module
-from comcat_hf.compression.statistics import prepare_batch
-from comcat_hf.factorization import LinearMoments, factorize_linear
+from comcat_hf.closed_forms.attention import LinearMoments, factorize_linear
+from comcat_hf.compression.calibration.statistics import prepare_batch
+from comcat_hf.modeling import LowRankAttention, LowRankLinear, find_sites, replace_module
 
 
 # Arguments of `allocate_ranks` for the baselines whose ranks are the package's: the same share of low rank everywhere.

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import comcat_hf
-from comcat_hf.attention import find_sites
-from comcat_hf.compression.training.models import load_classifier
+from comcat_hf.modeling import find_sites
+from comcat_hf.training.classify.models import load_classifier
 from comcat_hf.training.images import read_image
 
 
@@ -145,7 +145,7 @@ _VIT: Mapping[Scope, tuple[float, ...]] = {WHOLE: (0.3, 0.5, 0.7), ATTENTION: (0
 
 def digits(args: Any) -> Case:
     """The demo's ViT on scikit-learn's digits, trained as the demo trains it, from several seeds."""
-    from comcat_hf.demo import load_digits
+    from comcat_hf.demos.compress import load_digits
 
     data = load_digits()
     calibration = list(data.train_images[: args.calibration or 512].split(BATCH))
@@ -158,7 +158,7 @@ def digits(args: Any) -> Case:
 def _digits_vit(data: Any, seed: int) -> nn.Module:
     from accelerate import Accelerator
 
-    from comcat_hf import demo
+    from comcat_hf.demos import compress as demo
 
     settings = demo.DemoSettings(seed=seed)
     torch.manual_seed(seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from comcat_hf.compression.timing import device_name
+from comcat_hf.compression.budget.timing import device_name
 
 
 def environment(device: str = "cpu") -> dict[str, object]:

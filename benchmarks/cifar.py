@@ -26,15 +26,15 @@ import _report
 import torch
 from accelerate import Accelerator
 
-from comcat_hf.compression.training.augmentation import ImagePreparation, Mixing
-from comcat_hf.compression.training.data import BrokenImages, open_splits
-from comcat_hf.compression.training.evaluation import evaluate_classifier
-from comcat_hf.compression.training.loop import TrainRun, finetune_model
-from comcat_hf.compression.training.models import load_classifier, load_image_processor
-from comcat_hf.compression.training.routes import Student
-from comcat_hf.compression.training.run import compress_vit
-from comcat_hf.compression.training.settings import CompressSettings
-from comcat_hf.compression.training.stream import batches_per_epoch, evaluation_batches, train_batches
+from comcat_hf.training.classify.augmentation import ImagePreparation, Mixing
+from comcat_hf.training.classify.data import BrokenImages, open_splits
+from comcat_hf.training.classify.evaluation import evaluate_classifier
+from comcat_hf.training.classify.loop import TrainRun, finetune_model
+from comcat_hf.training.classify.models import load_classifier, load_image_processor
+from comcat_hf.training.classify.routes import Student
+from comcat_hf.training.classify.run import compress_vit
+from comcat_hf.training.classify.settings import CompressSettings
+from comcat_hf.training.classify.stream import batches_per_epoch, evaluation_batches, train_batches
 from comcat_hf.training.interruption import Interruption
 
 

@@ -18,7 +18,7 @@ import torch
 from _measuring import wait
 from _report import environment, print_table, write_json
 
-from comcat_hf.factorization import QKFactors, VOFactors, factorize_qk, factorize_vo
+from comcat_hf.closed_forms.attention import QKFactors, VOFactors, factorize_qk, factorize_vo
 
 
 MODELS = {"deit-small": (12, 384, 6), "deit-base": (12, 768, 12)}  # layers, width, heads

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeiTConfig, DeiTForImageClassification
 
-from comcat_hf.attention import find_sites
-from comcat_hf.compression.budget import METRICS, find_budget, sites_of
-from comcat_hf.compression.nested import NestedModel
-from comcat_hf.compression.search import Candidates
-from comcat_hf.factorization import factorize_linear, factorize_qk, factorize_vo
+from comcat_hf.closed_forms.attention import factorize_linear, factorize_qk, factorize_vo
+from comcat_hf.compression.budget.budget import METRICS, find_budget, sites_of
+from comcat_hf.compression.search.nested import NestedModel
+from comcat_hf.compression.search.search import Candidates
+from comcat_hf.modeling import find_sites
 
 
 MODELS = {

@@ -41,9 +41,9 @@ from transformers.utils import logging as of_transformers
 
 import comcat_hf
 from comcat_hf.compression.finetuning import parameter_groups
-from comcat_hf.compression.training.loop import TrainRun, finetune_model
-from comcat_hf.compression.training.routes import make_student
-from comcat_hf.compression.training.settings import CompressSettings
+from comcat_hf.training.classify.loop import TrainRun, finetune_model
+from comcat_hf.training.classify.routes import make_student
+from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.interruption import Interruption
 
 

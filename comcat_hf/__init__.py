@@ -3,10 +3,6 @@
 Importing the package registers PEFT type `COMCAT` and native loading of compressed models.
 """
 
-from .attention import AttentionFamily as AttentionFamily
-from .attention import MLPFamily as MLPFamily
-from .attention import register_attention_family as register_attention_family
-from .attention import register_mlp_family as register_mlp_family
 from .compression import LatencyTable as LatencyTable
 from .compression import Statistics as Statistics
 from .compression import allocate_ranks as allocate_ranks
@@ -24,6 +20,10 @@ from .customization import load_comcat_weights as load_comcat_weights
 from .customization import save_comcat_weights as save_comcat_weights
 from .customization import unload_comcat_weights as unload_comcat_weights
 from .errors import ComCATError as ComCATError
+from .modeling import AttentionFamily as AttentionFamily
+from .modeling import MLPFamily as MLPFamily
+from .modeling import register_attention_family as register_attention_family
+from .modeling import register_mlp_family as register_mlp_family
 from .native import plan_of as plan_of
 from .native.diffusers import register as _register_diffusers
 from .tuners import initialize_comcat_weights as initialize_comcat_weights

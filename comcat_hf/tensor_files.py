@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
-from .transport import write_bytes_atomic
+from .hub import write_bytes_atomic
 
 
 __all__ = ["check_shapes", "open_safetensors", "read_safetensors", "read_saved", "write_saved"]

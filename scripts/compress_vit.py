@@ -12,9 +12,9 @@ import sys
 
 from launched import say_error
 
-from comcat_hf.compression.training.run import compress_vit
-from comcat_hf.compression.training.settings import parse_compress_settings
 from comcat_hf.errors import ComCATError
+from comcat_hf.training.classify.run import compress_vit
+from comcat_hf.training.classify.settings import parse_compress_settings
 
 
 def main(arguments: list[str]) -> int:

@@ -12,9 +12,9 @@ import sys
 
 from launched import say_error
 
-from comcat_hf.customization.training.loop import customize
-from comcat_hf.customization.training.settings import parse_customize_settings
 from comcat_hf.errors import ComCATError
+from comcat_hf.training.dreambooth.loop import customize
+from comcat_hf.training.dreambooth.settings import parse_customize_settings
 
 
 def main(arguments: list[str]) -> int:

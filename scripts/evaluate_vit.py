@@ -13,8 +13,8 @@ import sys
 from launched import say_error
 from transformers.utils import logging as of_transformers
 
-from comcat_hf.compression.training.evaluation_report import evaluate_models, parse_evaluate_settings
 from comcat_hf.errors import ComCATError
+from comcat_hf.training.classify.evaluation_report import evaluate_models, parse_evaluate_settings
 
 
 def main(arguments: list[str]) -> int:

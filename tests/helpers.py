@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from comcat_hf.attention import apply_ranks, find_sites
+from comcat_hf.modeling import apply_ranks, find_sites
 
 
 # At these sizes further threads only wait for each other.

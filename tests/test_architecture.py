@@ -5,80 +5,66 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "comcat_hf"
 
 # A top-level module or folder of comcat_hf imports from itself and from lower floors only. Half floors stand above
-# their whole number: native builds on attention/, the rest of floor 0 on errors.py, training and demos on plots.
+# their whole number.
 FLOORS = {
     "errors": 0,
     "version": 0,
     "checks": 0.25,
-    "core": 0.5,
-    "factorization": 0.5,
-    "transport": 0.5,
-    "width": 0.75,
+    "closed_forms": 0.5,
+    "hub": 0.5,
     "configs": 1,
-    "cards": 1,
     "metrics": 1,
+    "progress": 1,
     "tensor_files": 1,
-    "training": 1.5,
-    "attention": 2,
+    "modeling": 2,
     "native": 2.5,
-    "plots": 2.75,
-    "report": 2.9,
     "tuners": 3,
     "compression": 4,
     "customization": 4,
-    "original": 4.5,
-    "app": 5,
-    "demo": 5.5,
-    "demo_customize": 5.75,
-    "cli": 6,
+    "reporting": 4.5,
+    "plots": 4.75,
+    "training": 5,
+    "original": 5.5,
+    "app": 6,
+    "demos": 6,
+    "cli": 7,
 }
 GROUND_FLOOR_LIBRARIES = {"torch", "huggingface_hub"}
 MAX_LINES = 450
-TEXT_FOLDERS = ("comcat_hf", "scripts", "benchmarks", "tests", "docs", "examples", ".ci")
+TEXT_FOLDERS = ("comcat_hf", "scripts", "benchmarks", "tests", "docs", ".ci")
 OUTSIDE = b"../" + b"shared"
 
 
-def unit_of(path: Path) -> str:
-    """The top-level module or folder of the package that a file belongs to."""
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+def modules() -> dict[str, Path]:
+    """All modules of the package by their dotted names."""
+    paths = (path for path in sorted(PACKAGE.rglob("*.py")) if "__pycache__" not in path.parts)
+    return {dotted(path): path for path in paths}
 
 
-def modules() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if "__pycache__" not in path.parts]
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def floored_modules() -> list[Path]:
-    return [path for path in modules() if path != PACKAGE / "__init__.py"]
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def absolute_base(path: Path, node: ast.ImportFrom) -> str:
-    """The absolute name of what `from … import` reads from, with the dots of a relative import resolved."""
-    if not node.level:
-        return node.module or ""
-    package = list(path.relative_to(ROOT).parent.parts)
-    parents = package[: len(package) - node.level + 1]
-    return ".".join(parents + ([node.module] if node.module else []))
+def unit_of(name: str) -> str:
+    """The top-level module or folder of the package that a dotted name lies in."""
+    return [*name.split("."), ""][1]
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
     """Every name that a file imports, wherever it stands: at the top, in a function or through import_module."""
+    package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = absolute_base(path, node)
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*parents, *([node.module] if node.module else [])))
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and called_name(node) == "import_module" and node.args:
             target = node.args[0]
@@ -90,49 +76,71 @@ def called_name(node: ast.Call) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
-def calls_of(path: Path) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-
-
 def broken_imports(path: Path) -> list[str]:
     """What a file imports from its own floor's neighbours, from above, or by way of the package's public names."""
-    own = unit_of(path)
+    own = unit_of(dotted(path))
     broken = []
     for line, name in imports_of(path):
         parts = name.split(".")
         if parts[0] != "comcat_hf" or parts[1:] == ["__version__"]:
             continue
         target = parts[1] if len(parts) > 1 else "the package's public names"
+        place = f"{path.relative_to(ROOT).as_posix()}:{line}"
         if target not in FLOORS:
-            broken.append(f"{name_of(path)}:{line}: imports {name}; import from the module that defines it")
+            broken.append(f"{place}: imports {name}; import from the module that defines it")
         elif target != own and FLOORS[target] >= FLOORS[own]:
-            broken.append(
-                f"{name_of(path)}:{line}: {own} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[target]}); "
-                "move what both need to a lower floor"
-            )
+            broken.append(f"{place}: {own} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[target]})")
     return broken
 
 
-@pytest.mark.parametrize("path", floored_modules(), ids=name_of)
-def test_every_module_has_a_floor(path):
-    assert unit_of(path) in FLOORS, (
-        f"{name_of(path)}: {unit_of(path)!r} is on no floor; add it to FLOORS in tests/test_architecture.py and to "
-        "the picture in docs/architecture.md"
-    )
+def circles(imported: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = imported[ahead.pop()] - seen
+            seen |= new
+            ahead += new
+        return seen
+
+    reach = {name: reached(name) for name in imported}
+    found = {tuple(sorted(other for other in reach[name] if name in reach[other])) for name in imported}
+    return [list(circle) for circle in sorted(found) if circle]
 
 
-@pytest.mark.parametrize("path", floored_modules(), ids=name_of)
-def test_floors_import_only_what_is_below(path):
-    if unit_of(path) not in FLOORS:
-        pytest.skip("on no floor: test_every_module_has_a_floor says so")
-    assert not (broken := broken_imports(path)), "\n".join(broken)
+def test_every_module_has_a_floor_and_imports_only_what_is_below():
+    named = {name: path for name, path in modules().items() if name != "comcat_hf"}
+    unknown = [name for name in named if unit_of(name) not in FLOORS]
+    assert not unknown, f"{unknown}: on no floor; add them to FLOORS and to the picture in docs/architecture.md"
+    broken = [line for path in named.values() for line in broken_imports(path)]
+    assert not broken, "\n".join([*broken, "Move what both need to a lower floor."])
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if FLOORS.get(unit_of(path), 1) < 1], ids=name_of)
-def test_the_ground_floor_needs_only_torch_and_the_hub(path):
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+    imported = {name: set() for name in known}
+    for name, path in known.items():
+        for _, target in imports_of(path):
+            # A name may be a module, or something in one.
+            target = target if target in known else target.rpartition(".")[0]
+            if target in known and target not in (name, "comcat_hf"):
+                imported[name].add(target)
+    # A folder's __init__ names what its modules define; they do not import it.
+    assert not (found := circles(imported)), f"Circles of imports: {found}"
+
+
+def test_the_ground_floor_needs_only_torch_and_the_hub():
     allowed = GROUND_FLOOR_LIBRARIES | {"comcat_hf"} | sys.stdlib_module_names
-    others = {name.split(".")[0] for _, name in imports_of(path)} - allowed
-    assert not others, f"{name_of(path)}: imports {sorted(others)}; floor 0 uses torch and huggingface_hub only"
+    found = [
+        f"{name} imports {target}"
+        for name, path in modules().items()
+        if FLOORS.get(unit_of(name), 1) < 1
+        for _, target in imports_of(path)
+        if target.split(".")[0] not in allowed
+    ]
+    assert not found, f"{found}: floor 0 uses {sorted(GROUND_FLOOR_LIBRARIES)} only"
 
 
 def test_the_imports_are_read_wherever_they_stand(tmp_path, monkeypatch):
@@ -152,46 +160,48 @@ def test_the_imports_are_read_wherever_they_stand(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "comcat_hf")
     assert [message.split(":")[1] for message in sorted(broken_imports(module))] == ["5", "6", "7", "8"]
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}
+    assert circles(graph) == [["a", "b", "c"]]
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_no_module_is_too_long(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, (
-        f"{name_of(path)}: {lines} lines, at most {MAX_LINES}; split it by what changes together"
-    )
+def test_no_module_is_too_long():
+    long = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    long = {name: lines for name, lines in long.items() if lines > MAX_LINES}
+    assert not long, f"{long}: at most {MAX_LINES} lines; split them by what changes together"
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_nothing_prints_exits_or_looks_away(path):
+def test_nothing_prints_exits_or_looks_away():
     found = []
-    for call in calls_of(path):
-        name = called_name(call)
-        flags = {
-            word.arg for word in call.keywords if isinstance(word.value, ast.Constant) and word.value.value is False
-        }
-        bare = isinstance(call.func, ast.Name)
-        if unit_of(path) != "cli" and bare and name in {"print", "exit", "quit"}:
-            found.append(f"{name}(): use the module's logger or raise a ComCATError")
-        if "weights_only" in flags:
-            found.append("weights_only=False: nothing is unpickled without weights_only=True")
-        if "strict" in flags and name not in {"zip", "map"}:
-            found.append("strict=False: name the keys that may be missing and raise for others")
-        if ast.unparse(call.func) == "torch.load" and "weights_only" not in {word.arg for word in call.keywords}:
-            found.append("torch.load without weights_only=True: say it")
-    assert not found, f"{name_of(path)}: " + "; ".join(found)
+    for module, path in modules().items():
+        calls = (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call))
+        for call in calls:
+            name = called_name(call)
+            words = {word.arg: word.value for word in call.keywords}
+            no = {k for k, value in words.items() if isinstance(value, ast.Constant) and value.value is False}
+            if unit_of(module) != "cli" and isinstance(call.func, ast.Name) and name in {"print", "exit", "quit"}:
+                found.append(f"{module}: {name}(): use the module's logger or raise a ComCATError")
+            if "weights_only" in no or (ast.unparse(call.func) == "torch.load" and "weights_only" not in words):
+                found.append(f"{module}: nothing is unpickled without weights_only=True")
+            if "strict" in no and name not in {"zip", "map"}:
+                found.append(f"{module}: strict=False: name the keys that may be missing and raise for others")
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_errors_say_all_themselves(path):
+def test_errors_say_all_themselves():
     """Who installed the package has neither docs/ nor scripts/ to look something up in."""
-    raised = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
-    assert not [text for text in raised if "docs/" in text or "scripts/" in text or ".md" in text]
+    found = [
+        f"{module}: {text}"
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise)
+        and any(place in (text := ast.unparse(node)) for place in ("docs/", "scripts/", ".md"))
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_no_file_names_a_place_outside_the_repository():
     files = [path for path in ROOT.iterdir() if path.is_file()]
     for folder in TEXT_FOLDERS:
         files += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    found = [name_of(path) for path in files if OUTSIDE in path.read_bytes()]
+    found = [path.relative_to(ROOT).as_posix() for path in files if OUTSIDE in path.read_bytes()]
     assert not found, f"{found} name a folder that a clone does not have; put what is needed into the repository"

@@ -26,11 +26,12 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from typer.testing import CliRunner
 
 import comcat_hf
-from comcat_hf import ComCATConfig, RankPlan, cli, demo_customize
+from comcat_hf import ComCATConfig, RankPlan, cli
 from comcat_hf.checks import make_document
 from comcat_hf.cli import shell
+from comcat_hf.demos import customize as demo_customize
 from comcat_hf.errors import InvalidValueError
-from comcat_hf.transport import write_json_atomic
+from comcat_hf.hub import write_json_atomic
 from tests.customization.pipelines import tiny_unet
 from tests.helpers import small_vit
 from tests.original.test_vit import HEADS, release_files

@@ -19,8 +19,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import comcat_hf
 from comcat_hf import ComCATConfig, compress, plan_of
-from comcat_hf.attention import read_ranks
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.modeling import read_ranks
 from tests.helpers import image_inputs, outputs, small_bert, small_vit
 
 

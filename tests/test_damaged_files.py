@@ -27,12 +27,9 @@ from comcat_hf import (
     load_comcat_weights,
     save_comcat_weights,
 )
-from comcat_hf.compression.latency import ShapeTimes
-from comcat_hf.compression.moments import Sums, sum_names
-from comcat_hf.compression.search import SearchState
-from comcat_hf.compression.training.artefacts import Artefacts
-from comcat_hf.compression.training.logs import TrainingLog
-from comcat_hf.compression.training.settings import CompressSettings
+from comcat_hf.compression.budget.latency import ShapeTimes
+from comcat_hf.compression.calibration.moments import Sums, sum_names
+from comcat_hf.compression.search.search import SearchState
 from comcat_hf.configs.adapter import read_config
 from comcat_hf.customization import unload_comcat_weights
 from comcat_hf.errors import ComCATError
@@ -46,6 +43,9 @@ from comcat_hf.training.checkpoints import (
     restore_states,
     write_states,
 )
+from comcat_hf.training.classify.artefacts import Artefacts
+from comcat_hf.training.classify.logs import TrainingLog
+from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.recipes import parse_settings
 from tests.helpers import small_vit
 from tests.original.test_vit import HEADS, release_files

@@ -7,10 +7,12 @@ import re
 import pytest
 
 import comcat_hf
-from comcat_hf import app, original, plots, report
-from comcat_hf.compression.training.settings import CompressSettings
-from comcat_hf.customization.training.settings import CustomizeSettings
-from comcat_hf.transport import pull_folder, push_folder
+from comcat_hf import app, original
+from comcat_hf import reporting as report
+from comcat_hf.hub import pull_folder, push_folder
+from comcat_hf.reporting import plots
+from comcat_hf.training.classify.settings import CompressSettings
+from comcat_hf.training.dreambooth.settings import CustomizeSettings
 
 
 def public():

@@ -19,10 +19,10 @@ from transformers import ViTConfig, ViTForImageClassification
 import comcat_hf
 from comcat_hf import cli
 from comcat_hf.original import convert_original_adapter
-from tests.compression.training.test_recipes import wrong_flags
 from tests.customization.pipelines import tiny_sd
 from tests.helpers import small_clip
 from tests.original.test_adapter import random_weights
+from tests.training.classify.test_recipes import wrong_flags
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,9 +15,9 @@ from transformers import AutoModelForImageClassification
 
 import comcat_hf
 from comcat_hf import ComCATConfig, initialize_comcat_weights, load_comcat_weights, plan_of, save_comcat_weights
-from comcat_hf.attention import apply_ranks
 from comcat_hf.compression.finetuning import finetune
-from comcat_hf.training.randomness import random_states, set_random_states
+from comcat_hf.modeling import apply_ranks
+from comcat_hf.training.seeds import random_states, set_random_states
 from tests.customization.pipelines import WIDTH, tiny_sd, tiny_unet
 from tests.helpers import assert_close, compressed, full_ranks, small_vit
 

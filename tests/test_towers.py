@@ -22,8 +22,8 @@ from comcat_hf import (
     plan_of,
     search_ranks,
 )
-from comcat_hf.attention import apply_ranks, read_ranks
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
+from comcat_hf.modeling import apply_ranks, read_ranks
 from tests.helpers import (
     _TEXT,
     _VISION,

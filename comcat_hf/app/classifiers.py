@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from ..compression.counting import count_macs, count_parameters
-from ..compression.training.augmentation import process_image
-from ..compression.training.labels import model_labels
-from ..compression.training.models import load_classifier
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..native import plan_of
+from ..training.classify.augmentation import process_image
+from ..training.classify.labels import model_labels
+from ..training.classify.models import load_classifier
 from ..training.images import read_image
 from .devices import best_device, wait_for
 from .sources import expanded, needed

@@ -100,7 +100,7 @@ def compress(
 
 
 def _compress_folder(model: str, out: Path, how: dict[str, Any], **where: Any) -> None:
-    from ..compression.training.folders import compress_folder
+    from ..training.classify.folders import compress_folder
 
     result = compress_folder(model, out, how, **where)
     head, *rows = result.rows
@@ -109,9 +109,9 @@ def _compress_folder(model: str, out: Path, how: dict[str, Any], **where: Any) -
 
 
 def _compress_classifier(out: Path, epochs: float, **fields: Any) -> None:
-    from ..cards import quoted
-    from ..compression.training.run import compress_vit
-    from ..compression.training.settings import STAGES, CompressSettings
+    from ..reporting.cards import quoted
+    from ..training.classify.run import compress_vit
+    from ..training.classify.settings import STAGES, CompressSettings
 
     stages = [name for name in STAGES if name != "push" and (name != "finetune" or epochs > 0)]
     fields |= {"output_dir": str(out), "stages": ",".join(stages), "report_to": "none"}

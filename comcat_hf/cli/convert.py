@@ -22,9 +22,9 @@ def vit(
     """A compressed ViT. Image and patch size come from the shapes; nothing is unpickled that could run code."""
     from transformers import DeiTImageProcessorPil
 
-    from ..cards import quoted
     from ..compression import count_parameters
     from ..original import read_original_vit
+    from ..reporting.cards import quoted
 
     _check_output(out)
     model = read_original_vit(folder, heads=heads)
@@ -52,8 +52,8 @@ def adapter(
     alpha: Annotated[float, typer.Option(help="As given to the release when it draws.")] = 1.0,
 ) -> None:
     """A ComCAT adapter of a diffusion pipeline."""
-    from ..cards import quoted
     from ..original import convert_original_adapter
+    from ..reporting.cards import quoted
 
     _check_output(out)
     convert_original_adapter(file, out, base, alpha=alpha)

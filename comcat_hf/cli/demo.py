@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..transport import readable_size
+from ..hub import readable_size
 from .shell import app, command, table
 
 
 if TYPE_CHECKING:
-    from ..demo import DemoResult
-    from ..demo_customize import CustomizeDemoResult
+    from ..demos.compress import DemoResult
+    from ..demos.customize import CustomizeDemoResult
 
 
 @command(app)
@@ -28,7 +28,7 @@ def demo(
 
     Takes a few minutes on two CPU cores. The table compares accuracy on images held out, size and latency.
     """
-    from ..demo import DemoSettings, run_demo
+    from ..demos.compress import DemoSettings, run_demo
 
     settings = DemoSettings(reduction, epochs, finetune_epochs, seed, threads=threads)
     show(run_demo(output, settings, report=typer.echo, progress=progress))
@@ -36,7 +36,7 @@ def demo(
 
 def show(result: "DemoResult") -> None:
     """Print the demo's table and what to do next."""
-    from ..demo import BATCH
+    from ..demos.compress import BATCH
 
     head = ("model", "accuracy", "parameters", "MACs", "latency")
     lines = [
@@ -74,7 +74,7 @@ def demo_customize(
     Takes several minutes on two CPU cores. The table compares the size of what is saved, how well the new digit is
     drawn, and how well the old ones still are.
     """
-    from ..demo_customize import CustomizeDemoSettings, run_customize_demo
+    from ..demos.customize import CustomizeDemoSettings, run_customize_demo
 
     settings = CustomizeDemoSettings(steps, base_steps, samples=samples, seed=seed, threads=threads)
     show_customize(run_customize_demo(output, settings, report=typer.echo, progress=progress))

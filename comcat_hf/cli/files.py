@@ -12,7 +12,7 @@ from ..checks import FLAG, TEXT, check, check_fields, list_of, optional, whole
 from ..configs.index import INDEX, read_index
 from ..configs.ranks import RANKS_FORMAT, RankPlan
 from ..errors import CheckpointError
-from ..transport import kind_of, list_files, pull_folder, push_folder, read_json, readable_size, sizes_in
+from ..hub import kind_of, list_files, pull_folder, push_folder, read_json, readable_size, sizes_in
 from .shell import app, command, table
 
 

@@ -7,7 +7,7 @@ import typer
 
 from ..configs import RankPlan
 from ..errors import CheckpointError
-from ..transport import resolve_file
+from ..hub import resolve_file
 from .shell import app, command, table
 
 
@@ -68,7 +68,7 @@ def plot(
 ) -> None:
     """Draw which ranks and widths a plan keeps, layer by layer. Of the model only the configuration is read."""
     from ..native import dense_skeleton
-    from ..plots import plot_ranks
+    from ..reporting.plots import plot_ranks
 
     found = RankPlan.from_pretrained(plan, revision=revision)
     own = None if base else _with_config(plan, revision)

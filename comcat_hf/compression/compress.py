@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import apply_ranks, unwrapped
-from ..attention.surgery import sites_for
 from ..configs import RankPlan
 from ..errors import InvalidValueError
+from ..modeling import apply_ranks, unwrapped
+from ..modeling.surgery import sites_for
 from ..native import attach_plan, is_native
-from .allocation import allocate_ranks, count_again
-from .compensation import compress_in_order
-from .latency import LatencyTable
-from .sensitivity import Sensitivities
-from .statistics import Statistics, collect_statistics, gather, read_batches
-from .strategies import INFORMED, MEASURING, default_strategy
+from .budget.allocation import allocate_ranks, count_again
+from .budget.latency import LatencyTable
+from .budget.sensitivity import Sensitivities
+from .budget.strategies import INFORMED, MEASURING, default_strategy
+from .calibration.statistics import Statistics, collect_statistics, gather, read_batches
+from .fitting.compensation import compress_in_order
 
 
 __all__ = ["compress"]

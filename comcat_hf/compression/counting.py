@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy, unwrapped
 from ..errors import InvalidValueError
+from ..modeling import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy, unwrapped
 
 
 __all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "trace"]

@@ -12,8 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import eval_mode
 from ..errors import InvalidValueError
+from ..modeling import eval_mode
 
 
 __all__ = ["TEACHER_LOSSES", "DistillationLoss", "LossParts", "OwnBase", "ask_teacher"]

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import ComCATError, InvalidValueError
-from ..training.bars import progress_bar
+from ..progress import progress_bar
 from .distillation import DistillationLoss, LossParts, ask_teacher
 
 

@@ -11,7 +11,7 @@ from peft.utils import PeftType
 
 from ..checks import FLAG, TEXT, Kind, check, finite, list_of, listed, optional, shown, whole
 from ..errors import CheckpointError, InvalidValueError
-from ..transport import read_json
+from ..hub import read_json
 from .ranks import RankPlan, check_entry
 
 

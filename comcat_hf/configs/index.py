@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checks import TEXT, Kind, check_fields, finite, make_document, mapping_of, open_document, optional, shown
 from ..errors import CheckpointError
-from ..transport import read_json, write_json_atomic
+from ..hub import read_json, write_json_atomic
 
 
 __all__ = ["INDEX", "read_index", "write_index"]

@@ -23,7 +23,7 @@ from ..checks import (
     whole,
 )
 from ..errors import RankPlanError
-from ..transport import hub_id, push_folder, read_json, resolve_file, write_json_atomic
+from ..hub import hub_id, push_folder, read_json, resolve_file, write_json_atomic
 
 
 __all__ = ["RANKS_FORMAT", "RANKS_NAME", "RankPlan"]

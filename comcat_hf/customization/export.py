@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import replace_module
-from ..attention.merging import is_wider, joined_rows, merge_residuals, widened_attention, with_rows
-from ..attention.views import AttentionView, base_module, is_tuner_layer
+from ..closed_forms.attention import factorize_qk, factorize_vo
 from ..errors import InvalidValueError, UnsupportedModuleError
-from ..factorization import factorize_qk, factorize_vo
+from ..modeling import replace_module
+from ..modeling.views import AttentionView
+from ..modeling.wrappers import base_module, is_tuner_layer
 from ..native import attach_plan
 from ..native.diffusers import is_model, naming_no_folder
-from ..tuners.customize import CustomizeLayer
-from ..tuners.names import Adapters
+from ..tuners.residual.layer import CustomizeLayer
+from ..tuners.residual.merging import is_wider, joined_rows, merge_residuals, widened_attention, with_rows
+from ..tuners.residual.names import Adapters
 
 
 __all__ = ["export_pipeline"]

@@ -13,17 +13,17 @@ from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_mo
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..attention import attention_views, replace_module
-from ..attention.residuals import rows_in
 from ..checks import parse_json, shown
 from ..configs.adapter import ComCATConfig, read_config
 from ..configs.index import INDEX, read_index, write_index
 from ..errors import CheckpointError, InvalidValueError
+from ..hub import hub_id, push_folder, resolve_file, write_bytes_atomic, write_json_atomic
+from ..modeling import attention_views, replace_module
 from ..tensor_files import check_shapes, read_safetensors
-from ..transport import hub_id, push_folder, resolve_file, write_bytes_atomic, write_json_atomic
-from ..tuners.customize import CustomizeLayer
 from ..tuners.layer import ComCATLayer
 from ..tuners.model import remember
+from ..tuners.residual.factors import rows_in
+from ..tuners.residual.layer import CustomizeLayer
 
 
 if TYPE_CHECKING:

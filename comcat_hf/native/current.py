@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import fit_names, read_ranks, unwrapped
 from ..configs.ranks import RankPlan
 from ..errors import InvalidValueError
+from ..modeling import fit_names, read_ranks, unwrapped
 
 
 __all__ = ["QUANT_METHODS", "check_saveable", "current_plan", "teach_saving"]

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
-from ..transport import hub_id
+from ..hub import hub_id
+from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks
 from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
 
 

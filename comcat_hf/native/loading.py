@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ..errors import CheckpointError, ComCATError
-from ..transport import read_json, resolve_file
+from ..hub import read_json, resolve_file
 
 
 __all__ = ["class_name", "is_image_classifier", "load_model"]

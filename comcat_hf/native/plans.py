@@ -5,9 +5,9 @@ from types import ModuleType
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..attention import unwrapped
 from ..configs.ranks import RankPlan
 from ..errors import InvalidValueError
+from ..modeling import unwrapped
 from . import diffusers, transformers
 from .current import current_plan
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError
-from ..transport import read_json, resolve_file
+from ..hub import read_json, resolve_file
 
 
 __all__ = ["dense_skeleton"]

@@ -18,9 +18,9 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..attention import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
+from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..tensor_files import open_safetensors
 from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
 

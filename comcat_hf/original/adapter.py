@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.views import base_module
 from ..configs.adapter import ComCATConfig
 from ..customization import save_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..modeling.wrappers import base_module
 from ..tensor_files import write_saved
 from ..tuners.model import remember
 from .files import check_sizes, read_pickle, take_tensor

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..configs import RankPlan
 from ..errors import CheckpointError, RankPlanError
-from ..transport import write_text_atomic
+from ..hub import write_text_atomic
 
 
 __all__ = ["read_original_ranks", "write_original_ranks"]

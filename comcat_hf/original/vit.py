@@ -19,9 +19,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ..attention.surgery import apply_ranks
 from ..configs import RankPlan
 from ..errors import CheckpointError, InvalidValueError
+from ..modeling.surgery import apply_ranks
 from ..native import attach_plan, plan_of
 from ..tensor_files import write_saved
 from .files import check_sizes, read_pickle, take_tensor

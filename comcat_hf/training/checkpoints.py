@@ -15,9 +15,9 @@ from accelerate import Accelerator
 
 from ..checks import TEXT, Kind, make_document, mapping_of, open_document, shown, whole
 from ..errors import CheckpointError, InvalidValueError
+from ..hub import read_json, write_json_atomic
 from ..tensor_files import read_saved, write_saved
-from ..transport import read_json, write_json_atomic
-from .randomness import random_states, set_random_states
+from .seeds import random_states, set_random_states
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import CheckpointError, InvalidValueError
-from ..transport import read_json, write_json_atomic
+from ..hub import read_json, write_json_atomic
 
 
 __all__ = ["locked"]

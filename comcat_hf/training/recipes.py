@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from ..checks import shown
 from ..errors import InvalidValueError
-from ..transport import without_secrets
+from ..hub import without_secrets
 from .flags import FLAG
 
 

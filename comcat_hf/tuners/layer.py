@@ -7,8 +7,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..attention import LowRankAttention
 from ..errors import InvalidValueError, UnsupportedModuleError
+from ..modeling import LowRankAttention
 
 
 __all__ = ["ComCATLayer", "CompressLayer", "prepare"]

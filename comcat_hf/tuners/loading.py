@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..attention import replace_module
+from ..modeling import replace_module
 from ..tensor_files import check_shapes
 from .layer import ComCATLayer
 

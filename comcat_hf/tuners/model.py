@@ -12,18 +12,18 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import nn
 
-from ..attention import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
-from ..attention.filling import fill, warn_not_finite
-from ..attention.residuals import find_residual_sites
-from ..attention.sites import check_disjoint
-from ..attention.views import check_not_quantised
 from ..configs.adapter import ComCATConfig
 from ..errors import InvalidValueError, RankPlanError
+from ..modeling import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
+from ..modeling.filling import fill, warn_not_finite
+from ..modeling.sites import check_disjoint
+from ..modeling.views import check_not_quantised
 from ..native import attach_plan, is_native, plan_of, watch_saving
-from .customize import CustomizeLayer
 from .layer import ComCATLayer, CompressLayer
 from .loading import check_adapter, watch_loading
-from .names import Adapters, Deletion
+from .residual.factors import find_residual_sites
+from .residual.layer import CustomizeLayer
+from .residual.names import Adapters, Deletion
 
 
 __all__ = ["ComCATModel", "initialize_comcat_weights"]

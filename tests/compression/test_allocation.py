@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from comcat_hf import allocate_ranks, compress, count_macs, count_parameters, plan_of
-from comcat_hf.attention import find_sites
-from comcat_hf.compression.allocation import TOLERANCE
-from comcat_hf.compression.budget import METRICS, find_budget, find_options
+from comcat_hf.compression.budget.allocation import TOLERANCE
+from comcat_hf.compression.budget.budget import METRICS, find_budget, find_options
 from comcat_hf.errors import BudgetError, InvalidValueError
+from comcat_hf.modeling import find_sites
 from tests.helpers import assert_unchanged, classes_of, small_vit, state_of
 
 

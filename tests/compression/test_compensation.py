@@ -15,11 +15,11 @@ from comcat_hf import (
     count_parameters,
     initialize_comcat_weights,
 )
-from comcat_hf.attention import apply_ranks, find_sites, read_ranks
-from comcat_hf.compression import compensation
-from comcat_hf.compression.compensation import compress_in_order
+from comcat_hf.closed_forms.attention import AttentionMoments
+from comcat_hf.compression.fitting import compensation
+from comcat_hf.compression.fitting.compensation import compress_in_order
 from comcat_hf.errors import InvalidValueError
-from comcat_hf.factorization import AttentionMoments
+from comcat_hf.modeling import apply_ranks, find_sites, read_ranks
 from tests.helpers import MODELS, outputs
 
 

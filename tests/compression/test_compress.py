@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import BeitConfig, BeitForImageClassification, SwinConfig, SwinForImageClassification
 
 from comcat_hf import RankPlan, allocate_ranks, collect_statistics, compress, count_parameters, plan_of
-from comcat_hf.attention import LowRankAttention, LowRankLinear
 from comcat_hf.errors import BudgetError, InvalidValueError, RankPlanError, UnsupportedModuleError
+from comcat_hf.modeling import LowRankAttention, LowRankLinear
 from tests.helpers import (
     MODELS,
     assert_close,

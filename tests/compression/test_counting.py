@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitConfig, BeitForImageClassification, DeiTConfig, DeiTForImageClassification
 
 from comcat_hf import RankPlan, compress, count_macs, count_parameters
-from comcat_hf.attention import find_sites
 from comcat_hf.compression.counting import example_inputs, trace
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
+from comcat_hf.modeling import find_sites
 from tests.helpers import (
     MODELS,
     assert_unchanged,

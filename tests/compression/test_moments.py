@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 
 from comcat_hf import Statistics, collect_statistics, compress
-from comcat_hf.attention import apply_ranks, find_sites
-from comcat_hf.compression.moments import STATISTICS_NAME
-from comcat_hf.compression.statistics import collecting, token_mask
+from comcat_hf.compression.calibration.moments import STATISTICS_NAME
+from comcat_hf.compression.calibration.statistics import collecting, token_mask
 from comcat_hf.errors import CheckpointError, InvalidValueError
+from comcat_hf.modeling import apply_ranks, find_sites
 from tests.compression.test_statistics import assert_same
 from tests.helpers import MODELS, images, small_bert, small_vit
 

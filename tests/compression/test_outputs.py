@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from comcat_hf import allocate_ranks, compress, measure_sensitivities
-from comcat_hf.compression.outputs import Movement, main_output
+from comcat_hf.compression.calibration.outputs import Movement, main_output
 from comcat_hf.errors import InvalidValueError
 from tests.helpers import MODELS, images, randomize, small_bert_mlm, small_vit
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comcat_hf.compression.regression import RIDGES, Regression
+from comcat_hf.compression.fitting.regression import RIDGES, Regression
 
 
 def problem(tokens=400, noise=0.1):

@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from comcat_hf import collect_statistics, count_parameters
-from comcat_hf.attention import apply_ranks, find_sites
-from comcat_hf.compression.budget import TOLERANCE
+from comcat_hf.closed_forms.attention import factorize_linear, factorize_qk, factorize_vo
+from comcat_hf.compression.budget.budget import TOLERANCE
 from comcat_hf.compression.distillation import DistillationLoss
-from comcat_hf.compression.nested import Candidates, NestedModel
-from comcat_hf.compression.search import SearchState, search_ranks, split_for_search
+from comcat_hf.compression.search.nested import Candidates, NestedModel
+from comcat_hf.compression.search.search import SearchState, search_ranks, split_for_search
 from comcat_hf.errors import BudgetError, CheckpointError, ComCATError, InvalidValueError
-from comcat_hf.factorization import factorize_linear, factorize_qk, factorize_vo
+from comcat_hf.modeling import apply_ranks, find_sites
 from tests.helpers import HEAD_DIM, MODELS, assert_unchanged, classes_of, images, outputs, small_vit, state_of
 
 

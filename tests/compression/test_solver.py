@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comcat_hf.compression.budget import Budget, Option
-from comcat_hf.compression.solver import solve
+from comcat_hf.compression.budget.budget import Budget, Option
+from comcat_hf.compression.budget.solver import solve
 from comcat_hf.errors import BudgetError
 
 

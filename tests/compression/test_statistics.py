@@ -7,8 +7,8 @@ from transformers import BatchEncoding, BatchFeature
 
 import comcat_hf
 from comcat_hf import collect_statistics
-from comcat_hf.attention import AttentionSite, find_sites
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.modeling import AttentionSite, find_sites
 from tests.helpers import MODELS, assert_unchanged, classes_of, images, small_bert, small_clip, small_vit, state_of
 
 

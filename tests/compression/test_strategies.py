@@ -8,13 +8,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from comcat_hf import allocate_ranks, collect_statistics, compress, measure_sensitivities, plan_of
-from comcat_hf.attention import LowRankAttention, NarrowLinear, find_sites
-from comcat_hf.compression import sensitivity as module
-from comcat_hf.compression.budget import METRICS, TOLERANCE, find_budget
+from comcat_hf.compression.budget import sensitivity as module
+from comcat_hf.compression.budget.budget import METRICS, TOLERANCE, find_budget
+from comcat_hf.compression.budget.sensitivity import interpolate, measure
+from comcat_hf.compression.calibration.outputs import Movement, main_output
 from comcat_hf.compression.counting import count_parameters
-from comcat_hf.compression.outputs import Movement, main_output
-from comcat_hf.compression.sensitivity import interpolate, measure
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.modeling import LowRankAttention, NarrowLinear, find_sites
 from tests.compression.test_allocation import _deit_small, all_ranks, demo_vit, without_weights
 from tests.compression.test_compress import correlated_images
 from tests.helpers import MODELS, assert_unchanged, classes_of, images, small_bert, small_vit, state_of

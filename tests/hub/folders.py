@@ -21,13 +21,11 @@ def read(folder):
 
 
 def push(client, folder, repo="user/repo", **options):
-    return client(
-        f"from comcat_hf.transport import push_folder\npush_folder({str(folder)!r}, {repo!r}, **{options!r})"
-    )
+    return client(f"from comcat_hf.hub import push_folder\npush_folder({str(folder)!r}, {repo!r}, **{options!r})")
 
 
 def pull(client, tmp_path, repo="user/repo", folder="pulled", **options):
     target = tmp_path / folder
     options = {"cache_dir": str(tmp_path / "cache")} | options
-    client(f"comcat_hf.transport.pull_folder({repo!r}, {str(target)!r}, **{options!r}).as_posix()")
+    client(f"comcat_hf.hub.pull_folder({repo!r}, {str(target)!r}, **{options!r}).as_posix()")
     return target

@@ -117,7 +117,7 @@ def test_a_compressed_model(hub, client, place):
     assert "`user/dense` compressed with ComCAT" in text and "| dense |" in text and "| compressed |" in text
     client(
         "from transformers import AutoModelForImageClassification as Auto\n"
-        "from comcat_hf.transport import pull_folder\n"
+        "from comcat_hf.hub import pull_folder\n"
         f"pulled = pull_folder('user/made', {str(place / 'pulled')!r})\n"
         "again = Auto.from_pretrained(pulled)"
     )

@@ -110,7 +110,7 @@ def test_others_may_not_write_here(hub, client, folder):
         client(
             "import os; token = os.environ.pop('HF_TOKEN')\n"
             "try:\n"
-            f"    comcat_hf.transport.push_folder({str(folder)!r}, 'repo')\n"
+            f"    comcat_hf.hub.push_folder({str(folder)!r}, 'repo')\n"
             "finally:\n"
             "    os.environ['HF_TOKEN'] = token"
         )
@@ -152,7 +152,7 @@ def test_links_out_of_a_folder_are_not_uploaded(hub, client, folder, tmp_path):
 def test_a_snapshot_of_the_cache_is_pushed_though_it_is_made_of_links(hub, client, tmp_path):
     hub.put("user/repo", FILES)
     cache = str(tmp_path / "cache")
-    snapshot = client(f"comcat_hf.transport.pull_folder('user/repo', cache_dir={cache!r}).as_posix()")
+    snapshot = client(f"comcat_hf.hub.pull_folder('user/repo', cache_dir={cache!r}).as_posix()")
     assert Path(snapshot, "config.json").is_symlink()
     push(client, snapshot, repo="user/copy")
     assert held(hub, "user/copy") == FILES
@@ -280,7 +280,7 @@ def test_a_target_on_another_disk_and_one_where_something_is_in_the_way(hub, cli
 
 
 @pytest.mark.parametrize("name", ["~no-such-user-here/x", "x" * 5000, "a\0b"])
-@pytest.mark.parametrize("act", ["comcat_hf.RankPlan.from_pretrained", "comcat_hf.transport.pull_folder"])
+@pytest.mark.parametrize("act", ["comcat_hf.RankPlan.from_pretrained", "comcat_hf.hub.pull_folder"])
 def test_text_that_is_neither_a_folder_nor_an_id_is_one_error(hub, client, name, act):
     with pytest.raises(ClientError) as caught:
         client(f"{act}({name!r})")

@@ -7,7 +7,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.utils import logging
 
 from comcat_hf import compress, measure_latency
-from comcat_hf.training.bars import progress_bar
+from comcat_hf.progress import progress_bar
 from tests.helpers import images, small_vit
 
 

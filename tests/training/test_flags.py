@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from comcat_hf.compression.training.artefacts import Artefacts
-from comcat_hf.compression.training.evaluation_report import EvaluateSettings
-from comcat_hf.compression.training.settings import STAGES, CompressSettings
-from comcat_hf.customization.training.settings import CustomizeSettings
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.training.classify.artefacts import Artefacts
+from comcat_hf.training.classify.evaluation_report import EvaluateSettings
+from comcat_hf.training.classify.settings import STAGES, CompressSettings
+from comcat_hf.training.dreambooth.settings import CustomizeSettings
 from comcat_hf.training.flags import check_flags, fixed_flags, flag_of, values_deciding
 
 

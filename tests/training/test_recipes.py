@@ -2,9 +2,9 @@
 
 import pytest
 
-from comcat_hf.compression.training.evaluation_report import parse_evaluate_settings
-from comcat_hf.compression.training.settings import parse_compress_settings
-from comcat_hf.customization.training.settings import parse_customize_settings
+from comcat_hf.training.classify.evaluation_report import parse_evaluate_settings
+from comcat_hf.training.classify.settings import parse_compress_settings
+from comcat_hf.training.dreambooth.settings import parse_customize_settings
 
 
 DATA = "dataset_name: a\ndataset_config_name: b\nvalidation_split_name: c\nimage_column_name: d\n"

@@ -12,8 +12,8 @@ from peft import (
 from safetensors.torch import load_file
 
 from comcat_hf import ComCATConfig, RankPlan
-from comcat_hf.attention import read_ranks
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.modeling import read_ranks
 from tests.helpers import (
     assert_unchanged,
     classes_of,

@@ -26,10 +26,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from comcat_hf import ComCATConfig, initialize_comcat_weights
-from comcat_hf.attention.widening import common_width, fold_heads, pad_heads, split_heads
-from comcat_hf.core import head_basis
+from comcat_hf.closed_forms.bases import head_basis
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
-from comcat_hf.tuners.customize import CustomizeLayer
+from comcat_hf.modeling.stand_in import common_width, fold_heads, pad_heads, split_heads
+from comcat_hf.tuners.residual.layer import CustomizeLayer
 from tests.helpers import randomize
 
 
@@ -774,7 +774,7 @@ class TestMetaDevice:
         expected = host(adapter)
         computed = []
         monkeypatch.setattr(
-            "comcat_hf.attention.residuals.head_basis", lambda *a: computed.append(a) or head_basis(*a)
+            "comcat_hf.tuners.residual.factors.head_basis", lambda *a: computed.append(a) or head_basis(*a)
         )
         with torch.device("meta"):
             model = Host().eval()

@@ -15,10 +15,10 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from comcat_hf import ComCATConfig, RankPlan
-from comcat_hf.attention import attention_views
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
+from comcat_hf.modeling import attention_views
 from comcat_hf.tuners import ComCATLayer
-from comcat_hf.tuners.customize import CustomizeLayer
+from comcat_hf.tuners.residual.layer import CustomizeLayer
 from tests.customization.pipelines import tiny_unet
 from tests.helpers import (
     MODELS,

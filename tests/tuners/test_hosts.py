@@ -11,8 +11,8 @@ from peft import (
 from torch import nn
 
 from comcat_hf import ComCATConfig, collect_statistics, initialize_comcat_weights
-from comcat_hf.attention import apply_ranks, read_ranks
 from comcat_hf.errors import InvalidValueError
+from comcat_hf.modeling import apply_ranks, read_ranks
 from comcat_hf.tuners.layer import CompressLayer
 from tests.helpers import (
     HEAD_DIM,

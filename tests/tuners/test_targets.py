@@ -10,8 +10,8 @@ from peft import (
 from torch import nn
 
 from comcat_hf import ComCATConfig, RankPlan, plan_of
-from comcat_hf.attention import LowRankAttention, NarrowLinear, read_ranks
 from comcat_hf.errors import ComCATError, InvalidValueError, RankPlanError
+from comcat_hf.modeling import LowRankAttention, NarrowLinear, read_ranks
 from tests.helpers import (
     HEAD_DIM,
     assert_unchanged,

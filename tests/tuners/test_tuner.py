@@ -16,7 +16,7 @@ from peft import (
 from safetensors.torch import load_file
 
 from comcat_hf import initialize_comcat_weights
-from comcat_hf.attention import LowRankAttention, LowRankLinear, NarrowLinear
+from comcat_hf.modeling import LowRankAttention, LowRankLinear, NarrowLinear
 from tests.helpers import (
     assert_close,
     assert_unchanged,

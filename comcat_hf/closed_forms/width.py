@@ -1,0 +1,208 @@
+"""Closed-form narrowing of an MLP: which hidden units to keep, and the output weights that make up for the others.
+
+An MLP writes `z W2^T + b2` with hidden activations z of n units. The k units kept, S, are re-weighted so that they
+stand in for all: the output factor that minimises `E|z_S T - z W2^T|^2 + ridge |T - W2_S^T|^2`, its mean error in the
+bias (Nyström; compare MoDeGPT, arXiv 2408.09632). S is found greedily: the unit that explains most of what is still
+missing of the *output* comes next, a Cholesky factorisation whose pivots look at the output. One pass gives a nested
+order of all units and the error at every width.
+
+Weights are in `torch.nn.Linear` layout. `ridge` (unitless, >= 0) is a share of the units' mean variance.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidValueError
+from .attention import LinearMoments
+
+
+__all__ = ["RIDGE", "HiddenUnits", "NarrowFactors", "narrow_mlp", "order_units"]
+
+RIDGE = 1e-2
+
+# Share of the sum of squared means that a covariance may be off by where next to nothing varies.
+_ROUNDING = 1e-14
+
+# Units are picked from the most promising `_POOL`, `_BLOCK` at a time, so that what is large is updated in products.
+_POOL = 128
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class HiddenUnits:
+    """Hidden units in the order in which they are worth keeping.
+
+    Attributes:
+        order: (n,) indices, the most valuable first.
+        discarded: (n + 1,) float64, the share of the output's energy that keeping the first k discards.
+        moments: of the hidden units, side "input" of the output layer; `None` where the order is of weights alone.
+    """
+
+    order: Tensor
+    discarded: Tensor
+    moments: LinearMoments | None
+
+
+class NarrowFactors(NamedTuple):
+    """The output layer of a narrowed MLP."""
+
+    units: Tensor  # (k,) indices of the units kept, ascending
+    output_weight: Tensor  # (d_out, k)
+    output_bias: Tensor  # (d_out,)
+
+
+@torch.no_grad()
+def order_units(
+    output_weight: Tensor,
+    moments: LinearMoments | None = None,
+    *,
+    importance: Tensor | None = None,
+    ridge: float = RIDGE,
+) -> HiddenUnits:
+    """Order the hidden units of an MLP by how much of its output they can carry.
+
+    Args:
+        output_weight: (d_out, n).
+        moments: covariance and mean of the hidden activations, side "input".
+        importance: (n,), a scale of the units where there are no moments, for example the norms of their input
+            weights; ones by default.
+        ridge: share of the mean variance added to every unit's.
+
+    Raises:
+        InvalidValueError: shapes that do not fit, moments of the other side, values that are not finite.
+    """
+    _check(output_weight, moments, ridge)
+    weight = _work(output_weight)
+    if moments is None:
+        scale = torch.ones_like(weight[0]) if importance is None else _work(importance)
+        energy, order = (weight.square().sum(0) * scale.square()).sort(descending=True, stable=True)
+    else:
+        order, energy = _pivot(_regularised(moments, ridge, weight.device), weight)
+    left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    share = left / left[0] if left[0] > 0 else torch.zeros_like(left)
+    return HiddenUnits(order.to(output_weight.device), share.cpu(), moments)
+
+
+@torch.no_grad()
+def narrow_mlp(
+    output_weight: Tensor, output_bias: Tensor | None, width: int, units: HiddenUnits, *, ridge: float = RIDGE
+) -> NarrowFactors:
+    """The output layer that makes the first `width` units stand in for all.
+
+    At the full width the weights come back unchanged. Without moments the units left out are dropped.
+
+    Args:
+        output_weight: (d_out, n); output_bias: (d_out,) or `None`.
+        width: how many units to keep, 1 to n.
+        units: from [`order_units`] on the same weight.
+        ridge: pull toward the dense weights of the units kept.
+
+    Raises:
+        InvalidValueError: a width out of range, shapes that do not fit, values that are not finite.
+    """
+    _check(output_weight, units.moments, ridge)
+    size = output_weight.shape[1]
+    if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= size:
+        raise InvalidValueError(f"`width`: expected an int from 1 to {size} (the units), found {width!r}; choose one.")
+    kept = units.order[:width].sort().values.to(output_weight.device)
+    bias = output_weight.new_zeros(len(output_weight)) if output_bias is None else output_bias.detach().clone()
+    chosen = output_weight.detach()[:, kept]
+    if units.moments is None or width == size:
+        return NarrowFactors(kept, chosen.clone(), bias)
+    weight, mean = _work(output_weight), _work(units.moments.mean, output_weight.device)
+    covariance, index = _work(units.moments.covariance, weight.device), kept.to(weight.device)
+    cross = covariance[index]
+    system, pull = _add_ridge(cross[:, index], ridge, mean)
+    fitted = torch.linalg.solve(system, cross @ weight.mT + pull * weight[:, index].mT)
+    new_bias = _work(bias) + weight @ mean - mean[index] @ fitted
+    return NarrowFactors(kept, fitted.mT.to(output_weight).contiguous(), new_bias.to(bias))
+
+
+def _pivot(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy order of the units, and how much of the output's energy each adds."""
+    size = len(covariance)
+    missing = covariance @ weight.mT
+    variance = covariance.diagonal().clone()
+    rows = torch.empty_like(covariance)
+    free = torch.ones(size, dtype=torch.bool, device=covariance.device)
+    order = torch.empty(size, dtype=torch.int64, device=covariance.device)
+    gains = torch.empty(size, dtype=covariance.dtype, device=covariance.device)
+    done = 0
+    while done < size:
+        score = torch.where(free, missing.square().sum(1) / variance, -1.0)
+        pool = score.topk(min(_POOL, size - done)).indices
+        above = rows[:done, pool]
+        schur = covariance[pool][:, pool] - above.mT @ above
+        picks, gained = _greedy(schur, missing[pool], min(_BLOCK, len(pool)))
+        chosen, end = pool[picks], done + len(picks)
+        block = covariance[chosen] - rows[:done, chosen].mT @ rows[:done]
+        factor = torch.linalg.cholesky(block[:, chosen])
+        rows[done:end] = torch.linalg.solve_triangular(factor, block, upper=False)
+        explained = torch.linalg.solve_triangular(factor, missing[chosen], upper=False)
+        missing -= rows[done:end].mT @ explained
+        # Rounding must leave no unit without variance: the ridge is the least there is.
+        variance = (variance - rows[done:end].square().sum(0)).clamp(min=torch.finfo(variance.dtype).tiny)
+        order[done:end], gains[done:end], free[chosen] = chosen, gained, False
+        done = end
+    return order, gains
+
+
+def _greedy(schur: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Exactly greedy picks within a pool: local indices and gains."""
+    schur, missing = schur.clone(), missing.clone()
+    picks, gains = [], []
+    for _ in range(count):
+        score = missing.square().sum(1) / schur.diagonal().clamp(min=torch.finfo(schur.dtype).tiny)
+        score[picks] = -1.0
+        best = int(score.argmax())
+        row = schur[best] / schur[best, best].sqrt()
+        missing -= torch.outer(row, missing[best] / row[best])
+        schur -= torch.outer(row, row)
+        picks.append(best)
+        gains.append(score[best])
+    return torch.tensor(picks, device=schur.device), torch.stack(gains)
+
+
+def _regularised(moments: LinearMoments, ridge: float, device: torch.device) -> Tensor:
+    covariance = _work(moments.covariance, device)
+    # At least what rounding leaves undetermined, so that linearly dependent units can be factorised.
+    return _add_ridge((covariance + covariance.mT) / 2, max(ridge, 1e-8), _work(moments.mean, device))[0]
+
+
+def _add_ridge(covariance: Tensor, ridge: float, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The covariance with a ridge, and that ridge, no less than the rounding of the means; one where nothing is."""
+    pull = torch.maximum(ridge * covariance.diagonal().mean(), _ROUNDING * mean.square().sum())
+    pull = torch.where(pull > torch.finfo(pull.dtype).tiny, pull, 1.0)
+    return covariance + pull * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device), pull
+
+
+def _work(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """`tensor` in float64, on the CPU where its device has none."""
+    device = device or tensor.device
+    return tensor.detach().to("cpu" if device.type == "mps" else device, torch.float64)
+
+
+def _check(output_weight: Tensor, moments: LinearMoments | None, ridge: float) -> None:
+    if output_weight.ndim != 2 or 0 in output_weight.shape:
+        raise InvalidValueError(
+            f"`output_weight`: expected a non-empty (d_out, n), found {tuple(output_weight.shape)}; pass one layer's."
+        )
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf:
+        raise InvalidValueError(f"`ridge`: expected a finite number >= 0, found {ridge!r}; {RIDGE} suits most models.")
+    tensors = {"output_weight": output_weight}
+    if moments is not None:
+        size = output_weight.shape[1]
+        found = (moments.side, tuple(moments.covariance.shape), tuple(moments.mean.shape))
+        if found != ("input", (size, size), (size,)):
+            raise InvalidValueError(
+                f"`moments`: expected side 'input' with shapes {(size, size)} and {(size,)}, found {found}; gather "
+                "them at the layer that reads the hidden units."
+            )
+        tensors |= {"moments.covariance": moments.covariance, "moments.mean": moments.mean}
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InvalidValueError(f"`{name}`: expected finite values, found NaN or infinity; check the data.")

@@ -1,0 +1,262 @@
+"""Choosing ranks under a budget."""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ...configs import RankPlan
+from ...errors import BudgetError, InvalidValueError
+from ...modeling import Targets, apply_ranks, find_sites, known_sites, meta_copy, unwrapped
+from ..calibration.moments import Statistics
+from ..calibration.statistics import gather
+from ..counting import trace
+from .budget import (
+    METRICS,
+    TOLERANCE,
+    WAYS,
+    Metric,
+    check_choice,
+    counted_paths,
+    entries,
+    find_budget,
+    sites_by_way,
+    sites_of,
+)
+from .latency import LatencyMetric, LatencyTable
+from .sensitivity import Sensitivities
+from .strategies import INFORMED, MEASURING, STRATEGIES, default_strategy
+from .timing import measure_latency
+
+
+__all__ = ["STRATEGIES", "TOLERANCE", "allocate_ranks"]
+
+logger = logging.getLogger(__name__)
+
+
+def allocate_ranks(
+    model: nn.Module,
+    reduction: float,
+    *,
+    scope: str = "model",
+    metric: str = "params",
+    strategy: str | None = None,
+    mlp: str | None = None,
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
+    statistics: Mapping[str, Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    sensitivities: Sensitivities | None = None,
+    latency: LatencyTable | None = None,
+    step: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> RankPlan:
+    """Choose a rank for every attention pair and linear layer so that a model shrinks by a given share.
+
+    Args:
+        model: a dense transformers model; it is not changed.
+        reduction: share to remove, 0 to 1, both excluded: of the whole model for scope `"model"`, or of the modules
+            that `target_modules` names, as a whole; for another scope of the modules of that scope that may be
+            compressed.
+        scope: what may be compressed: `"model"` (attention, MLP and classifier), `"attention"` or `"mlp"`.
+        metric: `"params"`, `"macs"` of one sample of native size, or `"latency"`: what the table `latency` says that
+            each choice saves, summed over choices.
+        strategy: `"uniform"`: the same share of every site. `"spectrum"`: the least discarded energy, summed over
+            sites, each relative to its own. `"sensitivity"`: the least movement of the model's output, measured one
+            site at a time; logs beforehand how many forward passes that takes. By default `"sensitivity"` where there
+            are batches, or sensitivities and statistics; else `"uniform"`.
+        mlp: how MLPs shrink. `"width"`: hidden units are cut; MLPs that are not known, and the classifier, get ranks.
+            `"rank"`: their layers get ranks, the paper's way. `"mixed"`: the one or the other, MLP by MLP, whichever
+            costs less; not for `"uniform"`, which knows no cost. By default `"width"` where there are statistics or
+            batches, which it needs to make up for the units it cuts, else `"rank"`.
+        target_modules: which modules may be compressed, as in `ComCATConfig`: a list names modules by their path or
+            its end, with everything beneath them (`["vision_tower"]`); a string is a regular expression for whole
+            paths. Every other module stays as it is and need not be known.
+        exclude_modules: modules to leave as they are, written alike. For scope `"model"` they count all the same.
+        statistics: what [`collect_statistics`] returned for this model and scope. `"spectrum"` does without,
+            `"sensitivity"` gathers them from the batches where none are given, `"uniform"` does not look at them.
+        batches: calibration inputs, read once and kept: mappings, or tensors of the main input. `"sensitivity"` needs
+            them.
+        sensitivities: what [`measure_sensitivities`] returned for this model, in place of measuring again. With it and
+            statistics `"sensitivity"` needs no batches.
+        latency: for `metric="latency"`, what [`measure_latency`] returned for this model, here or on the device that
+            counts. Measured on the model's own device with one sample if not given, which is logged.
+        step: ranks per head come in multiples of this where the budget allows, by default 8 for heads of 64 or wider,
+            else 4; ranks of wide linear layers in multiples of four times this.
+        inputs: one sample, for `metric="macs"` where the configuration does not say the native size; for `"latency"`
+            that of the table.
+        progress: show bars while measuring; by default where transformers shows its own.
+
+    Returns:
+        a plan that removes at least `reduction` and at most 0.005 more, counted on the built model; of latency by the
+        table's prediction, which is also the plan's `reached`.
+
+    Raises:
+        InvalidValueError: an argument out of range, statistics or a table of another model, batches that are missing,
+            empty or do not fit the model.
+        BudgetError: a reduction out of reach; the message says what is reachable.
+    """
+    model = unwrapped(model)
+    mlp = mlp or ("rank" if statistics is None and batches is None else "width")
+    measured = batches is not None or (sensitivities is not None and statistics is not None)
+    strategy = strategy or default_strategy(measured)
+    _check_arguments(reduction, metric, strategy, mlp, measured, step, latency)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
+    found = find_sites(model, scope, width=True, targets=targets)
+    sites = sites_by_way(found, mlp)
+    whole = scope == "model" and target_modules is None
+    measure = _READY[metric](model, found, sites, latency, inputs, progress, whole)
+    budget, count = find_budget(
+        model, sites, reduction, measure, scope=scope, step=step, inputs=inputs, targets=targets
+    )
+    if isinstance(statistics, Statistics) and strategy in INFORMED:
+        statistics.check_model(model, sites_of(budget.options))
+    chosen = STRATEGIES[strategy](
+        budget,
+        model=model,
+        collect=partial(gather, sites=found.values(), scope=scope, progress=progress),
+        statistics=statistics,
+        batches=batches,
+        sensitivities=sensitivities,
+        progress=progress,
+    )
+    how = {"scope": scope, "metric": metric, "strategy": strategy, "targets": targets}
+    return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, **how)
+
+
+def _timed(
+    model: nn.Module,
+    found: Mapping[str, Any],
+    sites: Mapping[str, Any],
+    table: LatencyTable | None,
+    inputs: Mapping[str, Any] | None,
+    progress: bool | None,
+    whole: bool,
+) -> Metric:
+    """What a table says of these sites; the table is measured where none is given."""
+    if table is None:
+        logger.info("Latency: no table given; measuring %s as it is, with one sample.", type(model).__name__)
+        table = measure_latency(model, inputs, progress=progress)
+    tokens = trace(model, inputs, whole=False).tokens
+    # All sites, not those of one way alone: a whole model has as many of each shape as the table's.
+    table.check_model(known_sites(model, width=True) if whole else found, tokens, whole=whole)
+    return LatencyMetric(table, sites, tokens)
+
+
+# How each metric is made ready for one model and scope.
+_READY: Mapping[str, Callable[..., Metric]] = {
+    **{name: lambda *_, metric=metric: metric for name, metric in METRICS.items()},
+    "latency": _timed,
+}
+
+
+def finish_plan(
+    model: nn.Module,
+    ranks: Mapping[str, Any],
+    count: Callable[[nn.Module], int],
+    total: int,
+    reduction: float,
+    *,
+    scope: str,
+    metric: str,
+    strategy: str,
+    targets: Targets,
+) -> RankPlan:
+    """The plan of chosen ranks, with the reduction that it reaches counted on the built model.
+
+    Args:
+        model: the dense model; it is not changed.
+        ranks: entries by module path.
+        count: counts a model in units of the metric; `total` is what it says of the dense one.
+        reduction: what was asked; `scope`, `metric`, `strategy`, `targets`: how.
+
+    Raises:
+        BudgetError: the built model is not within the budget.
+    """
+    skeleton = meta_copy(model)
+    apply_ranks(skeleton, ranks, initialize=False)
+    reached = 1 - count(skeleton) / total
+    if not reduction - 1e-12 <= reached <= reduction + TOLERANCE + 1e-12:
+        raise BudgetError(
+            f"The plan removes {reached:.4f} of {type(model).__name__}'s {metric}, asked were {reduction} to "
+            f"{reduction + TOLERANCE}: its modules share weights in a way that cannot be budgeted."
+        )
+    return RankPlan(
+        ranks,
+        architecture=type(model).__name__,
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+        revision=getattr(getattr(model, "config", None), "_commit_hash", None),
+        scope=scope,
+        target_modules=targets.listed(),
+        metric=metric,
+        strategy=strategy,
+        reduction=float(reduction),
+        reached=reached,
+    )
+
+
+def count_again(plan: RankPlan, model: nn.Module, small: nn.Module) -> RankPlan:
+    """A plan with what it removes counted on what was built from it, where the metric can be counted.
+
+    Args:
+        plan: perhaps edited.
+        model: the dense model; `small` the compressed one.
+    """
+    if plan.metric not in METRICS:
+        return plan
+    targets = Targets.of(model, plan.target_modules, None)
+    # Nothing that the plan does not name is refused.
+    sites = {
+        name: site for name, site in known_sites(model, plan.scope, width=True).items() if targets.takes_site(site)
+    }
+    names = counted_paths(model, sites, plan.scope, targets)
+    try:
+        dense, kept = (METRICS[plan.metric](each, names) for each in (model, small))
+    except InvalidValueError:
+        # One sample of native size cannot be made up.
+        return plan
+    return replace(plan, reached=1 - kept / dense)
+
+
+def check_ask(reduction: Any, metric: Any, step: Any, metrics: Iterable[str] = tuple(METRICS)) -> None:
+    """Raise InvalidValueError for a reduction, a metric or a step of ranks that cannot be asked for.
+
+    Which `metrics` can: by default those that are counted on any model.
+    """
+    if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
+        raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
+    if metric in _READY and metric not in metrics:
+        raise InvalidValueError(
+            f"metric must be one of {', '.join(map(repr, metrics))} here, got {metric!r}, which allocate_ranks and "
+            "compress take: choose ranks with them."
+        )
+    check_choice("metric", metric, metrics)
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
+        raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
+
+
+def _check_arguments(
+    reduction: Any, metric: str, strategy: str, mlp: str, measured: bool, step: Any, table: Any
+) -> None:
+    check_ask(reduction, metric, step, tuple(_READY))
+    if table is not None and (metric != "latency" or not isinstance(table, LatencyTable)):
+        raise InvalidValueError(
+            f"latency must be a LatencyTable beside metric='latency', got {type(table).__name__} beside "
+            f"metric={metric!r}. Pass what measure_latency returned, or leave it out."
+        )
+    check_choice("mlp", mlp, WAYS)
+    if mlp == "mixed" and strategy == "uniform":
+        raise InvalidValueError(
+            "mlp='mixed' compares what width and rank cost, which strategy='uniform' does not look at: choose "
+            "mlp='width' or 'rank', or strategy='spectrum' or 'sensitivity'."
+        )
+    check_choice("strategy", strategy, STRATEGIES)
+    if strategy in MEASURING and not measured:
+        raise InvalidValueError(
+            f"strategy={strategy!r} measures on calibration inputs: pass batches=, mappings or tensors of the main "
+            "input, or choose strategy='spectrum', which needs none."
+        )

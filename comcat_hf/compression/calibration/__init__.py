@@ -1,0 +1,1 @@
+"""Calibration: statistics of a model's activations, and how far its output moves."""

@@ -1,0 +1,283 @@
+"""Statistics: sums of activation moments by module path, how they add up, and the file that holds them."""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from ...checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, whole
+from ...closed_forms.attention import AttentionMoments, LinearMoments
+from ...errors import CheckpointError, InvalidValueError
+from ...hub import push_folder, resolve_file, write_bytes_atomic
+from ...modeling import AttentionSite, LinearSite, MLPSite, known_sites
+from ...modeling.views import class_path
+from ...tensor_files import read_safetensors
+
+
+__all__ = ["STATISTICS_NAME", "Statistics", "Sums"]
+
+STATISTICS_NAME = "comcat_statistics.safetensors"
+
+_FORMAT = "comcat_statistics"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Weighted sums over the tokens of one module, float64; those of two halves of the data add up.
+
+    Attributes:
+        side: `"heads"` for attention; for a linear layer the side of its covariance, `"input"` or `"output"`.
+        values: the sums by name. Attention: `count`, `query` (H, p, p); `keys`, `key` (H, p, p), centred within each
+            sample; `rows`, `attended` (H, p, p), `attended_sum` (H, p). Linear: `count`, `input` (d_in), `mean` (n),
+            `second` (n, n).
+    """
+
+    side: str
+    values: Mapping[str, Tensor]
+
+    def moments(self) -> AttentionMoments | LinearMoments:
+        return _MOMENTS[self.side](self.values, self.side)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values["query" if self.side == "heads" else "second"].shape)
+
+
+def sum_names(side: str) -> tuple[str, ...]:
+    """Which sums are kept for a side."""
+    return _NAMES[side]
+
+
+def _attention_moments(sums: Mapping[str, Tensor], side: str) -> AttentionMoments:
+    mean = sums["attended_sum"] / sums["rows"]
+    second = sums["attended"] / sums["rows"]
+    return AttentionMoments(
+        query=sums["query"] / sums["count"],
+        key=sums["key"] / sums["keys"],
+        attended=second - mean[:, :, None] * mean[:, None, :],
+        attended_mean=mean,
+    )
+
+
+def _linear_moments(sums: Mapping[str, Tensor], side: str) -> LinearMoments:
+    mean = sums["mean"] / sums["count"]
+    covariance = sums["second"] / sums["count"] - mean[:, None] * mean
+    return LinearMoments(covariance=covariance, mean=sums["input"] / sums["count"], side=side)
+
+
+_LINEAR_NAMES = ("count", "input", "mean", "second")
+_NAMES = {
+    "heads": ("count", "query", "keys", "key", "rows", "attended", "attended_sum"),
+    "input": _LINEAR_NAMES,
+    "output": _LINEAR_NAMES,
+}
+_COUNTS = ("count", "keys", "rows")
+# By name, from the shape of the second moments; `input` is as wide as the layer's input.
+_SHAPE_OF: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    **dict.fromkeys(_COUNTS, lambda shape: ()),
+    **dict.fromkeys(("query", "key", "attended"), lambda shape: (shape[0], shape[-1], shape[-1])),
+    **dict.fromkeys(("attended_sum", "mean", "input"), lambda shape: shape[:-1]),
+    "second": lambda shape: (shape[0], shape[0]),
+}
+_FIELDS = dict.fromkeys(("architecture", "samples", "scope", "sides"), TEXT)
+_MOMENTS: dict[str, Callable[..., Any]] = {
+    "heads": _attention_moments,
+    "input": _linear_moments,
+    "output": _linear_moments,
+}
+
+
+class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
+    """Moments by module path, and what they were gathered from. Those of two parts of the data add up: `a + b`.
+
+    Attributes:
+        sums: the raw sums by module path; reading an item makes moments of them.
+        architecture: class of the model.
+        samples: number of samples seen.
+        scope: what they were gathered for.
+    """
+
+    def __init__(self, sums: Mapping[str, Sums], architecture: str, samples: int, scope: str = "model") -> None:
+        self.sums = dict(sums)
+        self.architecture = architecture
+        self.samples = samples
+        self.scope = scope
+
+    def __getitem__(self, name: str) -> AttentionMoments | LinearMoments:
+        return self.sums[name].moments()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sums
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    def __repr__(self) -> str:
+        return f"Statistics({self.architecture.rpartition('.')[2]}, {len(self)} modules, {self.samples} samples)"
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return self.merge(other) if isinstance(other, Statistics) else NotImplemented
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Statistics of both parts of the data together.
+
+        Raises:
+            InvalidValueError: the two were gathered on different models or for different scopes.
+        """
+        for what in ("architecture", "scope"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise InvalidValueError(
+                    f"Statistics can be merged if their {what} is the same, got {mine!r} and {theirs!r}. "
+                    "Gather both with the same model and scope."
+                )
+        differing = [n for n in {**self.sums, **other.sums} if _signature(self, n) != _signature(other, n)]
+        if differing:
+            name = differing[0]
+            raise InvalidValueError(
+                f"Statistics can be merged if they come from the same model; at {name} one has "
+                f"{_signature(self, name)}, the other {_signature(other, name)}. Gather both with the same model."
+            )
+        sums = {
+            name: Sums(one.side, {k: v + other.sums[name].values[k].to(v.device) for k, v in one.values.items()})
+            for name, one in self.sums.items()
+        }
+        return Statistics(sums, self.architecture, self.samples + other.samples, self.scope)
+
+    def check_model(self, model: nn.Module, names: Iterable[str] = ()) -> None:
+        """Raise InvalidValueError if these are the statistics of another model, or lack those of a site named."""
+        if class_path(type(model)) != self.architecture:
+            raise InvalidValueError(
+                f"The statistics were gathered on {self.architecture}, the model is {class_path(type(model))}. "
+                "Gather them again with collect_statistics(model, batches)."
+            )
+        sites = known_sites(model, self.scope, width=True)
+        expected: dict[str, list[tuple[int, ...]]] = {}
+        for site in sites.values():
+            # At a layer that reads hidden units: of the MLP and of the layer, whose statistics older files hold.
+            expected.setdefault(site.moments_path, []).append(_SHAPES[type(site)](site))
+        for name, sums in self.sums.items():
+            shapes = expected.get(name, [])
+            if sums.shape not in shapes:
+                raise InvalidValueError(
+                    f"The statistics of {name} have the shape {sums.shape}; the model "
+                    + (f"has {' or '.join(map(str, shapes))} there. " if shapes else "has no such module. ")
+                    + "They were gathered on another model; gather them again with collect_statistics(model, batches)."
+                )
+        missing = [name for name in names if (sites[name].moments_path if name in sites else name) not in self]
+        if missing:
+            raise InvalidValueError(
+                f"The statistics, gathered with scope={self.scope!r}, lack {', '.join(missing[:3])}"
+                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+                + ", which the plan factorises. Gather them for the scope and the modules of the plan."
+            )
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the statistics into a folder, made if absent. A file that is there is replaced in one step."""
+        fields = {
+            "architecture": self.architecture,
+            "samples": str(self.samples),
+            "scope": self.scope,
+            "sides": json.dumps({name: sums.side for name, sums in self.sums.items()}),
+        }
+        metadata = make_document(_FORMAT, str(_FORMAT_VERSION), fields)
+        tensors = {
+            f"{name}:{key}": value.detach().cpu().contiguous()
+            for name, sums in self.sums.items()
+            for key, value in sums.values.items()
+        }
+        write_bytes_atomic(Path(save_directory) / STATISTICS_NAME, safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any
+    ) -> "Statistics":
+        """Read what [`save_pretrained`] wrote, onto the CPU.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a statistics file, or a repository on the Hub.
+            revision: branch, tag or commit on the Hub.
+            **kwargs: `token`, `cache_dir`, `subfolder`, `local_files_only`, as elsewhere on the Hub.
+
+        Raises:
+            CheckpointError: no such folder, repository or file; a file that is damaged, newer or holds no statistics.
+        """
+        path = resolve_file(pretrained_model_name_or_path, STATISTICS_NAME, revision=revision, **kwargs)
+        tensors, metadata = read_safetensors(path, "statistics")
+        return cls(*_read(str(path), metadata, tensors))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the statistics file; `kwargs` and the result are those of [`RankPlan.push_to_hub`]."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
+
+
+def _read(
+    path: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Sums], str, int, str]:
+    fields = open_document(metadata, _FORMAT, str(_FORMAT_VERSION), _FIELDS, path)
+    samples = int(fields["samples"]) if re.fullmatch("[0-9]{1,18}", fields["samples"]) else fields["samples"]
+    check(samples, whole(1), f"{path}: samples", error=CheckpointError)
+    sides = parse_json(fields["sides"], f"{path}: sides")
+    check(sides, mapping_of(listed(*_NAMES)), f"{path}: sides", error=CheckpointError)
+    expected = {f"{name}:{key}" for name, side in sides.items() for key in _NAMES[side]}
+    if differing := sorted(expected - tensors.keys()) or sorted(tensors.keys() - expected):
+        raise CheckpointError(
+            f"{path}: expected the sums of the modules that its header names, found {differing[0]} in one of the "
+            "two only. Save or download it again."
+        )
+    sums = {name: Sums(side, {k: tensors[f"{name}:{k}"] for k in _NAMES[side]}) for name, side in sides.items()}
+    for name, found in sums.items():
+        _check_sums(f"{path}: {name}", found)
+    return sums, fields["architecture"], samples, fields["scope"]
+
+
+def _check_sums(where: str, sums: Sums) -> None:
+    """Raise CheckpointError if sums are not of one module, not finite or of no token."""
+    shape = sums.shape
+    for name, value in sums.values.items():
+        wanted = value.shape if name == "input" and value.ndim == 1 else _SHAPE_OF[name](shape)
+        if value.shape != wanted or not value.is_floating_point() or not value.isfinite().all():
+            raise CheckpointError(
+                f"{where}: expected {name} to be {tuple(wanted)} finite numbers, found {tuple(value.shape)} of "
+                f"{value.dtype}. Gather the statistics again."
+            )
+        if name in _COUNTS and value <= 0:
+            raise CheckpointError(f"{where}: expected {name} above 0, found {value.item()}. Gather them again.")
+
+
+def _signature(statistics: Statistics, name: str) -> tuple[str, tuple[int, ...]] | None:
+    sums = statistics.sums.get(name)
+    return None if sums is None else (sums.side, sums.shape)
+
+
+def _attention_shape(site: AttentionSite) -> tuple[int, ...]:
+    p = site.view.head_dim
+    return (site.view.num_heads, p, p)
+
+
+def _linear_shape(site: LinearSite) -> tuple[int, ...]:
+    n = min(site.linear.in_features, site.linear.out_features)
+    return (n, n)
+
+
+def _mlp_shape(site: MLPSite) -> tuple[int, ...]:
+    return (site.view.width, site.view.width)
+
+
+_SHAPES: Mapping[type, Callable[[Any], tuple[int, ...]]] = {
+    AttentionSite: _attention_shape,
+    LinearSite: _linear_shape,
+    MLPSite: _mlp_shape,
+}

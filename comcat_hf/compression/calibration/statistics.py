@@ -1,0 +1,374 @@
+"""Second moments of head and layer activations, gathered on calibration batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...closed_forms.attention import AttentionMoments, LinearMoments
+from ...errors import InvalidValueError
+from ...modeling import AttentionSite, LinearSite, MLPSite, Site, Targets, find_sites, measuring, unwrapped
+from ...modeling.views import class_path
+from ...progress import progress_bar
+from .moments import Statistics, Sums, sum_names
+
+
+__all__ = ["Statistics", "collect_statistics", "gather", "prepare_batch", "read_batches", "run_batch"]
+
+# Added to a score, anything lower takes the key away; the hosts use -10000 or the least number of the dtype.
+_REFUSED = -5000.0
+
+Batch = Mapping[str, Any] | Tensor
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    scope: str = "model",
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
+    progress: bool | None = None,
+    accelerator: Any | None = None,
+) -> Statistics:
+    """Run calibration batches through a model and gather what the closed forms need.
+
+    Per head: `E[q^T q]` with the query bias, the second moment of the keys centred within each sample, covariance and
+    mean of the attended values (docs/method.md). Per linear layer: the covariance of the smaller of its input and
+    output, and the mean of its input; where a layer reads the hidden units of a known MLP always the covariance of its
+    input, which serves the MLP's width and the layer's rank. Sums are kept in float64 whatever the model's dtype.
+    Padded tokens and keys that a mask does not admit carry no weight. Memory: `3 H p^2` numbers per attention,
+    `n^2` per known MLP of n hidden units, `min(d_in, d_out)^2` per other linear layer.
+
+    Args:
+        model: a dense model; run in eval mode, without gradients, and left in the mode it was in.
+        batches: model inputs: mappings, or tensors of the main input. Labels are allowed and not used. Finite; it is
+            read once.
+        scope: `"model"`, `"attention"` or `"mlp"`.
+        target_modules, exclude_modules: which modules; see [`allocate_ranks`].
+        progress: show a bar, under several processes that of the first; by default where transformers shows its own.
+        accelerator: an `accelerate.Accelerator`: every process reads its own batches and gets the statistics of all.
+            A sample that a prepared loader repeats to even out its batches counts again.
+
+    Returns:
+        moments by module path.
+
+    Raises:
+        InvalidValueError: no batch, a batch without the model's main input or of a wrong shape, activations that are
+            not finite; under several processes in all of them.
+    """
+    if accelerator is not None:
+        model = accelerator.unwrap_model(model)
+        progress = progress if accelerator.is_main_process else False
+    model = unwrapped(model)
+    targets = Targets.of(model, target_modules, exclude_modules).check(model)
+    sites = find_sites(model, scope, width=True, targets=targets)
+    return gather(model, batches, sites.values(), scope, progress=progress, accelerator=accelerator)
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    sites: Iterable[Site],
+    scope: str,
+    *,
+    progress: bool | None = None,
+    accelerator: Any | None = None,
+) -> Statistics:
+    """[`collect_statistics`] at the sites given."""
+    # Of an MLP and its output layer the MLP: what it gathers serves both.
+    sites = {site.moments_path: site for site in sorted(sites, key=lambda site: site.kind == "mlp")}
+    samples, error = 0, None
+    with ExitStack() as stack:
+        stack.enter_context(measuring(model))
+        mask = stack.enter_context(token_mask(model))
+        collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
+        try:
+            for index, batch in enumerate(progress_bar(batches, desc="Statistics", progress=progress)):
+                samples += _run(model, batch, index)
+        except Exception as caught:
+            if accelerator is None:
+                raise
+            error = caught
+    if accelerator is not None:
+        samples = _reduce(accelerator, collectors, samples, error, next(model.parameters()).device)
+    _check_any(samples)
+    return Statistics({n: c.finish(n) for n, c in collectors.items()}, class_path(type(model)), samples, scope)
+
+
+def _run(model: nn.Module, batch: Batch, index: int) -> int:
+    inputs = prepare_batch(model, batch, index, next(model.parameters()).device)
+    run_batch(model, inputs, index)
+    return len(inputs[_main_input(model)])
+
+
+def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
+    """The model's output; inputs that it does not take give one InvalidValueError naming the batch."""
+    try:
+        return model(**inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidValueError(
+            f"Calibration batch {index} does not fit {type(model).__name__}: {error} (inputs: {_describe(inputs)})"
+        ) from error
+
+
+def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
+    """Keep batches that are gone through more than once; raises InvalidValueError where there are none."""
+    kept = list(batches or ())
+    _check_any(len(kept))
+    return kept
+
+
+def _check_any(count: int) -> None:
+    if count == 0:
+        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+
+
+def _reduce(
+    accelerator: Any, collectors: Mapping[str, Any], samples: int, error: Exception | None, device: torch.device
+) -> int:
+    """Sum over all processes, in place; returns the number of samples of all of them."""
+    # Every process must come here, also one that failed: the others wait for it.
+    counts = [int(error is not None), samples, *(collector.calls for collector in collectors.values())]
+    failed, samples, *calls = accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise InvalidValueError(
+            f"Statistics could not be gathered in {failed} of {accelerator.num_processes} processes; their own errors "
+            "say why."
+        )
+    for collector, called in zip(collectors.values(), calls, strict=True):
+        own = {name: collector.sums.get(name, zeros) for name, zeros in collector.zeros(device).items()}
+        collector.sums, collector.calls = accelerator.reduce(own, "sum"), called
+    return samples
+
+
+def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
+    """A batch as keyword arguments of the model, on its device, without labels."""
+    main = _main_input(model)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        batch = batch[0]
+    inputs = {main: batch} if isinstance(batch, Tensor) else batch
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get(main), Tensor):
+        found = sorted(inputs) if isinstance(inputs, Mapping) else type(batch).__name__
+        raise InvalidValueError(
+            f"Batch {index} has no tensor {main!r}, the main input of {type(model).__name__}; found {found}. "
+            f"Give mappings with {main!r}, or tensors of it."
+        )
+    if inputs[main].ndim < 2 or len(inputs[main]) == 0:
+        raise InvalidValueError(
+            f"Batch {index}: {main!r} must have a batch dimension and samples, got the shape "
+            f"{tuple(inputs[main].shape)}."
+        )
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if not k.startswith("label")}
+
+
+class TokenMask:
+    """Which tokens of the running batch are real: the two-dimensional mask that the model was called with."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def weights(self, states: Tensor) -> Tensor:
+        """One weight per token, `states.shape[:-1]`."""
+        if self.mask is not None and self.mask.shape == states.shape[:-1]:
+            return self.mask.to(torch.float64)
+        return torch.ones(states.shape[:-1], dtype=torch.float64, device=states.device)
+
+
+class _Collector(ABC):
+    """Adds up what passes one site."""
+
+    side: str
+
+    def __init__(self, mask: TokenMask) -> None:
+        self.mask = mask
+        self.sums: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def _add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the sums that are no counts."""
+
+    def zeros(self, device: torch.device) -> dict[str, Tensor]:
+        """The sums of a process that saw nothing."""
+        shapes = self.shapes()
+        return {n: torch.zeros(shapes.get(n, ()), dtype=torch.float64, device=device) for n in sum_names(self.side)}
+
+    def finish(self, name: str) -> Sums:
+        if not self.calls:
+            raise InvalidValueError(
+                f"{name} was not reached by the calibration batches, so it has no statistics. Give the inputs that "
+                "the whole model needs, or leave it out of the scope."
+            )
+        if not all(value.isfinite().all() for value in self.sums.values()):
+            raise InvalidValueError(
+                f"The activations of {name} are not finite on the calibration batches. Check the inputs, the weights "
+                "and, in half precision, the range of the activations."
+            )
+        if any(self.sums[count] <= 0 for count in set(self.sums) - set(self.shapes())):
+            raise InvalidValueError(
+                f"No token of the calibration batches carries weight at {name}; check attention_mask."
+            )
+        return Sums(self.side, self.sums)
+
+    def moments(self, name: str) -> AttentionMoments | LinearMoments:
+        return self.finish(name).moments()
+
+
+class _AttentionCollector(_Collector):
+    side = "heads"
+
+    def __init__(self, site: AttentionSite, mask: TokenMask) -> None:
+        super().__init__(mask)
+        self.view = site.view
+        self.keys_admitted: Tensor | None = None
+        self.other_input = False
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        heads, size = self.view.num_heads, self.view.head_dim
+        return {**dict.fromkeys(("query", "key", "attended"), (heads, size, size)), "attended_sum": (heads, size)}
+
+    def hooks(self) -> Iterator[Any]:
+        view = self.view
+        yield view.module.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        yield view.query.register_forward_hook(lambda module, args, output: self._on_query(output))
+        yield view.key.register_forward_hook(lambda module, args, output: self._on_key(output))
+        yield view.output.register_forward_pre_hook(lambda module, args: self._on_attended(args[0]))
+
+    def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # diffusers names the other input, and gives its mask three dimensions.
+        self.other_input = kwargs.get("encoder_hidden_states") is not None
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 and not self.other_input else None)
+        self.keys_admitted = None
+        if isinstance(mask, Tensor) and mask.ndim in (3, 4):
+            admitted = mask if mask.dtype == torch.bool else mask > _REFUSED
+            self.keys_admitted = admitted.flatten(1, -2).any(dim=1)
+
+    def _weights(self, states: Tensor, *, keys: bool = False) -> Tensor:
+        weights = self.mask.weights(states)
+        masked = self.keys_admitted is not None and (keys or not self.other_input)
+        if masked and self.keys_admitted.shape[-1] == states.shape[1]:
+            weights = weights * self.keys_admitted
+        return weights
+
+    def _heads(self, states: Tensor) -> Tensor:
+        return states.to(torch.float64).unflatten(-1, (self.view.num_heads, self.view.head_dim))
+
+    def _on_query(self, states: Tensor) -> None:
+        weights, heads = self._weights(states), self._heads(states)
+        self.calls += 1
+        self._add(count=weights.sum(), query=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
+
+    def _on_key(self, states: Tensor) -> None:
+        weights, heads = self._weights(states, keys=True), self._heads(states)
+        total = weights.sum(1).clamp(min=1e-12)
+        mean = torch.einsum("bn,bnhi->bhi", weights, heads) / total[:, None, None]
+        heads = heads - mean[:, None]
+        self._add(keys=weights.sum(), key=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
+
+    def _on_attended(self, states: Tensor) -> None:
+        weights, heads = self._weights(states), self._heads(states)
+        self._add(
+            rows=weights.sum(),
+            attended=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads),
+            attended_sum=torch.einsum("bn,bnhi->hi", weights, heads),
+        )
+
+
+class _LinearCollector(_Collector):
+    def __init__(self, linear: nn.Linear, side: str, mask: TokenMask) -> None:
+        super().__init__(mask)
+        self.linear, self.side = linear, side
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        inputs = self.linear.in_features
+        size = inputs if self.side == "input" else self.linear.out_features
+        return {"input": (inputs,), "mean": (size,), "second": (size, size)}
+
+    def hooks(self) -> Iterator[Any]:
+        yield self.linear.register_forward_hook(lambda module, args, output: self._on_call(args[0], output))
+
+    def _on_call(self, states: Tensor, output: Tensor) -> None:
+        weights = self.mask.weights(states).flatten()
+        states = states.to(torch.float64).flatten(0, -2)
+        inner = states if self.side == "input" else output.to(torch.float64).flatten(0, -2)
+        self.calls += 1
+        self._add(
+            count=weights.sum(),
+            input=weights @ states,
+            mean=weights @ inner,
+            second=(inner * weights[:, None]).T @ inner,
+        )
+
+
+def _of_linear(site: LinearSite, mask: TokenMask) -> _LinearCollector:
+    linear = site.linear
+    return _LinearCollector(linear, "output" if linear.out_features < linear.in_features else "input", mask)
+
+
+def _of_mlp(site: MLPSite, mask: TokenMask) -> _LinearCollector:
+    return _LinearCollector(site.view.output, "input", mask)
+
+
+_COLLECTORS: Mapping[type, Callable[..., _Collector]] = {
+    AttentionSite: _AttentionCollector,
+    LinearSite: _of_linear,
+    MLPSite: _of_mlp,
+}
+
+
+@contextmanager
+def collecting(site: Site, mask: TokenMask) -> Iterator[Any]:
+    """Within it what passes a site is added up, by the collector that is given."""
+    collector = _COLLECTORS[type(site)](site, mask)
+    handles = list(collector.hooks())
+    try:
+        yield collector
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def token_mask(model: nn.Module) -> Iterator[TokenMask]:
+    """Follow the mask into every submodel: of two towers only one may have it."""
+    holder = TokenMask()
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        # What a model makes of its mask for its own submodels has four dimensions.
+        if mask is None or mask.ndim == 2:
+            holder.mask = mask
+
+    models = [module for module in model.modules() if module is model or isinstance(module, PreTrainedModel)]
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in models]
+    try:
+        yield holder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _main_input(model: nn.Module) -> str:
+    # diffusers says it by its place alone.
+    default = "pixel_values" if isinstance(model, PreTrainedModel) else next(iter(signature(model.forward).parameters))
+    return getattr(model, "main_input_name", default)
+
+
+def _describe(inputs: Mapping[str, Any]) -> str:
+    shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in inputs.items()}
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

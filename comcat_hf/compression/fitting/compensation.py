@@ -1,0 +1,315 @@
+"""Factorising layer by layer, each on what the layers before it, already compressed, produce.
+
+A block's attention and MLP get their factors from the activations that reach them in the compressed model. Their
+output factor and bias are then fitted again, by ridge regression toward the closed form, onto what the dense block
+would have added plus the drift of the residual stream so far (docs/method.md). Small linear solves; no labels and no
+gradients.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...modeling import LinearSite, LowRankLinear, Site, apply_ranks, eval_mode
+from ...modeling.filling import fill, warn_not_finite
+from ...modeling.sites import block_of
+from ...modeling.surgery import sites_for, substitute_module
+from ...progress import progress_bar
+from ..calibration.statistics import TokenMask, collecting, prepare_batch, read_batches, run_batch, token_mask
+from .regression import Regression
+
+
+__all__ = ["compress_in_order"]
+
+# Relative error below which a sum of two captured tensors counts as the residual stream.
+_EXACT = 1e-3
+
+# Scales on a layer's output below this share of the largest count as zero.
+_NO_SCALE = 1e-6
+
+
+@torch.no_grad()
+def compress_in_order(
+    model: nn.Module,
+    ranks: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    ridge: float | None = None,
+    progress: bool | None = None,
+) -> None:
+    """Replace the modules named in a plan, in place and in forward order, with compensation.
+
+    Memory: a few hidden states of one block on all batches, `tokens * d` numbers each, and the moments of one site;
+    where a block does not take what the block before it gives, the states that it takes.
+
+    Args:
+        model: a dense model, changed in place; on an error it may be half changed, so pass a copy.
+        ranks: entries of a plan by module path.
+        batches: calibration inputs, read once.
+        ridge: pull of the output factors toward the closed form, as a share of their inputs' mean variance; by
+            default the one with which either half of the batches predicts the other best.
+        progress: show a bar over the blocks; by default where transformers shows its own.
+
+    Where the batches give no finite weights, those of the closed form stay, with a warning that names the modules.
+
+    Raises:
+        RankPlanError: unknown module names or ranks that do not fit.
+        InvalidValueError: no batch, or one that does not fit the model.
+    """
+    sites = sites_for(ranks, model)
+    chosen = {name: sites[name].ranks(entry) for name, entry in ranks.items()}
+    device = next(model.parameters()).device
+    inputs = [prepare_batch(model, batch, index, device) for index, batch in enumerate(read_batches(batches))]
+    blocks: dict[str, list[str]] = {}
+    for name in ranks:
+        # Not by its name: an MLP may have that of its block.
+        blocks.setdefault(block_of(sites[name].moments_path) or "", []).append(name)
+    rest = blocks.pop("", [])
+    order = _in_between(model, blocks)
+    training = {name for name, module in model.named_modules() if module.training}
+    with eval_mode(model):
+        calls = _record_calls(model, order, inputs)
+        # A block that is only a list of its parts is never called, so it has no stream to be fitted to.
+        rest += [name for path in order if not calls[path].arguments for name in blocks.get(path, ())]
+        before: _Calls | None = None
+        unfitted: list[str] = []
+        called = [path for path in order if calls[path].arguments]
+        for path in progress_bar(called, desc="Compressing", progress=progress):
+            record = calls.pop(path)
+            if record.chained:
+                record.dense_in, record.small_in = before.dense_out, before.small_out
+            else:
+                record.small_in = record.dense_in
+            block = _Block(model, path, record, ridge)
+            unfitted += block.compress({name: sites[name] for name in sites if name in blocks.get(path, ())}, chosen)
+            before = record
+        if rest:
+            moments = _rest_moments(model, sites, rest, inputs)
+            apply_ranks(model, {name: ranks[name] for name in rest}, statistics=moments)
+    warn_not_finite(unfitted)
+    for name in training.intersection(path for site in sites.values() for path in site.dense_modules()):
+        model.get_submodule(name).train()
+
+
+@dataclass
+class _Calls:
+    """The calls of one block, one a batch: arguments, token masks, hidden states in and out of either model.
+
+    `chained`: it takes what the block before it gives, so that its inputs need not be kept.
+    """
+
+    chained: bool = False
+    arguments: list[tuple[tuple, dict]] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    dense_in: list[Tensor] = field(default_factory=list)
+    dense_out: list[Tensor] = field(default_factory=list)
+    small_in: list[Tensor] = field(default_factory=list)
+    small_out: list[Tensor] = field(default_factory=list)
+
+
+class _Reached(Exception):
+    """The module that a run is for has been called."""
+
+
+def _stop(module: nn.Module, args: tuple, output: Any) -> None:
+    raise _Reached
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """Where the residual stream meets a layer's output: `total = stream + scale * output`."""
+
+    stream: str
+    total: str
+    scale: Tensor
+
+
+class _Block:
+    def __init__(self, model: nn.Module, path: str, calls: _Calls, ridge: float | None) -> None:
+        self.model, self.calls, self.ridge = model, calls, ridge
+        self.module = model.get_submodule(path)
+        self.mask = TokenMask()
+
+    def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> list[str]:
+        """Compress these sites of the block; returns those whose weights the batches give no finite values."""
+        unfitted = []
+        outputs = {name: _output_of(site) for name, site in sites.items()}
+        residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()})
+        for name, site in sites.items():
+            with collecting(site, self.mask) as collector:
+                for _ in self._run(self.calls.small_in, outputs[name][1]):
+                    pass
+            substitutes = site.substitutes(ranks[name])
+            fitted = fill(site, substitutes, collector.moments(name))
+            for path, dense in site.dense_modules().items():
+                if path in substitutes:
+                    substitute_module(self.model, dense, substitutes[path])
+            if name in residuals:
+                fitted &= self._refit(self.model.get_submodule(outputs[name][0]), residuals[name], totals[name])
+            if not fitted:
+                unfitted.append(name)
+        self.calls.small_out = list(self._run(self.calls.small_in))
+        return unfitted
+
+    def _run(self, states: list[Tensor], until: nn.Module | None = None) -> Iterator[Tensor | None]:
+        """Run the block on all batches; with `until` only until that module has been called."""
+        handle = until.register_forward_hook(_stop) if until is not None else None
+        try:
+            for index, (args, kwargs) in enumerate(self.calls.arguments):
+                self.mask.mask = self.calls.masks[index]
+                try:
+                    output = self.module(states[index], *args, **kwargs)
+                except _Reached:
+                    output = None
+                yield output[0] if isinstance(output, tuple) else output
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def _dense_pass(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, _Residual], dict[str, list[Tensor]]]:
+        """Run the dense block on dense inputs: where each layer meets the stream, and the stream behind it."""
+        residuals: dict[str, _Residual] = {}
+        totals: dict[str, list[Tensor]] = {name: [] for name in linears}
+        with _captured(self.module, linears) as seen:
+            for index, output in enumerate(self._run(self.calls.dense_in)):
+                events = {"block.in": self.calls.dense_in[index], **seen, "block.out": output}
+                self.calls.dense_out.append(output)
+                for name in linears:
+                    if index == 0 and (found := _find_residual(events, name)) is not None:
+                        residuals[name] = found
+                    if name in residuals:
+                        totals[name].append(events[residuals[name].total])
+        return residuals, totals
+
+    def _refit(self, linear: nn.Module, residual: _Residual, totals: list[Tensor]) -> bool:
+        """Fit the output factor again; what would not be finite is left as it is, which is returned as false."""
+        inner = linear.first_factor if isinstance(linear, LowRankLinear) else linear
+        held: dict[str, Tensor] = {}
+        if isinstance(linear, LowRankLinear):
+            handle = inner.register_forward_hook(lambda module, args, output: held.update(z=output))
+        else:
+            handle = inner.register_forward_pre_hook(lambda module, args: held.update(z=args[0]))
+        regression = Regression()
+        try:
+            with _captured(self.module, {}) as seen:
+                for index, _ in enumerate(self._run(self.calls.small_in, linear)):
+                    events = {"block.in": self.calls.small_in[index], **seen}
+                    wanted = totals[index] - events[residual.stream]
+                    regression.add(held["z"], wanted, self.mask.weights(held["z"]))
+        finally:
+            handle.remove()
+        scale = residual.scale
+        # With a scale on the output the stream gets `scale * output`; where that is nothing, nothing can be fitted.
+        used = scale.abs() > _NO_SCALE * scale.abs().max()
+        try:
+            weight, bias = regression.solve(linear.weight.double().T, torch.where(used, scale, 1.0), self.ridge)
+        except torch.linalg.LinAlgError:
+            return False
+        weight, bias = weight.T.to(linear.weight)[used], bias.to(linear.bias)[used]
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            return False
+        linear.weight[used], linear.bias[used] = weight, bias
+        return True
+
+
+def _in_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
+    """These blocks and, since what was compressed before drifts through them, those between them; in order."""
+    names = [name for name, _ in model.named_modules()]
+    order: list[str] = []
+    for stack in {path.rpartition(".")[0] for path in blocks}:
+        found = [n for n in names if n.rpartition(".")[0] == stack and n.rpartition(".")[2].isdigit()]
+        places = [index for index, name in enumerate(found) if name in blocks]
+        order += found[places[0] : places[-1] + 1]
+    return [name for name in names if name in order]
+
+
+def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]]) -> dict[str, _Calls]:
+    """Run the dense model and keep what its blocks are called with."""
+    calls = {path: _Calls() for path in paths}
+    running: dict[str, Any] = {}
+    gave: dict[str, Tensor] = {}
+
+    def before(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        record, kwargs = calls[path], dict(kwargs)
+        states = args[0] if args else kwargs.pop("hidden_states")
+        record.dense_in.append(states)
+        record.arguments.append((args[1:], kwargs))
+        mask = running.get("attention_mask")
+        fits = isinstance(mask, Tensor) and mask.shape == states.shape[:-1]
+        record.masks.append(mask if fits else None)
+
+    def after(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        gave[path] = output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(after, path)).remove)
+        for index, batch in enumerate(inputs):
+            running = batch
+            run_batch(model, batch, index)
+            for previous, path in pairwise(path for path in paths if path in gave):
+                record = calls[path]
+                record.chained = record.chained if index else torch.equal(gave[previous], record.dense_in[0])
+                if record.chained:
+                    record.dense_in.clear()
+    return calls
+
+
+@contextmanager
+def _captured(block: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What the norms of a block take and give, and the named linear layers give, in the order of their last calls."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, module in block.named_modules():
+            if "norm" in type(module).__name__.lower():
+                hook = module.register_forward_hook(
+                    lambda m, args, output, name=name: seen.update({f"{name}.in": args[0], f"{name}.out": output})
+                )
+                stack.callback(hook.remove)
+        for name, linear in linears.items():
+            hook = linear.register_forward_hook(lambda m, args, output, name=name: seen.update({f"={name}": output}))
+            stack.callback(hook.remove)
+        yield seen
+
+
+def _find_residual(seen: Mapping[str, Tensor], name: str) -> _Residual | None:
+    output = seen[f"={name}"].double()
+    order = list(seen)
+    points = [key for key in order if not key.startswith("=") and seen[key].shape == output.shape]
+    here = order.index(f"={name}")
+    energy = output.flatten(0, -2).square().sum(0)
+    for total in (key for key in points if order.index(key) > here):
+        for stream in (key for key in reversed(points) if order.index(key) < here):
+            added = seen[total].double() - seen[stream].double()
+            for scale in (torch.ones_like(energy), _scale(added, output, energy)):
+                if (added - scale * output).norm() <= _EXACT * added.norm() and added.norm() > 0:
+                    return _Residual(stream, total, scale)
+    return None
+
+
+def _scale(added: Tensor, output: Tensor, energy: Tensor) -> Tensor:
+    return (added * output).flatten(0, -2).sum(0) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+
+
+def _output_of(site: Site) -> tuple[str, nn.Module]:
+    """Path and module of the linear layer that a site ends in."""
+    return (site.name, site.linear) if isinstance(site, LinearSite) else (site.view.output_name, site.view.output)
+
+
+def _rest_moments(
+    model: nn.Module, sites: Mapping[str, Site], names: list[str], inputs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    with ExitStack() as stack:
+        mask = stack.enter_context(token_mask(model))
+        collectors = {name: stack.enter_context(collecting(sites[name], mask)) for name in names}
+        for batch in inputs:
+            model(**batch)
+    return {sites[name].moments_path: collector.moments(name) for name, collector in collectors.items()}

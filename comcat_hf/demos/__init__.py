@@ -1,0 +1,1 @@
+"""What `comcat demo` and `comcat demo-customize` run."""

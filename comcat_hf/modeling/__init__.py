@@ -1,0 +1,32 @@
+"""Which attention modules and MLPs we know, and what replaces them."""
+
+from .families import AttentionFamily as AttentionFamily
+from .families import MLPFamily as MLPFamily
+from .finding import SCOPES as SCOPES
+from .finding import find_sites as find_sites
+from .finding import known_sites as known_sites
+from .lowrank import LowRankAttention as LowRankAttention
+from .lowrank import LowRankLinear as LowRankLinear
+from .lowrank import NarrowLinear as NarrowLinear
+from .mlps import MLPView as MLPView
+from .mlps import register_mlp_family as register_mlp_family
+from .sites import AttentionSite as AttentionSite
+from .sites import LinearSite as LinearSite
+from .sites import MLPSite as MLPSite
+from .sites import Site as Site
+from .sites import Tokens as Tokens
+from .surgery import apply_ranks as apply_ranks
+from .surgery import eval_mode as eval_mode
+from .surgery import fit_names as fit_names
+from .surgery import measuring as measuring
+from .surgery import meta_copy as meta_copy
+from .surgery import read_ranks as read_ranks
+from .surgery import replace_module as replace_module
+from .targets import EVERYTHING as EVERYTHING
+from .targets import Targets as Targets
+from .views import AttentionView as AttentionView
+from .views import attention_views as attention_views
+from .views import known_attention_classes as known_attention_classes
+from .views import named_base_modules as named_base_modules
+from .views import register_attention_family as register_attention_family
+from .wrappers import unwrapped as unwrapped

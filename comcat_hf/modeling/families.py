@@ -1,0 +1,130 @@
+"""Families: in which attributes a library's classes keep what the method needs. Plain data, and the register of it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from ..errors import InvalidValueError
+from .weights import class_path
+from .wrappers import base_module
+
+
+__all__ = ["AttentionFamily", "MLPFamily", "Registry"]
+
+Family = TypeVar("Family")
+
+
+@dataclass(frozen=True)
+class AttentionFamily:
+    """Where an attention class keeps its projections and sizes.
+
+    Args:
+        host: import path of the class, for example `"transformers.models.vit.modeling_vit.ViTAttention"`.
+        query, key, value: attribute names of the three input projections (`nn.Linear`).
+        output: attribute name of the output projection, or its path: seen from the class or, with `output_in_parent`,
+            from the module that holds the attention.
+        output_in_parent: `True` where the class returns the heads' outputs and a sibling projects them.
+        num_heads, head_dim, scaling: attribute names of H, p and of the factor on the scores; without `head_dim` the
+            class reads p off its projections.
+        dropout: attribute name of the attention dropout: a number or an `nn.Dropout`; `None` where there is none.
+        refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
+        refuse_qk: the same for the query/key product alone.
+        scale_of: optional; for classes that run their own `forward` on the smaller projections: gets the dense module
+            and returns the factor on the scores, which the kernel takes from the width of the heads. Without it the
+            kernel is found by the module's `config`, as in transformers, and given `scaling`.
+    """
+
+    host: str
+    query: str
+    key: str
+    value: str
+    output: str
+    output_in_parent: bool = False
+    num_heads: str = "num_attention_heads"
+    head_dim: str | None = "head_dim"
+    scaling: str = "scaling"
+    dropout: str | None = "attention_dropout"
+    refuse: Callable[[nn.Module], str | None] | None = None
+    refuse_qk: Callable[[nn.Module], str | None] | None = None
+    scale_of: Callable[[nn.Module], float] | None = None
+
+    def head_dim_of(self, module: nn.Module) -> int:
+        if self.head_dim is not None:
+            return getattr(module, self.head_dim)
+        return base_module(getattr(module, self.query)).out_features // getattr(module, self.num_heads)
+
+    def attributes(self) -> tuple[str, ...]:
+        """What a module of the class must have."""
+        # Without a scale of its own the kernel is found through the configuration.
+        kernel = (self.scaling, "config") if self.scale_of is None else ()
+        optional = (name for name in (self.head_dim, self.dropout) if name is not None)
+        return (self.query, self.key, self.value, self.num_heads, *optional, *kernel)
+
+    def described(self) -> str:
+        """Words for an error: who needs the attributes."""
+        return (
+            "its AttentionFamily names" if self.scale_of else "its AttentionFamily names or, without scale_of, needs"
+        )
+
+    def output_of(self, owner: nn.Module) -> nn.Module:
+        """The output projection, seen from the class or, with `output_in_parent`, from its parent."""
+        for part in self.output.split("."):
+            owner = getattr(owner, part)
+        return owner
+
+
+@dataclass(frozen=True)
+class MLPFamily:
+    """Where a class keeps the linear layers of an MLP.
+
+    Args:
+        host: import path of the class that holds the layers, for example
+            `"transformers.models.vit.modeling_vit.ViTMLP"`; a block where the layers lie in modules of the block.
+        first: paths inside the host of the layers that read the MLP's input. Hidden unit j is made of row j of each:
+            one layer, or the gate and the value of a gated MLP.
+        second: path inside the host of the layer that reads the hidden units.
+    """
+
+    host: str
+    first: tuple[str, ...]
+    second: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.first, str) or not self.first or len({*self.first, self.second}) <= len(self.first):
+            raise InvalidValueError(
+                f"MLPFamily of {self.host}: first must be a tuple of the paths of the layers before the activation, "
+                f"second the path of another one; got first={self.first!r} and second={self.second!r}. One layer is "
+                "written as first=('fc1',)."
+            )
+
+
+class Registry(Generic[Family]):
+    """Families by the import path of their host class; filled on first use, so that no host library is imported.
+
+    Args:
+        what: what the families describe, for errors.
+        rows: gives the rows of the libraries we know.
+    """
+
+    def __init__(self, what: str, rows: Callable[[], Iterable[Family]]) -> None:
+        self._what, self._rows = what, rows
+        self._families: dict[str, Family] | None = None
+
+    @property
+    def families(self) -> dict[str, Family]:
+        if self._families is None:
+            self._families = {family.host: family for family in self._rows()}
+        return self._families
+
+    def find(self, module: nn.Module) -> Family | None:
+        return self.families.get(class_path(type(module)))
+
+    def add(self, family: Family) -> None:
+        known = self.families.get(family.host)
+        if known is not None and known != family:
+            raise InvalidValueError(
+                f"The {self._what} class {family.host} is registered already, as {known}; got {family}."
+            )
+        self.families[family.host] = family

@@ -1,0 +1,311 @@
+"""Which attention modules we know, and one view on all of them.
+
+A *family* says in which attributes a host library's attention class keeps what the method needs. A *view* is one such
+module inside one model. Families are plain data: a new one is a row in `modeling/hosts/`, or a call of
+[`register_attention_family`] for classes outside the libraries we know.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import UnsupportedModuleError
+from .families import AttentionFamily, Registry
+from .hosts import diffusers, transformers
+from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
+from .wrappers import base_module, is_tuner_layer
+
+
+__all__ = [
+    "AttentionView",
+    "attention_views",
+    "known_attention_classes",
+    "named_base_modules",
+    "register_attention_family",
+]
+
+_LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
+_LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
+_LOOKS_LIKE_POOLER = re.compile(r"Attention\w*Pool|Pool\w*Attention")
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """One known attention module of one model.
+
+    Attributes:
+        name: path of the module that holds the query, key and value projections.
+        module: that module.
+        family: where it keeps what.
+        output_name: path of the output projection.
+        sibling: the output projection where it lies outside of the module, else `None`.
+    """
+
+    name: str
+    module: nn.Module
+    family: AttentionFamily
+    output_name: str
+    sibling: nn.Linear | None = None
+
+    @property
+    def output(self) -> nn.Linear:
+        # Looked up each time, as the others are: another method's adapter may have been put around it.
+        return self.family.output_of(self.module) if self.sibling is None else self.sibling
+
+    @property
+    def num_heads(self) -> int:
+        return getattr(self.module, self.family.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.family.head_dim_of(self.module)
+
+    @property
+    def query(self) -> nn.Linear:
+        return getattr(self.module, self.family.query)
+
+    @property
+    def key(self) -> nn.Linear:
+        return getattr(self.module, self.family.key)
+
+    @property
+    def value(self) -> nn.Linear:
+        return getattr(self.module, self.family.value)
+
+    @property
+    def keeps_width(self) -> bool:
+        """Whether queries and keys must keep the width of the dense head."""
+        return self.family.refuse_qk is not None and self.family.refuse_qk(self.module) is not None
+
+    def query_factor(self, width: int) -> float:
+        """What queries of another width are multiplied with, so that the kernel gives the scores of the dense head."""
+        if self.family.scale_of is None:
+            return 1.0
+        factor = self.family.scale_of(self.module) * width**0.5
+        return 1.0 if abs(factor - 1) < 1e-9 else factor
+
+    def projections(self) -> dict[str, nn.Linear]:
+        """The four projections by their paths in the model."""
+        inputs = {
+            f"{self.name}.{getattr(self.family, role)}": getattr(self, role) for role in ("query", "key", "value")
+        }
+        return {**inputs, self.output_name: self.output}
+
+
+def _rows() -> Iterable[AttentionFamily]:
+    return (*transformers.FAMILIES, *transformers.PARTIAL, *diffusers.FAMILIES)
+
+
+def _refusals() -> dict[str, str]:
+    return dict((*transformers.REFUSED, *diffusers.REFUSED))
+
+
+_registry = Registry("attention", _rows)
+
+
+def register_attention_family(family: AttentionFamily) -> None:
+    """Make an attention class known that this package does not know yet.
+
+    Args:
+        family: its description. The class must compute plain scaled-dot-product attention on the projections named:
+            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. With
+            `scale_of` its own `forward` runs, which must read the width of the heads off its projections (or from
+            `head_dim`); else it must call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`, and take and
+            return what attention does there.
+
+    Raises:
+        InvalidValueError: if the class is registered already with another description.
+    """
+    _registry.add(family)
+
+
+def known_attention_classes() -> list[str]:
+    """Names of the attention classes that can be factorised."""
+    hosts = _registry.families.keys() - {family.host for family in transformers.PARTIAL}
+    return sorted(host.rpartition(".")[2] for host in hosts)
+
+
+def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Walk `(name, module, parent)` as if no adapter were there.
+
+    A tuner layer of PEFT appears as the module that it wraps, under the name it has in the base model; what the
+    tuner layer adds is skipped. A module shared by several parents appears once, under its first name.
+    """
+    seen: set[int] = set()
+
+    def walk(
+        name: str, module: nn.Module, parent: nn.Module | None
+    ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+        module = base_module(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module, parent
+        for child_name, child in module.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child, module)
+
+    yield from walk(prefix, model, None)
+
+
+def attention_views(
+    model: nn.Module, *, whole: bool = True, refuse: Callable[[str], bool] = lambda path: True
+) -> dict[str, AttentionView]:
+    """Find every attention module of a model, by path.
+
+    `nn.MultiheadAttention` and other poolers are passed over: they stay dense. So is what is low-rank already.
+
+    Args:
+        model: with or without adapters.
+        whole: refuse a module of which one product cannot be factorised, or whose weights are not plain. With `False`
+            these are left to who asks for them.
+        refuse: whether a module at this path, if it cannot be factorised, is an error; else it is passed over.
+
+    Returns:
+        views in the order of the model's modules.
+
+    Raises:
+        UnsupportedModuleError: for an attention module that is not known, naming its path, its class, the reason where
+            there is one, and the known classes.
+    """
+    views: dict[str, AttentionView] = {}
+    users: dict[int, str] = {}
+    for name, module, parent, family in _attention_modules(model):
+        try:
+            view = _view(name, module, parent, family, whole)
+            if whole:
+                _check_unshared(view, users)
+        except UnsupportedModuleError:
+            if refuse(name):
+                raise
+        else:
+            views[name] = view
+    return views
+
+
+def attention_paths(model: nn.Module) -> list[str]:
+    """Paths under which all attention of a model lies: known, unknown, low-rank already, or PyTorch's own."""
+    found = [(name, family) for name, _, _, family in _attention_modules(model)]
+    for name, module, _ in named_base_modules(model):
+        if is_low_rank(module):
+            found.append((name, module._family))
+        elif _is_pooler(module):
+            found.append((name, None))
+    return [name.rpartition(".")[0] if family and family.output_in_parent else name for name, family in found]
+
+
+def _attention_modules(
+    model: nn.Module,
+) -> list[tuple[str, nn.Module, nn.Module | None, AttentionFamily | None]]:
+    found, passed_over, suspects = [], [], []
+    for name, module, parent in named_base_modules(model):
+        family = _registry.find(module)
+        if family is not None:
+            found.append((name, module, parent, family))
+        elif is_low_rank(module) or _is_pooler(module):
+            passed_over.append(name)
+        elif _LOOKS_LIKE_ATTENTION.search(type(module).__name__) and _has_linear(module):
+            suspects.append((name, module, parent, None))
+    settled = [*passed_over, *(item[0] for item in found)]
+    for suspect in suspects:
+        # A wrapper around known attention and a part of it are no attention of their own, nor is a whole block.
+        name, module = suspect[:2]
+        if _LOOKS_LIKE_BLOCK.search(type(module).__name__) and any(s[0].startswith(f"{name}.") for s in suspects):
+            continue
+        if not any(other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in settled):
+            found.append(suspect)
+            settled.append(name)
+    return found
+
+
+def _is_pooler(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or _LOOKS_LIKE_POOLER.search(type(module).__name__) is not None
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """Whether this is attention whose products are low-rank already, of a family kept as `_family`."""
+    return getattr(module, "is_factorised", False) and hasattr(module, "_family")
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("comcat_hf.")
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _view(
+    name: str, module: nn.Module, parent: nn.Module | None, family: AttentionFamily | None, whole: bool
+) -> AttentionView:
+    if family is None:
+        raise _unsupported(name, module)
+    absent = [attribute for attribute in family.attributes() if not hasattr(module, attribute)]
+    if absent:
+        raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
+    refusals = [family.refuse, family.refuse_qk] if whole else [family.refuse]
+    reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
+    if reason is not None:
+        raise _unsupported(name, module, reason)
+    owner, owner_name = (parent, name.rpartition(".")[0]) if family.output_in_parent else (module, name)
+    output_name = f"{owner_name}.{family.output}" if owner_name else family.output
+    sibling = None
+    if family.output_in_parent:
+        sibling = family.output_of(owner)
+        while is_tuner_layer(sibling) and _is_ours(sibling):
+            sibling = sibling.base_layer
+    view = AttentionView(name, module, family, output_name, sibling)
+    if whole:
+        for path, linear in view.projections().items():
+            _check_plain(path, linear)
+    return view
+
+
+def _check_plain(path: str, linear: nn.Module) -> None:
+    check_no_adapter(path, linear)
+    if not is_plain_linear(linear):
+        raise UnsupportedModuleError(
+            f"{path} is a {class_path(type(linear))}{kind_of_weight(linear)}; expected a plain nn.Linear in floating "
+            "point. Dequantise the model first (`model.dequantize()`), or compress the model as it was before and "
+            "quantise what comes of it."
+        )
+
+
+def check_not_quantised(model: nn.Module) -> None:
+    """Raise for the first linear layer whose weights are quantised."""
+    for path, module, _ in named_base_modules(model):
+        if isinstance(module, nn.Linear) and not is_plain_linear(module) and is_quantised(module.weight):
+            _check_plain(path, module)
+
+
+def check_no_adapter(path: str, module: nn.Module) -> None:
+    if is_tuner_layer(module) and not _is_ours(module):
+        raise UnsupportedModuleError(
+            f"{path} carries an adapter of {type(module).__module__}; the weights below it cannot be factorised. "
+            "Merge or unload that adapter first (`model.merge_and_unload()`)."
+        )
+
+
+def _check_unshared(view: AttentionView, users: dict[int, str]) -> None:
+    # A whole attention module may be shared. A part of one may not: its factors would fit one of its users only.
+    projections = view.projections()
+    if len(projections) < 4:
+        raise _unsupported(view.name, view.module, "two of its projections are one module")
+    for path, linear in projections.items():
+        other = users.setdefault(id(linear.weight), path)
+        if other != path:
+            raise _unsupported(view.name, view.module, f"{path} shares its weight with {other}")
+
+
+def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> UnsupportedModuleError:
+    cls = class_path(type(module))
+    reason, fix = reason or _refusals().get(cls), ""
+    if reason is None:
+        reason = "no family describes this class"
+        fix = ", or describe the class with comcat_hf.register_attention_family"
+    return UnsupportedModuleError(
+        f"{name} is a {cls}, which cannot be factorised: {reason}. Known classes: "
+        f"{', '.join(known_attention_classes())}. Leave it out with exclude_modules=[{name!r}], name what is meant "
+        f"with target_modules, leave attention alone with scope='mlp'{fix}."
+    )

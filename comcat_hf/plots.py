@@ -1,0 +1,6 @@
+"""Pictures of plans and results for notebooks and files; `reporting.plots` makes them."""
+
+from .reporting.plots import plot_compression as plot_compression
+from .reporting.plots import plot_image_grid as plot_image_grid
+from .reporting.plots import plot_ranks as plot_ranks
+from .reporting.plots import plot_reductions as plot_reductions

@@ -1,0 +1,387 @@
+"""Images made ready for a classifier: as its own image processor does it, or augmented for training.
+
+Every draw comes from the generator that is handed in, so what an image becomes depends on its position alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InvalidValueError
+from ..seeds import MAX_SEED
+from .settings import CompressSettings
+
+
+__all__ = ["ImagePreparation", "Mixing", "process_image"]
+
+_RATIOS = (3 / 4, 4 / 3)
+_ERASED_SHARE = (0.02, 1 / 3)
+_ERASED_RATIOS = (0.3, 1 / 0.3)
+_MAX_MAGNITUDE = 30
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """Pillow images in, model inputs out.
+
+    Attributes:
+        processor: the image processor of the model.
+        size: height and width of the inputs.
+        scale, offset: `(3, 1, 1)` each; a pixel `x` between 0 and 1 enters the model as `x * scale + offset`.
+        channels: which channel of the image each channel of the input is.
+        crop_scale: least share of the area that is cropped; 1 leaves the cropping to the processor.
+        flip: probability of mirroring.
+        coloring: what is done to pixels between 0 and 1, one after the other; `(1, 3, H, W)` in and out.
+        erasing: what is done to the finished input.
+        resample: how Pillow resizes a crop.
+    """
+
+    processor: Any
+    size: tuple[int, int]
+    scale: Tensor
+    offset: Tensor
+    channels: tuple[int, ...]
+    crop_scale: float = 1.0
+    flip: float = 0.0
+    coloring: tuple[nn.Module, ...] = ()
+    erasing: nn.Module | None = None
+    resample: int = 2
+
+    @classmethod
+    def of(cls, settings: CompressSettings, image_processor: Any) -> "ImagePreparation":
+        """What the settings ask for, with the sizes and the normalisation of the model's image processor.
+
+        Args:
+            settings: the augmentations.
+            image_processor: of transformers, best one of its Pillow backend.
+
+        Raises:
+            InvalidValueError: the processor's inputs have another form, or an augmentation needs kornia, which is
+                not installed.
+        """
+        size, scale, offset, channels = _probe(image_processor)
+        return cls(
+            processor=image_processor,
+            size=size,
+            scale=scale,
+            offset=offset,
+            channels=channels,
+            crop_scale=settings.random_resized_crop_scale,
+            flip=settings.horizontal_flip,
+            coloring=_coloring(settings),
+            erasing=_erasing(settings),
+            resample=_resample(image_processor),
+        )
+
+    def evaluate(self, image: Any) -> Tensor:
+        """What the image processor makes of a Pillow image in RGB: `(3, H, W)`, float32."""
+        return process_image(self.processor, image)[0].to(torch.float32)
+
+    def check(self, model: nn.Module, source: str) -> None:
+        """See whether a model takes these inputs.
+
+        Args:
+            model: the classifier, in eval mode.
+            source: its folder or Hub id, for messages.
+
+        Raises:
+            InvalidValueError: it does not.
+        """
+        pixels = torch.zeros(1, 3, *self.size, device=next(model.parameters()).device)
+        try:
+            with torch.no_grad():
+                model(pixel_values=pixels)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise InvalidValueError(
+                f"{source}: expected a model that takes what {type(self.processor).__name__} makes, images of "
+                f"{tuple(pixels.shape[1:])}, found an error ({error}). Save the processor that the model was trained "
+                "with beside it."
+            ) from error
+
+    def train(self, image: Any, generator: torch.Generator) -> Tensor:
+        """Augment a Pillow image in RGB.
+
+        Args:
+            image: any size.
+            generator: where all draws come from; as many are made for every image.
+
+        Returns:
+            `(3, H, W)`, float32.
+        """
+        flip, first, second = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        if self.crop_scale < 1:
+            pixels = _to_tensor(self._crop(image, generator))
+        elif not self.coloring:
+            pixels = self.evaluate(image)
+        else:
+            pixels = self._denormalized(self.evaluate(image))
+        if flip < self.flip:
+            pixels = pixels.flip(-1)
+        if self.coloring:
+            pixels = _apply_seeded(self.coloring, pixels, int(first * MAX_SEED))
+        if self.crop_scale < 1 or self.coloring:
+            pixels = self._normalized(pixels)
+        if self.erasing is not None:
+            pixels = _apply_seeded((self.erasing,), pixels, int(second * MAX_SEED))
+        return pixels.contiguous()
+
+    def _crop(self, image: Any, generator: torch.Generator) -> Any:
+        box = _crop_box(image.size, self.crop_scale, generator)
+        height, width = self.size
+        return image.resize((width, height), resample=self.resample, box=box)
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        if self.channels != (0, 1, 2):
+            pixels = pixels[list(self.channels)]
+        return pixels.mul(self.scale).add_(self.offset)
+
+    def _denormalized(self, inputs: Tensor) -> Tensor:
+        pixels = inputs.sub(self.offset).div_(self.scale).clamp_(0, 1)
+        return pixels if self.channels == (0, 1, 2) else pixels[torch.tensor(self.channels).argsort()]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixup, CutMix and label smoothing of a batch.
+
+    The partner of an image is the one as far from the batch's end as it is from its start; the share is drawn once
+    per batch. The batch is that of one process: with other sizes and numbers of processes others are mixed. kornia's
+    mixing draws shares evenly, not from the beta distribution that the recipes of these models name, so this is plain
+    torch.
+
+    Attributes:
+        classes: how many there are.
+        mixup, cutmix: alphas of the beta distributions; 0 leaves the one out.
+        probability: of mixing a batch at all.
+        switch: probability of CutMix where both are on.
+        smoothing: share of a label that is spread over all classes.
+    """
+
+    classes: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch: float = 0.5
+    smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, settings: CompressSettings, num_classes: int) -> "Mixing":
+        """What the settings ask for."""
+        return cls(
+            classes=num_classes,
+            mixup=settings.mixup_alpha,
+            cutmix=settings.cutmix_alpha,
+            probability=settings.mixup_prob,
+            switch=settings.mixup_switch_prob,
+            smoothing=settings.label_smoothing,
+        )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed at all."""
+        return self.probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def __call__(
+        self, pixel_values: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`.
+            labels: `(B,)`.
+            generator: where the draws come from; not needed where nothing mixes.
+
+        Returns:
+            the pixels, and as targets the labels where nothing mixes or smooths, else probabilities `(B, classes)`.
+        """
+        if not self.mixes and not self.smoothing:
+            return pixel_values, labels
+        targets = self._smooth(labels)
+        if not self.mixes:
+            return pixel_values, targets
+        mix, switch, seed = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        if mix >= self.probability:
+            return pixel_values, targets
+        cut = self.cutmix > 0 and (self.mixup == 0 or switch < self.switch)
+        share = _beta(self.cutmix if cut else self.mixup, int(seed * MAX_SEED))
+        if cut:
+            pixel_values, share = _cut(pixel_values, share, generator)
+        else:
+            pixel_values = pixel_values.lerp(pixel_values.flip(0), 1 - share)
+        return pixel_values, targets.lerp(targets.flip(0), 1 - share)
+
+    def _smooth(self, labels: Tensor) -> Tensor:
+        rest = self.smoothing / self.classes
+        targets = torch.full((len(labels), self.classes), rest, device=labels.device)
+        return targets.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
+
+
+def process_image(processor: Any, image: Any) -> Tensor:
+    """What an image processor makes of a Pillow image in RGB: `(1, 3, H, W)`.
+
+    Raises:
+        InvalidValueError: it does not take images in RGB, such as one for images of one channel.
+    """
+    try:
+        return processor(image, return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise InvalidValueError(
+            f"{type(processor).__name__}: expected an image processor for images in RGB, found one that does not take "
+            f"them ({error}). Give a model for RGB images, with its own image processor."
+        ) from error
+
+
+def _probe(processor: Any) -> tuple[tuple[int, int], Tensor, Tensor, tuple[int, ...]]:
+    """Size, scale, offset and order of channels, found by plain images: processors name them in many ways."""
+    from PIL import Image
+
+    # Of different shapes, for some processors keep them.
+    colors = {(0, 0, 0): (64, 64), (255, 255, 255): (64, 96), (51, 51, 51): (96, 64), (0, 102, 204): (64, 64)}
+    inputs = [process_image(processor, Image.new("RGB", size, color))[0].float() for color, size in colors.items()]
+    shapes = sorted({tuple(found.shape) for found in inputs})
+    if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 3:
+        raise InvalidValueError(
+            f"{type(processor).__name__}: expected inputs of one shape (3, height, width), found "
+            f"{' and '.join(map(str, shapes))}. Give a model for RGB images, and a processor that brings them to one "
+            "size (size with height and width, or crop_size)."
+        )
+    height, width = shapes[0][1:]
+    black, white, grey, ramp = (found[:, height // 2, width // 2] for found in inputs)
+    scale = white - black
+    if not bool((scale > 0).all()) or not torch.allclose(grey, black + 0.2 * scale, atol=1e-3):
+        raise InvalidValueError(
+            f"{type(processor).__name__}: expected inputs that grow with the pixels in a straight line, found others. "
+            "Give a model with an image processor that rescales and normalises."
+        )
+    channels = tuple(((ramp - black) / scale / 0.4).round().long().tolist())
+    return (height, width), scale.view(3, 1, 1), black.view(3, 1, 1), channels
+
+
+def _resample(processor: Any) -> int:
+    from PIL import Image
+
+    try:
+        return int(Image.Resampling(getattr(processor, "resample", None)))
+    except ValueError:
+        return int(Image.Resampling.BILINEAR)
+
+
+def _to_tensor(image: Any) -> Tensor:
+    """`(3, H, W)`, 0 to 1."""
+    width, height = image.size
+    # A bytearray, for a tensor over bytes that cannot be written draws a warning.
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    channels_first = values.view(height, width, 3).permute(2, 0, 1)
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def _crop_box(size: tuple[int, int], least: float, generator: torch.Generator) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a crop of some share of the area and some shape, as far as it fits."""
+    width, height = size
+    low, high = (math.log(ratio) for ratio in _RATIOS)
+    for share, shape, x, y in torch.rand(10, 4, generator=generator, dtype=torch.float64).tolist():
+        area = width * height * (least + (1 - least) * share)
+        ratio = math.exp(low + (high - low) * shape)
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = math.floor(x * (width - across + 1)), math.floor(y * (height - down + 1))
+            return left, top, left + across, top + down
+    # The middle, in the nearest shape that is allowed.
+    across = min(width, round(height * _RATIOS[1]))
+    down = min(height, round(width / _RATIOS[0]))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
+def _kornia(flag: str) -> Any:
+    try:
+        import kornia.augmentation as augmentation
+    except ImportError as error:
+        raise InvalidValueError(
+            f"--{flag} needs the package kornia, which cannot be imported ({error}). Run `pip install "
+            f"comcat_hf[train]`, or leave the flag at 0."
+        ) from error
+    return augmentation
+
+
+def _color_jitter(settings: CompressSettings) -> nn.Module:
+    # Factors from 1 - strength to 1 + strength; kornia takes brightness up to 2 only.
+    strength = min(settings.color_jitter, 1.0)
+    return _kornia("color_jitter").ColorJitter(strength, strength, strength, 0.0, p=1.0)
+
+
+def _rand_augment(settings: CompressSettings) -> nn.Module:
+    rand_augment = _kornia("rand_augment_num_ops").auto.RandAugment
+    # Both ends are left out there.
+    magnitude = min(max(settings.rand_augment_magnitude, 1e-3), _MAX_MAGNITUDE - 1e-3)
+    try:
+        return rand_augment(settings.rand_augment_num_ops, magnitude, transformation_matrix_mode="skip")
+    except ValueError as error:
+        raise InvalidValueError(
+            f"--rand_augment_num_ops {settings.rand_augment_num_ops}: kornia refuses it ({error}). Give fewer."
+        ) from error
+
+
+_COLORING: Mapping[str, Callable[[CompressSettings], nn.Module]] = {
+    "rand_augment_num_ops": _rand_augment,
+    "color_jitter": _color_jitter,
+}
+
+
+def _coloring(settings: CompressSettings) -> tuple[nn.Module, ...]:
+    if settings.rand_augment_magnitude > _MAX_MAGNITUDE:
+        raise InvalidValueError(
+            f"--rand_augment_magnitude must be from 0 to {_MAX_MAGNITUDE}, got {settings.rand_augment_magnitude}."
+        )
+    return tuple(make(settings) for name, make in _COLORING.items() if getattr(settings, name) > 0)
+
+
+def _erasing(settings: CompressSettings) -> nn.Module | None:
+    if settings.random_erasing == 0:
+        return None
+    # After the normalisation, where 0 is the mean colour.
+    erasing = _kornia("random_erasing").RandomErasing
+    return erasing(scale=_ERASED_SHARE, ratio=_ERASED_RATIOS, value=0.0, p=settings.random_erasing)
+
+
+def _apply_seeded(modules: tuple[nn.Module, ...], pixels: Tensor, seed: int) -> Tensor:
+    """Run what draws from the global generator on a state of its own, and put the global one back.
+
+    Not `torch.manual_seed`: that would seed the accelerators as well.
+    """
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        with torch.no_grad():
+            batch = pixels[None]
+            for module in modules:
+                batch = module(batch)
+    finally:
+        torch.set_rng_state(before)
+    return batch[0]
+
+
+def _beta(alpha: float, seed: int) -> float:
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        return float(torch.distributions.Beta(alpha, alpha).sample())
+    finally:
+        torch.set_rng_state(before)
+
+
+def _cut(pixel_values: Tensor, share: float, generator: torch.Generator | None) -> tuple[Tensor, float]:
+    """Put a rectangle of the partners into the images; the share that stays, and follows from its true size."""
+    height, width = pixel_values.shape[-2:]
+    side = math.sqrt(1 - share)
+    x, y = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    middle, half_across, half_down = (int(x * width), int(y * height)), int(width * side) // 2, int(height * side) // 2
+    left, right = max(middle[0] - half_across, 0), min(middle[0] + half_across, width)
+    top, bottom = max(middle[1] - half_down, 0), min(middle[1] + half_down, height)
+    mixed = pixel_values.clone()
+    mixed[..., top:bottom, left:right] = pixel_values.flip(0)[..., top:bottom, left:right]
+    return mixed, 1 - (right - left) * (bottom - top) / (height * width)

@@ -1,0 +1,362 @@
+"""A classifier in figures: accuracy, parameters, multiply-accumulates and speed, beside the dense model's."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...compression.budget.timing import device_name
+from ...compression.counting import count_macs, count_parameters, example_inputs
+from ...errors import InvalidValueError, UnsupportedModuleError
+from ...hub import write_json_atomic
+from ...reporting.cards import shown_base
+from ..flags import NOTHING, flag
+from ..recipes import parse_settings
+from .augmentation import ImagePreparation
+from .data import BrokenImages, open_splits
+from .evaluation import evaluate_classifier
+from .models import load_classifier, load_image_processor
+from .settings import ALTERNATIVES, CompressSettings
+from .stream import evaluation_batches
+
+
+__all__ = ["EvaluateSettings", "EvaluationReport", "evaluate_models", "parse_evaluate_settings"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_FEWEST, _MOST = 3, 100
+_MODEL, _DENSE = "model", "dense"
+
+
+_flag = partial(flag, decides=NOTHING)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What an evaluation is told; data flags are those of the training.
+
+    Args:
+        model_name_or_path: the classifier; the help texts of the fields say the rest.
+    """
+
+    # The models
+    model_name_or_path: str | None = _flag(None, "Folder or Hub id of an image classifier, dense or compressed.")
+    model_revision: str | None = _flag(None, "Branch, tag or commit of it.")
+    dense: str | None = _flag(None, "Folder or Hub id of the dense model to compare with.")
+    cache_dir: str | None = _flag(None, "Where downloads are kept.")
+    token: str | None = _flag(None, "Token for gated or private repositories.")
+    # Data
+    dataset_name: str | None = _flag(None, "Data set on the Hub, or a folder.")
+    dataset_config_name: str | None = _flag(None, "Configuration of the data set.")
+    validation_file: str | None = _flag(None, "Images as a parquet file, or several by a pattern.")
+    validation_dir: str | None = _flag(None, "Folder with a folder of images per class.")
+    validation_split_name: str | None = _flag(None, "Split to evaluate on; default: validation, else test.")
+    image_column_name: str = _flag("image", "Column with the images.")
+    label_column_name: str = _flag("label", "Column with the labels.")
+    streaming: bool = _flag(False, "Read the data set while evaluating, not before.")
+    max_eval_samples: int | None = _flag(None, "Use so many images only.")
+    max_broken_images: float = _flag(0.01, "Stop when more images cannot be read: a count, or a share below 1.")
+    dataloader_num_workers: int = _flag(0, "Processes that read images; 0 reads in the main one.")
+    per_device_eval_batch_size: int = _flag(64, "Images per evaluation step and process.")
+    # Speed
+    batch_sizes: str = _flag("1,32", "Images per call when speed is measured, separated by commas.")
+    dtypes: str = _flag("float32", f"Dtypes in which speed is measured, among {', '.join(_DTYPES)}.")
+    throughput_seconds: float = _flag(5.0, "Time for each batch size and dtype; 0 leaves speed out.")
+    # Report
+    output: str | None = _flag(None, "File for the figures as JSON.")
+
+    def check(self) -> None:
+        """See whether the values can be used; nothing is read or written.
+
+        Raises:
+            InvalidValueError: one cannot.
+        """
+        if not self.model_name_or_path:
+            raise InvalidValueError("--model_name_or_path is needed, got none. Give an image classifier.")
+        self.data().check()
+        self.batch_size_list()
+        unknown = [name for name in self.dtype_names() if name not in _DTYPES]
+        if unknown or not self.dtype_names():
+            raise InvalidValueError(f"--dtypes must be among {', '.join(_DTYPES)}, got {self.dtypes!r}.")
+        if not 0 <= self.throughput_seconds < math.inf:
+            raise InvalidValueError(f"--throughput_seconds must be a number from 0, got {self.throughput_seconds!r}.")
+        if self.output is not None and Path(self.output).expanduser().is_dir():
+            raise InvalidValueError(f"--output {self.output}: expected a file, found a folder. Give a file's name.")
+
+    def data(self, source: str | None = None) -> CompressSettings:
+        """The settings of a training that would evaluate on the same images.
+
+        Args:
+            source: the model whose image processor is meant; by default that which is evaluated.
+        """
+        shared = {f.name for f in fields(CompressSettings)} & {f.name for f in fields(self)}
+        given = {name: getattr(self, name) for name in shared}
+        revision = {} if source is None else {"model_name_or_path": source, "model_revision": None}
+        return CompressSettings(**(given | {"stages": "evaluate"} | revision))
+
+    def dtype_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.dtypes.split(",") if name.strip())
+
+    def batch_size_list(self) -> tuple[int, ...]:
+        """The batch sizes.
+
+        Raises:
+            InvalidValueError: they are no whole numbers from 1.
+        """
+        words = [word.strip() for word in self.batch_sizes.split(",") if word.strip()]
+        if not words or not all(word.isdecimal() and int(word) for word in words):
+            raise InvalidValueError(
+                f"--batch_sizes must be whole numbers from 1, separated by commas, got {self.batch_sizes!r}."
+            )
+        return tuple(map(int, words))
+
+
+def parse_evaluate_settings(arguments: Sequence[str]) -> EvaluateSettings:
+    """Read the command line: flags, with a YAML file of them as the first argument or behind `--config`.
+
+    Raises:
+        InvalidValueError: an unknown flag or key, a value of the wrong kind, a file that cannot be read.
+    """
+    description = "Evaluate an image classifier: accuracy, parameters, MACs and speed, beside the dense model's."
+    return parse_settings(
+        EvaluateSettings, arguments, kind="evaluate", description=description, alternatives=ALTERNATIVES
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What was measured; plain numbers and strings.
+
+    Attributes:
+        models: by `"model"` and `"dense"`: its `source`, what [`evaluate_classifier`] returns, `parameters`, and
+            `macs` of one image, `None` where they cannot be counted.
+        throughput: per batch size and dtype the median `images_per_second` of every model and, where there are two,
+            `faster`: the median of how many times faster than the dense one the model was, round by round.
+        device, threads: what speed was measured on.
+    """
+
+    models: Mapping[str, Mapping[str, Any]]
+    throughput: tuple[Mapping[str, Any], ...]
+    device: str
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the figures as JSON.
+
+        Raises:
+            InvalidValueError: the file cannot be written.
+        """
+        path = Path(path).expanduser()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(path, self.to_dict())
+        except OSError as error:
+            raise InvalidValueError(
+                f"--output {path}: expected a file that can be written, found none ({error}). Give another."
+            ) from error
+
+    def describe(self) -> str:
+        """A table: a line per figure, a column per model."""
+        names = list(self.models)
+        rows = [["", *names, *(["dense / model"] if len(names) > 1 else [])]]
+        for title, key, form in _FIGURES:
+            values = [self.models[name][key] for name in names]
+            if len(values) > 1:
+                rows.append([title, *map(form, values), _ratio(*values) if key in _RATIOS else ""])
+            else:
+                rows.append([title, *map(form, values)])
+        for row in self.throughput:
+            title = f"images/s, batch {row['batch_size']}, {row['dtype']}"
+            speeds = [f"{row['images_per_second'][name]:.1f}" for name in names]
+            rows.append([title, *speeds, *([f"{row['faster']:.2f} times faster"] if len(names) > 1 else [])])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}"
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
+
+
+_FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("top-1", "top1", _share),
+    ("top-5", "top5", _share),
+    ("loss", "loss", lambda value: f"{value:.4f}"),
+    ("images", "samples", _count),
+    ("images that could not be read", "broken", _count),
+    ("parameters", "parameters", _count),
+    ("MACs per image", "macs", _count),
+)
+_RATIOS = ("parameters", "macs")
+
+
+def _ratio(model: int | None, dense: int | None) -> str:
+    return f"{dense / model:.2f}" if model and dense else ""
+
+
+def evaluate_models(
+    settings: EvaluateSettings,
+    *,
+    accelerator: Accelerator | None = None,
+    report: Callable[[str], None] | None = None,
+) -> EvaluationReport:
+    """Measure a classifier and, where one is given, the dense model beside it; all processes call it together.
+
+    Accuracy is measured in float32 by all processes together, speed by the main process alone on random images, both
+    models in turns, so that a machine that slows down does so for both.
+
+    Args:
+        settings: what to measure.
+        accelerator: by default one of all processes that were launched.
+        report: called on the main process with lines that a user wants to read.
+
+    Returns:
+        the figures; speed only on the main process. `settings.output` is written there too.
+
+    Raises:
+        InvalidValueError: settings or data that cannot be used, a batch that the device cannot run.
+        CheckpointError: a model that cannot be found or read.
+    """
+    settings.check()
+    if accelerator is None:
+        # Not told, accelerate takes several processes without a GPU for so many unconnected ones.
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    main = accelerator.is_main_process
+    say = report if report is not None and main else lambda text: None
+    sources = {_MODEL: settings.model_name_or_path} | ({_DENSE: settings.dense} if settings.dense else {})
+    flags = {_MODEL: "--model_name_or_path", _DENSE: "--dense"}
+    where = {"cache_dir": settings.cache_dir, "token": settings.token}
+    models = {
+        name: load_classifier(
+            source, flags[name], revision=settings.model_revision if name == _MODEL else None, **where
+        )
+        for name, source in sources.items()
+    }
+    found = {}
+    for name, model in models.items():
+        data = settings.data() if name == _MODEL else settings.data(sources[name])
+        found[name] = {
+            "source": shown_base(sources[name]),
+            **_accuracy(model, data, accelerator, f"Evaluating {name}"),
+            "parameters": count_parameters(model),
+            "macs": _macs(model, sources[name], say),
+        }
+    timed = main and settings.throughput_seconds > 0
+    result = EvaluationReport(
+        found,
+        _throughput(models, settings, accelerator.device) if timed else (),
+        device_name(accelerator.device),
+        torch.get_num_threads(),
+    )
+    if main and settings.output is not None:
+        result.save(settings.output)
+    return result
+
+
+def _accuracy(model: nn.Module, data: CompressSettings, accelerator: Accelerator, progress: str) -> dict[str, float]:
+    split = open_splits(data, model.config, 0).validation
+    if split is None:
+        raise InvalidValueError(
+            "The data set: expected a split to evaluate on, found none. Give --validation_file, --validation_dir or "
+            "--validation_split_name."
+        )
+    preparation = ImagePreparation.of(data, load_image_processor(data))
+    preparation.check(model, str(data.model_name_or_path))
+    broken = BrokenImages.of(data, split)
+    batches = evaluation_batches(
+        split,
+        preparation,
+        data.per_device_eval_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        data.dataloader_num_workers,
+        broken,
+    )
+    return evaluate_classifier(model, batches, accelerator, progress=progress, broken=broken)
+
+
+def _macs(model: nn.Module, source: str, say: Callable[[str], None]) -> int | None:
+    try:
+        return count_macs(model)
+    except (UnsupportedModuleError, InvalidValueError) as error:
+        say(f"{source}: its MACs cannot be counted ({error})")
+        return None
+
+
+@torch.inference_mode()
+def _throughput(
+    models: Mapping[str, nn.Module], settings: EvaluateSettings, device: torch.device
+) -> tuple[Mapping[str, Any], ...]:
+    rows = []
+    asked = [(size, name) for name in settings.dtype_names() for size in settings.batch_size_list()]
+    copies: dict[str, nn.Module] = {}
+    made = None
+    with tqdm(asked, desc="Speed", unit="setting", disable=None) as bar:
+        for size, named in bar:
+            dtype = getattr(torch, named)
+            if dtype != made:
+                copies = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
+                made = dtype
+            calls = {name: _call(model, size, dtype, device) for name, model in copies.items()}
+            try:
+                rounds = _in_turns(calls, settings.throughput_seconds, device)
+            except RuntimeError as error:
+                raise InvalidValueError(
+                    f"A batch of {size} in {named} cannot be run on {device}: {error}. Give other --batch_sizes or "
+                    "--dtypes."
+                ) from error
+            speeds = {name: size / statistics.median(taken[name] for taken in rounds) for name in calls}
+            row = {"batch_size": size, "dtype": named, "rounds": len(rounds), "images_per_second": speeds}
+            if _DENSE in calls:
+                row["faster"] = statistics.median(taken[_DENSE] / taken[_MODEL] for taken in rounds)
+            rows.append(row)
+    return tuple(rows)
+
+
+def _call(model: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
+    shape = example_inputs(model)["pixel_values"].shape[1:]
+    pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return lambda: model(pixel_values=pixels)
+
+
+def _in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device) -> list[dict[str, float]]:
+    """Seconds of one call of each, by round."""
+
+    def taken(call: Callable[[], Any]) -> float:
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        return time.perf_counter() - start
+
+    for call in calls.values():
+        taken(call)
+    rounds: list[dict[str, float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < _FEWEST or (len(rounds) < _MOST and time.perf_counter() < end):
+        # There and back, so that none always finds the caches of the same neighbour.
+        order = list(calls)[:: 1 if len(rounds) % 2 else -1]
+        rounds.append({name: taken(calls[name]) for name in order})
+    return rounds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,126 @@
+"""Models of any kind made smaller from folder to folder: factors from the weights alone, and a card."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoProcessor
+
+from ...compression.compress import compress
+from ...compression.counting import count_macs, count_parameters
+from ...configs import RankPlan
+from ...errors import ComCATError, InvalidValueError
+from ...native import load_model
+from ...reporting.cards import CardFacts, code_span, quoted, shown_base, write_card
+from .outputs import save_model
+
+
+__all__ = ["CompressedFolder", "compress_folder"]
+
+_SNIPPET = """
+import comcat_hf
+from {library} import {name}
+
+model = {name}.from_pretrained({repository})
+"""
+
+
+@dataclass(frozen=True)
+class CompressedFolder:
+    """A small model and its sizes.
+
+    Attributes:
+        folder: where it lies.
+        name: its class.
+        library: that loads it.
+        rows: dense against compressed: parameters, and MACs where they can be counted. The first one is the head.
+    """
+
+    folder: Path
+    name: str
+    library: str
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def snippet(self) -> str:
+        """Python that loads the model."""
+        return _SNIPPET.format(library=self.library, name=self.name, repository=quoted(str(self.folder))).strip()
+
+
+def compress_folder(
+    source: str,
+    out: Path,
+    how: Mapping[str, Any],
+    *,
+    plan: str | None = None,
+    subfolder: str | None = None,
+    overwrite: bool = False,
+) -> CompressedFolder:
+    """Compress a model of transformers or diffusers that need not classify images.
+
+    Args:
+        source: folder or Hub id of the dense model.
+        out: folder for the small one, its processor or tokenizer, and a card.
+        how: arguments of [`compress`], such as the reduction.
+        plan: folder, file or Hub id of a rank plan in their place.
+        subfolder: of the source, such as `"unet"` of a pipeline.
+        overwrite: replace a model in `out`.
+
+    Raises:
+        InvalidValueError: a folder that holds a model, or arguments that do not go together.
+        CheckpointError: a model or a plan that cannot be read.
+        BudgetError: a reduction out of reach.
+    """
+    if out.exists() and not out.is_dir():
+        raise InvalidValueError(f"{out}: expected a folder to write to, found a file; give another path.")
+    if (out / "config.json").exists() and (not overwrite or out.resolve() == Path(source).resolve()):
+        raise InvalidValueError(
+            f"{out}: expected a folder without a model, found one; give another OUT or --overwrite."
+        )
+    dense = load_model(source, subfolder=subfolder)
+    small = compress(dense, plan=None if plan is None else RankPlan.from_pretrained(plan), progress=True, **how)
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(small, _processor(source, subfolder), out)
+    library = type(dense).__module__.partition(".")[0]
+    result = CompressedFolder(out, type(dense).__name__, library, _rows(dense, small))
+    _write_card(result, source)
+    return result
+
+
+def _processor(source: str, subfolder: str | None) -> Any:
+    """The processor, tokenizer or image processor beside a model; `None` where there is none that loads."""
+    try:
+        return AutoProcessor.from_pretrained(source, subfolder=subfolder or "")
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _rows(dense: nn.Module, small: nn.Module) -> tuple[tuple[str, ...], ...]:
+    models = {"dense": dense, "compressed": small}
+    try:
+        macs = {name: (f"{count_macs(model):,}",) for name, model in models.items()}
+    except ComCATError:
+        macs = dict.fromkeys(models, ())
+    head = ("model", "parameters", *(["MACs"] if macs["dense"] else []))
+    return (head, *((name, f"{count_parameters(model):,}", *macs[name]) for name, model in models.items()))
+
+
+def _write_card(result: CompressedFolder, source: str) -> None:
+    (_, before, *_), (_, after, *_) = result.rows[1:]
+    name = result.folder.resolve().name
+    write_card(
+        result.folder,
+        CardFacts(
+            title=name,
+            summary=f"{code_span(shown_base(source))} compressed with ComCAT: {before} parameters became {after}.",
+            base=source,
+            relation="finetune",
+            library=result.library,
+            task=None,
+            snippet=_SNIPPET.format(library=result.library, name=result.name, repository=quoted(name)),
+            tags=("model-compression",),
+            table=result.rows,
+        ),
+    )

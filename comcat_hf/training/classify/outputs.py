@@ -1,0 +1,102 @@
+"""What a run leaves behind: the small model, a card, results, and a copy on the Hub."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...hub import push_folder, write_json_atomic
+from ...reporting.cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
+from .planning import CompressPlan
+from .reporting import Metrics, comparison
+from .settings import CompressSettings
+
+
+__all__ = ["push_model", "save_model", "write_model_card", "write_results"]
+
+_SNIPPET = """
+import comcat_hf
+from transformers import pipeline
+
+classify = pipeline("image-classification", {repository})
+"""
+_METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
+_PUSHED = (".safetensors", ".json", ".md", ".png", ".html")
+_RANKS = "Ranks and widths kept of every layer, and the spectra of the attention products"
+
+
+def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
+    """Write a model and its processor, if it has one, into a folder that may hold other files.
+
+    Files appear under their names when they are whole, the weights last.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as staging:
+        model.save_pretrained(staging)
+        if processor is not None:
+            processor.save_pretrained(staging)
+        # A process that is killed in between leaves the weights and the configuration of one model, or none.
+        for path in sorted(Path(staging).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            path.replace(folder / path.name)
+
+
+def write_results(path: Path, metrics: Metrics) -> None:
+    """Write what was measured."""
+    write_json_atomic(path, {name: dict(values) for name, values in metrics.items()})
+
+
+def write_model_card(
+    folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics, picture: Path | None = None
+) -> Path:
+    """Write the card of a compressed model from what was measured; a person's words in a card that is there are kept.
+
+    Args:
+        folder: where the model lies.
+        settings: what it was made from.
+        plan: its sizes.
+        metrics: of the dense, the initial and the final model; those of the final one make the card's results.
+        picture: of ranks and spectra, in the same folder.
+    """
+    dense, small = plan.parameters
+    name = settings.hub_model_id or folder.resolve().name
+    final = metrics.get("final", {})
+    return write_card(
+        folder,
+        CardFacts(
+            title=name.rpartition("/")[-1],
+            summary=f"{code_span(shown_base(settings.model_name_or_path))} compressed with ComCAT: {dense:,} "
+            f"parameters became {small:,} ({small / dense - 1:+.1%}).",
+            base=settings.model_name_or_path,
+            relation="finetune",
+            library="transformers",
+            task="image-classification",
+            snippet=_SNIPPET.format(repository=quoted(name)),
+            tags=("model-compression",),
+            dataset=settings.dataset_name,
+            measured=[Measured("accuracy", _METRICS[key], final[key]) for key in _METRICS if key in final],
+            table=comparison(plan, metrics),
+            pictures=[(_RANKS, picture.name)] if picture is not None else [],
+            details=plan.describe(),
+        ),
+    )
+
+
+def push_model(folder: Path, settings: CompressSettings) -> str:
+    """Upload the model, its plan, its card, its results and the report: no checkpoint, no log, no statistics.
+
+    Returns:
+        the commit's address.
+    """
+    with tempfile.TemporaryDirectory() as staging:
+        for path in folder.iterdir():
+            # The record of the stages, push_folder leaves here.
+            if path.is_file() and path.suffix in _PUSHED:
+                shutil.copy2(path, staging)
+        return push_folder(
+            staging,
+            settings.hub_model_id or folder.resolve().name,
+            private=settings.hub_private or None,
+            commit_message="Compress with comcat_hf",
+            token=settings.hub_token,
+        )

@@ -1,0 +1,216 @@
+"""What a run comes to: counted before it is trained."""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...compression.budget.allocation import allocate_ranks, count_again
+from ...compression.counting import count_macs, count_parameters
+from ...configs import RankPlan
+from ...errors import InvalidValueError
+from ...hub import readable_size
+from ...modeling import apply_ranks, meta_copy
+from ...reporting.cards import shown_base
+from .artefacts import Artefacts
+from .settings import CompressSettings
+
+
+__all__ = ["CompressPlan", "Steps", "describe_run", "plan_steps"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long a fine-tuning is.
+
+    Attributes:
+        total: optimizer steps.
+        epoch: optimizer steps per epoch; of a stream of unknown length the whole training counts as one.
+        images: per optimizer step, over all processes.
+    """
+
+    total: int
+    epoch: int
+    images: int
+
+    @property
+    def epochs(self) -> float:
+        return self.total / self.epoch
+
+
+def plan_steps(settings: CompressSettings, batches: int | None, processes: int) -> Steps:
+    """Count the steps of a fine-tuning.
+
+    Args:
+        settings: what was asked.
+        batches: of one process in an epoch, where that is known.
+        processes: that train together.
+
+    Raises:
+        InvalidValueError: a stream of unknown length without `--max_train_steps`.
+    """
+    images = settings.per_device_train_batch_size * processes * settings.gradient_accumulation_steps
+    if batches is None:
+        if settings.max_train_steps is None:
+            raise InvalidValueError(
+                "--streaming: expected --max_train_steps, since nobody knows how many images will come; found none."
+            )
+        return Steps(settings.max_train_steps, settings.max_train_steps, images)
+    epoch = max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
+    return Steps(settings.max_train_steps or max(round(settings.num_train_epochs * epoch), 1), epoch, images)
+
+
+@dataclass(frozen=True)
+class CompressPlan:
+    """The sizes of a run.
+
+    Attributes:
+        settings: what was asked.
+        model: class of the classifier.
+        plan: the ranks; `None` where none can be known yet.
+        exact: whether these are the ranks that will be used, and not those of another strategy for the same share.
+        parameters, macs: of the dense and the small model; MACs of one image.
+        trained: parameters that fine-tuning changes.
+        bytes: of weights, gradients, optimizer state, moving average and teacher per process, without activations.
+        images: in the training set, if known.
+        processes: that train together.
+        steps: of the fine-tuning.
+        first_step: how many of them a checkpoint has done.
+        learning_rate: the highest rate, scaled if that was asked.
+        seed: of the run.
+    """
+
+    settings: CompressSettings
+    model: str
+    plan: RankPlan
+    exact: bool
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    trained: int
+    bytes: int
+    images: int | None
+    processes: int
+    steps: Steps
+    first_step: int
+    learning_rate: float
+    seed: int
+
+    def describe(self) -> str:
+        """The plan in lines of text."""
+        settings = self.settings
+        note = "" if self.exact else " (spread evenly; which module loses how much is chosen later)"
+        if not self.exact and settings.metric == "latency":
+            note = " before times are measured, which decide"
+        (dense, small), (dense_macs, small_macs) = self.parameters, self.macs
+        asked = f"{settings.reduction:.0%} asked, " if settings.reduction is not None else ""
+        lines = {
+            "Model": f"{shown_base(settings.model_name_or_path)} ({self.model})",
+            "Plan": f"{asked}{len(self.plan.ranks)} modules, scope {settings.scope}, strategy "
+            f"{self.plan.strategy if self.exact else settings.strategy}",
+            "Parameters": f"{dense:,} -> {small:,} ({small / dense - 1:+.1%}){note}",
+            "MACs": f"{dense_macs:,} -> {small_macs:,} ({small_macs / dense_macs - 1:+.1%})",
+        }
+        if settings.has_source:
+            lines["Images"] = "unknown (streamed)" if self.images is None else f"{self.images:,}"
+        if "finetune" in settings.stage_names:
+            lines |= self._training()
+        lines |= {"Stages": ", ".join(settings.stage_names), "Seed": str(self.seed)}
+        width = max(map(len, lines))
+        return "\n".join(f"{name + ':':<{width + 1}} {text}" for name, text in lines.items())
+
+    def _training(self) -> dict[str, str]:
+        settings = self.settings
+        return {
+            "Trained": f"{self.trained:,} parameters, route {settings.route}",
+            "Memory": f"{readable_size(self.bytes)} per process for weights, gradients, optimizer and teacher; "
+            "activations come on top",
+            "Steps": f"{self.steps.total:,} ({self.steps.epochs:.2f} epochs) of "
+            f"{settings.per_device_train_batch_size} images x {self.processes} processes x "
+            f"{settings.gradient_accumulation_steps} accumulated"
+            + (f", {self.first_step:,} of them done" if self.first_step else ""),
+            "Rate": f"{self.learning_rate:g}, cosine to {settings.min_learning_rate:g}",
+        }
+
+
+def describe_run(
+    settings: CompressSettings,
+    dense: nn.Module,
+    artefacts: Artefacts,
+    images: int | None,
+    processes: int,
+    steps: Steps,
+    first_step: int,
+    learning_rate: float,
+    seed: int,
+    plan: RankPlan | None = None,
+) -> CompressPlan:
+    """Count what a run comes to; nothing is written.
+
+    Args:
+        settings: what was asked.
+        dense: the dense model.
+        artefacts: of the run so far; a plan that is there is used.
+        images: in the training set, if known.
+        processes: that train together.
+        steps: of the fine-tuning.
+        first_step: where it starts.
+        learning_rate: the highest rate.
+        seed: of the run.
+        plan: the ranks, where they are known.
+
+    Raises:
+        BudgetError: a reduction out of reach.
+        RankPlanError: a plan that does not fit the model.
+    """
+    plan = plan if plan is not None else _known_plan(settings, artefacts)
+    exact = plan is not None
+    if plan is None:
+        mlp = settings.mlp or ("rank" if settings.weights_only or settings.strategy == "search" else "width")
+        mlp = "width" if mlp == "mixed" else mlp
+        even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
+        # Nothing is timed only to be described.
+        timed = settings.metric == "latency"
+        plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
+    small = meta_copy(dense)
+    apply_ranks(small, plan.ranks, initialize=False)
+    if exact:
+        plan = count_again(plan, dense, small)
+    parameters = count_parameters(dense), count_parameters(small)
+    trained, size = _memory(settings, parameters)
+    return CompressPlan(
+        settings=settings,
+        model=type(dense).__name__,
+        plan=plan,
+        exact=exact,
+        parameters=parameters,
+        macs=(count_macs(dense), count_macs(small)),
+        trained=trained,
+        bytes=size,
+        images=images,
+        processes=processes,
+        steps=steps,
+        first_step=first_step,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+
+
+def _known_plan(settings: CompressSettings, artefacts: Artefacts) -> RankPlan | None:
+    if settings.plan is not None:
+        return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+    return RankPlan.from_pretrained(artefacts.folder) if artefacts.was_done("allocate") else None
+
+
+def _memory(settings: CompressSettings, parameters: tuple[int, int]) -> tuple[int, int]:
+    """Trained parameters and bytes: float32 weights, gradients and two moments, an average, a teacher."""
+    dense, small = parameters
+    taught = settings.distillation_type != "none" or settings.alignment > 0
+    # The factors and what is not factorised: route peft leaves the latter frozen, in the base that it keeps.
+    trained = small
+    weights = small
+    if settings.route == "peft":
+        weights = dense + small
+    elif taught:
+        weights += dense
+    averaged = trained if settings.ema_decay is not None else 0
+    return trained, 4 * (weights + 3 * trained + averaged)

@@ -1,0 +1,220 @@
+"""The two ways to fine-tune: the stand-alone small model, or only the factors, beside one copy of the dense model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ...compression.counting import example_inputs
+from ...compression.distillation import DistillationLoss
+from ...configs import RankPlan
+from ...configs.adapter import ComCATConfig
+from ...errors import CheckpointError, InvalidValueError
+from ...modeling import eval_mode
+from ...native import plan_of
+from ...tuners.layer import CompressLayer
+from .models import load_classifier, load_teacher
+from .settings import CompressSettings
+
+
+__all__ = ["Student", "finished", "freeze_unreached", "make_loss", "make_student"]
+
+_ADAPTER = "default"
+# What PEFT puts into the paths of a model that it wraps.
+_WRAPPINGS = (f".comcat_factors.{_ADAPTER}.", f".modules_to_save.{_ADAPTER}.", ".original_module.", ".base_layer.")
+
+
+@dataclass
+class Student:
+    """What is trained, and what it learns from.
+
+    Attributes:
+        model: the small model, or on route `"peft"` the PEFT model. After a training that shards it, a whole copy.
+        teacher: in eval mode, without gradients. `None` where the loss needs none, and where a PEFT model is its own:
+            its base, adapters switched off.
+        route: `"full"` or `"peft"`.
+    """
+
+    model: nn.Module
+    teacher: nn.Module | None
+    route: str
+
+
+def make_student(settings: CompressSettings, dense: nn.Module, initialized: Path) -> Student:
+    """Open what is to be trained.
+
+    Args:
+        settings: route, teacher and loss.
+        dense: the dense model. Route `"peft"` puts the factors into this very model, so that there is one copy of it;
+            on route `"full"` it is the teacher.
+        initialized: folder of the small model before training; factors come from there on both routes.
+
+    Raises:
+        CheckpointError: the small model or the teacher cannot be read, or has other weights than the route needs.
+        InvalidValueError: `modules_to_save` that the dense model does not have.
+    """
+    small = load_classifier(initialized, "--output_dir")
+    teacher = _teacher(settings, dense)
+    if settings.route == "full":
+        return Student(small.requires_grad_(True), teacher, "full")
+    model = _with_factors(settings, dense, small, initialized)
+    return Student(model, None if teacher is dense else teacher, "peft")
+
+
+def make_loss(settings: CompressSettings) -> DistillationLoss:
+    """The loss that the settings describe."""
+    taught = settings.distillation_type != "none"
+    return DistillationLoss(
+        alpha=settings.distillation_alpha if taught else 0.0,
+        kind=settings.distillation_type if taught else "soft",
+        temperature=settings.distillation_temperature,
+        alignment=settings.alignment,
+        blocks=settings.alignment_blocks,
+        without_token=settings.distillation_without_token,
+    )
+
+
+def finished(model: nn.Module) -> nn.Module:
+    """The stand-alone small model of a trained student, in eval mode.
+
+    Args:
+        model: `Student.model` after training. A PEFT model is taken apart: its base becomes the small model.
+    """
+    small = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    return small.requires_grad_(True).eval()
+
+
+def freeze_unreached(model: nn.Module, loss: DistillationLoss) -> list[str]:
+    """Freeze the parameters that no gradient reaches, such as mask tokens; several processes cannot train with them.
+
+    Found by one pass over an empty image, in eval mode: nothing random is drawn.
+
+    Args:
+        model: the student.
+        loss: which of its outputs count.
+
+    Returns:
+        names of what was frozen.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return []
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = next(model.parameters()).device
+    try:
+        inputs = {name: torch.zeros(value.shape, device=device) for name, value in example_inputs(plain).items()}
+    # Its size is not known: then all is left as it is.
+    except InvalidValueError:
+        return []
+    with eval_mode(model):
+        output = model(**inputs, output_hidden_states=loss.needs_hidden_states)
+        loss(output, output, torch.zeros(1, dtype=torch.long, device=device)).total.backward()
+    frozen = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name, parameter in model.named_parameters():
+        parameter.grad = None
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return frozen
+
+
+def _teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module | None:
+    return load_teacher(settings, dense) if make_loss(settings).needs_teacher else None
+
+
+def _with_factors(settings: CompressSettings, dense: nn.Module, small: nn.Module, folder: Path) -> PeftModel:
+    plan = plan_of(small)
+    # Empty until they are copied: a closed form would be computed for nothing.
+    config = ComCATConfig.from_plan(plan, init_weights=False, modules_to_save=_modules_to_save(settings, dense, plan))
+    model = get_peft_model(dense, config)
+    _copy_weights(small, model.get_base_model(), folder)
+    return model
+
+
+def _modules_to_save(settings: CompressSettings, dense: nn.Module, plan: RankPlan) -> list[str] | None:
+    """The modules that are trained as they are; what the plan replaces is trained as factors."""
+    asked = [name.strip() for name in (settings.modules_to_save or "").split(",") if name.strip()]
+    paths = [path for path, _ in dense.named_modules()]
+    wanted = []
+    for name in asked:
+        meant = [path for path in paths if path == name or path.endswith(name)]
+        if not meant:
+            raise InvalidValueError(
+                f"--modules_to_save {name}: expected the end of a module's path in {type(dense).__name__}, found none "
+                f"that ends so; there are {', '.join(name for name, _ in dense.named_children())} and what they hold. "
+                "Name one, or none."
+            )
+        if not all(path in plan.ranks for path in meant):
+            wanted.append(name)
+    return wanted or None
+
+
+@torch.no_grad()
+def _copy_weights(small: nn.Module, base: nn.Module, folder: Path) -> None:
+    """Copy the weights of a small model into the factors and saved modules of an adapted one, by their names.
+
+    Raises:
+        CheckpointError: a name or shape is missing on either side, or frozen weights differ.
+    """
+    own, trained = _targets(base)
+    found = dict(small.named_parameters(remove_duplicate=False))
+    _check_names(found, own, trained, folder)
+    for name, value in found.items():
+        if name in trained:
+            own[name].copy_(value)
+        elif not torch.equal(own[name].cpu(), value.cpu()):
+            raise CheckpointError(
+                f"{folder}: expected the dense model's {name}, which route peft leaves as it is, found other values. "
+                "Add its module to --modules_to_save, or take --route full."
+            )
+
+
+def _check_names(found: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: set[str], folder: Path) -> None:
+    again = "Make it again: the stage initialize, with --overwrite_output_dir or another --output_dir."
+    if missing := trained - found.keys():
+        raise CheckpointError(f"{folder}: expected a small model with {_some(missing)}, found it without. {again}")
+    if extra := found.keys() - own.keys():
+        raise CheckpointError(
+            f"{folder}: expected a small model with the dense model's weights and the factors of its plan, found also "
+            f"{_some(extra)}. {again}"
+        )
+    for name in found:
+        if found[name].shape != own[name].shape:
+            raise CheckpointError(
+                f"{folder}: expected {name} of shape {tuple(own[name].shape)}, found {tuple(found[name].shape)}. "
+                f"{again}"
+            )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _targets(base: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
+    """The parameters of an adapted model by the names they have in the small one, and which of them are trained."""
+    named = list(base.named_parameters(remove_duplicate=False))
+    own: dict[str, Tensor] = {}
+    trained: set[str] = set()
+    for name, parameter in sorted(named, key=lambda pair: pair[1].requires_grad):
+        plain = _plain_name(name)
+        own[plain] = parameter
+        if parameter.requires_grad:
+            trained.add(plain)
+    # What stands behind factors has no place in the small model.
+    for path, layer in base.named_modules(remove_duplicate=False):
+        if isinstance(layer, CompressLayer):
+            path = _plain_name(f"{path}.")
+            factors = layer.comcat_factors[_ADAPTER]
+            kept = {f"{path}{name}" for name, _ in factors.named_parameters()}
+            borrowed = tuple(f"{path}{name}." for name in factors.__dict__.get("_borrowed", ()))
+            hidden = [n for n in own if n.startswith(path) and n not in kept and not n.startswith(borrowed or " ")]
+            for name in hidden:
+                del own[name]
+    return own, trained
+
+
+def _plain_name(name: str) -> str:
+    for wrapping in _WRAPPINGS:
+        name = name.replace(wrapping, ".")
+    return name

@@ -1,0 +1,397 @@
+"""A compression run: from settings to a folder with a small model."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from torch import nn
+
+from ...compression.calibration.statistics import Statistics
+from ...configs import RankPlan
+from ...errors import InvalidValueError
+from ..checkpoints import Progress, find_checkpoint, remove_checkpoints
+from ..interruption import Interrupted, Interruption, on_main, until_stopped
+from ..locks import locked
+from ..seeds import choose_seed
+from ..trackers import tracker_of
+from .artefacts import Artefacts, digest_of
+from .augmentation import ImagePreparation, Mixing
+from .data import BrokenImages, open_splits
+from .evaluation import evaluate_classifier
+from .loop import TrainResult, TrainRun, finetune_model
+from .models import load_classifier, load_dense, load_image_processor, load_teacher
+from .outputs import push_model, save_model, write_model_card, write_results
+from .planning import CompressPlan, Steps, describe_run, plan_steps
+from .reporting import draw_ranks, write_run_report
+from .routes import Student, finished, make_student
+from .settings import CompressSettings
+from .stages import Setting, allocate, calibrate, initialize
+from .stream import batches_per_epoch, evaluation_batches, train_batches
+from .sweep import SweepPoint, measure_sweep
+
+
+__all__ = ["CompressResult", "compress_vit"]
+
+logger = logging.getLogger(__name__)
+
+# One process may measure sensitivities for hours while the others wait.
+_PATIENCE = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What became of a run.
+
+    Attributes:
+        output_dir: holds the small model, if the run ended.
+        plan: what was to be done; `None` where a signal came before that was known.
+        metrics: of `"dense"`, `"initial"` (before fine-tuning) and `"final"`: top1, top5, loss, samples, broken.
+        step: optimizer steps that are done.
+        interrupted: the signal that ended it early, or `None`.
+        checkpoint: what an interrupted fine-tuning goes on from.
+        commit: address of the upload.
+        sweep: other reductions that were measured.
+    """
+
+    output_dir: Path
+    plan: CompressPlan | None = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    step: int = 0
+    interrupted: str | None = None
+    checkpoint: Path | None = None
+    commit: str | None = None
+    sweep: tuple[SweepPoint, ...] = ()
+
+
+def compress_vit(
+    settings: CompressSettings,
+    *,
+    report: Callable[[str], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> CompressResult:
+    """Compress an image classifier: statistics, ranks, factors, fine-tuning, evaluation, export.
+
+    Every stage is done once; a run that is started again in the same folder goes on where it was. SIGTERM, or the
+    first Ctrl-C, ends the run: what was finished is kept, and the state of the search and of the fine-tuning saved. A
+    run that was interrupted and resumed with the same settings ends with the same model as one that was not: on a CPU
+    to the bit.
+
+    Args:
+        settings: what and how.
+        report: called on the main process with lines that a user wants to read.
+        accelerator: by default one that the settings describe.
+
+    Returns:
+        what became of it; after a dry run only the plan is filled in.
+
+    Raises:
+        InvalidValueError: settings or data that cannot be used, a folder that another run writes to.
+        CheckpointError: a model, a plan or a checkpoint that cannot be read.
+        BudgetError: a reduction out of reach.
+        ComCATError: the loss is not finite, or a checkpoint cannot be written.
+    """
+    settings.check()
+    result = CompressResult(settings.output_path)
+    with ExitStack() as stack, Interruption() as interruption:
+        try:
+            with interruption.at_once():
+                prepared = _prepare(settings, report, accelerator, interruption, stack)
+            result = replace(result, plan=prepared.describe(), step=prepared.first)
+            prepared.run.say(result.plan.describe())
+            return result if settings.dry_run else _carry_out(prepared, result)
+        except Interrupted as stopped:
+            return replace(result, interrupted=str(stopped))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that is ready to go.
+
+    Attributes:
+        run: what stages need.
+        steps: of the fine-tuning.
+        checkpoint: what it goes on from, or `None`.
+    """
+
+    run: Setting
+    steps: Steps
+    checkpoint: Path | None
+
+    @property
+    def first(self) -> int:
+        """How many steps the checkpoint has done."""
+        return 0 if self.checkpoint is None else Progress.read(self.checkpoint).step
+
+    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
+        """What the run comes to, with a plan if one is known."""
+        run, settings = self.run, self.run.settings
+        return describe_run(
+            settings,
+            run.dense,
+            run.artefacts,
+            run.splits.train.size if run.splits.train is not None else None,
+            run.accelerator.num_processes,
+            self.steps,
+            self.first,
+            settings.learning_rate * (self.steps.images / 512 if settings.scale_lr else 1),
+            run.seed,
+            plan,
+        )
+
+
+def _prepare(
+    settings: CompressSettings,
+    report: Callable[[str], None] | None,
+    accelerator: Accelerator | None,
+    interruption: Interruption,
+    stack: ExitStack,
+) -> _Prepared:
+    """Read what the stages need. The folder is locked first, so that what is found there stays as it is."""
+    tracker = tracker_of(settings.report_to)
+    accelerator = _make_accelerator(settings, tracker) if accelerator is None else accelerator
+    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
+    artefacts = Artefacts(settings.output_path)
+    if not settings.dry_run:
+        on_main(accelerator, lambda: stack.enter_context(locked(artefacts.folder, "output_dir")))
+    checkpoint = find_checkpoint(
+        artefacts.folder, settings.resume_from_checkpoint, settings.overwrite_output_dir or _is_over(artefacts)
+    )
+    accelerator.wait_for_everyone()
+    if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
+        on_main(accelerator, lambda: _clear(artefacts))
+    before = artefacts.seed() if checkpoint is None else Progress.read(checkpoint).seed
+    seed = choose_seed(settings.seed, before)
+    with accelerator.main_process_first():
+        dense = load_dense(settings)
+        processor = load_image_processor(settings)
+        splits = open_splits(settings, dense.config, seed)
+    preparation = ImagePreparation.of(settings, processor)
+    if settings.has_source:
+        preparation.check(dense, f"--model_name_or_path {settings.model_name_or_path}")
+        if settings.teacher is not None:
+            # Needed after hours only, but what is wrong with it is said before.
+            preparation.check(load_teacher(settings, dense), f"--teacher {settings.teacher}")
+    run = Setting(
+        settings=settings,
+        accelerator=accelerator,
+        artefacts=artefacts,
+        dense=dense,
+        processor=processor,
+        splits=splits,
+        preparation=preparation,
+        broken=BrokenImages(settings.max_broken_images, splits.train.size if splits.train is not None else None),
+        seed=seed,
+        say=report if report is not None and accelerator.is_main_process else lambda text: None,
+        interruption=interruption,
+    )
+    return _Prepared(run, _steps(run), checkpoint)
+
+
+def _carry_out(prepared: _Prepared, result: CompressResult) -> CompressResult:
+    run = prepared.run
+    last = run.settings.stage_names[-1]
+    statistics = calibrate(run)
+    if last == "calibrate":
+        return result
+    run.end_if_stopped()
+    ranks = allocate(run, statistics)
+    result = replace(result, plan=prepared.describe(ranks))
+    reached = result.plan.plan.reached
+    run.say(f"The plan removes {reached:.1%}." if reached is not None else "The plan is read.")
+    if last == "allocate":
+        return result
+    initialize(run, ranks, statistics)
+    models: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: run.dense,
+        "initial": lambda: load_classifier(run.artefacts.initial, "--output_dir"),
+    }
+    models["final"] = models["initial"]
+    # Before fine-tuning, which by route peft makes a small model of the dense one.
+    points = _sweep(run, statistics)
+    run.end_if_stopped()
+    if run.artefacts.was_done("finetune") and run.done("finetune"):
+        models["final"] = lambda: load_classifier(run.artefacts.folder, "--output_dir")
+    elif "finetune" in run.settings.stage_names:
+        trained, student = _finetune(prepared, ranks)
+        result = replace(result, step=trained.step, checkpoint=trained.checkpoint)
+        if trained.interrupted is not None:
+            return replace(result, interrupted=trained.interrupted)
+        final = finished(student.model)
+        on_main(run.accelerator, lambda: _keep(run, final))
+        models["final"] = lambda: final
+        if student.route == "peft":
+            # The dense model has become the small one.
+            models["dense"] = lambda: load_dense(run.settings)
+    return _conclude(run, replace(result, sweep=points), models, statistics)
+
+
+def _sweep(run: Setting, statistics: Statistics | None) -> tuple[SweepPoint, ...]:
+    if "evaluate" not in run.settings.stage_names or not run.settings.sweep_reductions:
+        return ()
+    if run.splits.validation is None:
+        run.say("Sweep: left out, as there are no validation images.")
+        return ()
+    return measure_sweep(run, statistics, partial(_evaluate, run))
+
+
+def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Student]:
+    run, steps = prepared.run, prepared.steps
+    settings, accelerator = run.settings, run.accelerator
+    student = make_student(settings, run.dense, run.artefacts.initial)
+    split = run.train_split("fine-tuning")
+    mixing = Mixing.of(settings, run.dense.config.num_labels)
+
+    def batches(start: int, count: int) -> Iterable[Mapping[str, Any]]:
+        return train_batches(
+            split,
+            run.preparation,
+            mixing,
+            settings,
+            run.seed,
+            start,
+            count,
+            accelerator.process_index,
+            accelerator.num_processes,
+            run.broken,
+        )
+
+    run.say(f"Stage finetune: {steps.total:,} steps.")
+    evaluate = None if run.splits.validation is None else lambda model: _evaluate(run, model)
+    trained = finetune_model(
+        TrainRun(
+            settings=settings,
+            accelerator=accelerator,
+            student=student,
+            seed=run.seed,
+            plan=digest_of(ranks),
+            batches=batches,
+            steps=steps.total,
+            steps_per_epoch=steps.epoch,
+            evaluate=evaluate,
+            interruption=run.interruption,
+            say=run.say,
+            checkpoint=prepared.checkpoint,
+        )
+    )
+    if run.broken.count:
+        run.say(f"{run.broken.count} images could not be read and were left out: {', '.join(run.broken.places)}.")
+    return trained, student
+
+
+def _conclude(
+    run: Setting,
+    result: CompressResult,
+    models: Mapping[str, Callable[[], nn.Module]],
+    statistics: Statistics | None,
+) -> CompressResult:
+    names, folder = run.settings.stage_names, run.artefacts.folder
+    metrics: dict[str, Mapping[str, float]] = {}
+    if "evaluate" in names and run.splits.validation is None:
+        run.say("Stage evaluate: left out, as there are no validation images.")
+    elif "evaluate" in names:
+        for name, load in models.items():
+            # Without fine-tuning the initial model is the final one.
+            same = next((metrics[other] for other in metrics if models[other] is load), None)
+            metrics[name] = _evaluate(run, load(), name) if same is None else same
+        on_main(run.accelerator, lambda: write_results(run.artefacts.results, metrics))
+        for name, found in metrics.items():
+            run.say(f"{name:8} top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['samples']:,} images")
+        _warn_if_worse(run, metrics)
+    result = replace(result, metrics=metrics)
+    if "export" in names:
+
+        def export() -> None:
+            if not run.artefacts.was_done("finetune"):
+                save_model(models["final"]().cpu(), run.processor, folder)
+            dense = models["dense"]().cpu()
+            picture = draw_ranks(dense, result.plan, statistics, run.artefacts.picture)
+            write_run_report(run.artefacts, dense, result.plan, metrics, statistics, result.sweep)
+            write_model_card(folder, run.settings, result.plan, metrics, picture)
+
+        run.on_main(export)
+    if "push" in names:
+        result = replace(result, commit=run.on_main(lambda: push_model(folder, run.settings)))
+    run.accelerator.end_training()
+    return result
+
+
+def _warn_if_worse(run: Setting, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    before, after = (metrics[name]["top1"] for name in ("initial", "final"))
+    if after < before and run.accelerator.is_main_process:
+        logger.warning(
+            "Fine-tuning ended below its start: top-1 %.2f%%, before it %.2f%%. The model before it is in %s; train "
+            "longer, or with another --learning_rate, in another --output_dir.",
+            100 * after,
+            100 * before,
+            run.artefacts.initial,
+        )
+
+
+def _keep(run: Setting, model: nn.Module) -> None:
+    save_model(model.cpu(), run.processor, run.artefacts.folder)
+    run.finish("finetune")
+
+
+def _evaluate(run: Setting, model: nn.Module, name: str | None = None) -> dict[str, float]:
+    accelerator = run.accelerator
+    batches = evaluation_batches(
+        run.splits.validation,
+        run.preparation,
+        run.settings.per_device_eval_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        run.settings.dataloader_num_workers,
+        BrokenImages.of(run.settings, run.splits.validation),
+    )
+    asking = replace(batches, make=lambda: until_stopped(batches, accelerator, run.interruption))
+    return evaluate_classifier(model, asking, accelerator, progress=name and f"Evaluating {name}")
+
+
+def _steps(run: Setting) -> Steps:
+    if run.splits.train is None:
+        return plan_steps(run.settings, 1, run.accelerator.num_processes)
+    batches = batches_per_epoch(run.splits.train, run.settings, run.accelerator.num_processes)
+    return plan_steps(run.settings, batches, run.accelerator.num_processes)
+
+
+def _is_over(artefacts: Artefacts) -> bool:
+    """Whether the checkpoints in the folder are of a fine-tuning that ended."""
+    return artefacts.was_done("finetune")
+
+
+def _clear(artefacts: Artefacts) -> None:
+    artefacts.clear()
+    remove_checkpoints(artefacts.folder)
+
+
+def _make_accelerator(settings: CompressSettings, tracker: str | None) -> Accelerator:
+    folder = settings.output_path
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / settings.logging_dir))
+    try:
+        accelerator = Accelerator(
+            # Not told, accelerate takes several processes without a GPU for so many unconnected ones.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=settings.mixed_precision,
+            log_with=tracker,
+            project_config=project,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
+    except ValueError as error:
+        raise InvalidValueError(
+            f"--mixed_precision {settings.mixed_precision}: expected a precision that this machine has, found that "
+            f"accelerate refuses it ({error}). Take another, or no."
+        ) from error
+    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
+        raise InvalidValueError(
+            f"--mixed_precision fp16: expected a precision that this machine has, found {accelerator.device.type}, "
+            "which trains in bf16 or no. Take one."
+        )
+    return accelerator

@@ -1,0 +1,333 @@
+"""Where images come from: a data set by name, parquet files, or folders, all opened through `datasets`."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import InvalidValueError
+from ..images import SUFFIXES
+from .settings import CompressSettings
+
+
+__all__ = ["Source", "open_sources"]
+
+logger = logging.getLogger(__name__)
+
+_SAVED = ("dataset_dict.json", "state.json")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows with an image and a label.
+
+    Attributes:
+        place: the flag and its value, for messages.
+        rows: a map-style data set, or an iterable one; two columns, images not decoded.
+        features: of the two columns.
+        size: number of rows; `None` where only the end of the stream tells.
+    """
+
+    place: str
+    rows: Any
+    features: Mapping[str, Any]
+    size: int | None
+
+
+def open_sources(settings: CompressSettings) -> dict[str, Source]:
+    """Open what the settings name.
+
+    Returns:
+        the sources by role, `"train"` and `"validation"`, as far as they are there.
+
+    Raises:
+        InvalidValueError: one is missing or cannot be read, or lacks a column.
+    """
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise InvalidValueError(
+            "Reading images needs the package datasets, which is not installed. Run `pip install comcat_hf[train]`."
+        ) from error
+    for open_rows, flags in _SOURCES.items():
+        if any(getattr(settings, flag) for flag in flags):
+            opened = open_rows(settings)
+            return {role: _select(settings, place, rows) for role, (place, rows) in opened.items()}
+    raise InvalidValueError(
+        "Expected images from --dataset_name, --train_file or --train_dir (or their validation counterparts), found "
+        "none of them. Give one."
+    )
+
+
+Opened = dict[str, tuple[str, Any]]
+
+
+def _open_dataset(settings: CompressSettings) -> Opened:
+    place = f"--dataset_name {settings.dataset_name}"
+    parts = (
+        _load_saved(settings, place)
+        if _is_saved(settings.dataset_name)
+        else _load(
+            place,
+            path=settings.dataset_name,
+            name=settings.dataset_config_name,
+            streaming=settings.streaming,
+            cache_dir=settings.cache_dir,
+            token=settings.token,
+        )
+    )
+    # The defaults may be missing, as long as one split is there; a name that was given may not.
+    train = settings.train_split_name if settings.train_split_name in parts else None
+    if train is None and settings.train_split_name != "train":
+        raise _no_split(place, "train_split_name", settings.train_split_name, parts)
+    validation = settings.validation_split_name
+    if validation is None:
+        validation = next((name for name in ("validation", "test") if name in parts), None)
+    elif validation not in parts:
+        raise _no_split(place, "validation_split_name", validation, parts)
+    if train is None and validation is None:
+        raise _no_split(place, "train_split_name", settings.train_split_name, parts)
+    roles = {"train": train, "validation": validation}
+    return {role: (f"{place} split {name!r}", parts[name]) for role, name in roles.items() if name is not None}
+
+
+def _no_split(place: str, flag: str, name: str, parts: Mapping[str, Any]) -> InvalidValueError:
+    return InvalidValueError(f"{place}: expected the --{flag} {name!r}, found {', '.join(parts)}. Name one of these.")
+
+
+def _is_saved(name: str) -> bool:
+    return any((Path(name).expanduser() / file).is_file() for file in _SAVED)
+
+
+def _load_saved(settings: CompressSettings, place: str) -> Mapping[str, Any]:
+    """What `save_to_disk` wrote."""
+    from datasets import Dataset, load_from_disk
+
+    try:
+        saved = load_from_disk(str(Path(settings.dataset_name).expanduser()))
+    except Exception as error:
+        raise _unreadable(place, error) from error
+    parts = {settings.train_split_name: saved} if isinstance(saved, Dataset) else dict(saved)
+    if not settings.streaming:
+        return parts
+    return {name: rows.to_iterable_dataset() for name, rows in parts.items()}
+
+
+def _open_parquet(settings: CompressSettings) -> Opened:
+    opened = {}
+    for role in ("train", "validation"):
+        pattern = getattr(settings, f"{role}_file")
+        if pattern:
+            place = f"--{role}_file {pattern}"
+            # Each by itself: the two may name their labels differently.
+            parts = _load(
+                place,
+                path="parquet",
+                data_files={role: str(Path(pattern).expanduser()) if "://" not in pattern else pattern},
+                streaming=settings.streaming,
+                cache_dir=settings.cache_dir,
+            )
+            opened[role] = (place, parts[role])
+    return opened
+
+
+def _open_folders(settings: CompressSettings) -> Opened:
+    """Folders with a folder per class. The list of files is all that is held, so these need no streaming."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    folders = {role: getattr(settings, f"{role}_dir") for role in ("train", "validation")}
+    listed = {
+        role: _list_classes(Path(folder).expanduser(), f"--{role}_dir {folder}")
+        for role, folder in folders.items()
+        if folder
+    }
+    # One numbering for both, also where one of them lacks a class.
+    names = sorted({name for classes in listed.values() for name in classes})
+    image, label = settings.image_column_name, settings.label_column_name
+    features = Features({image: Image(decode=False), label: ClassLabel(names=names)})
+    opened = {}
+    for role, classes in listed.items():
+        files = [(str(file), names.index(name)) for name, found in classes.items() for file in found]
+        columns = {image: [file for file, _ in files], label: [number for _, number in files]}
+        opened[role] = (f"--{role}_dir {folders[role]}", Dataset.from_dict(columns, features=features))
+    return opened
+
+
+def _list_classes(folder: Path, place: str) -> dict[str, list[Path]]:
+    if not folder.is_dir():
+        raise InvalidValueError(
+            f"{place}: expected a folder with a folder of images per class, found "
+            f"{'a file' if folder.is_file() else 'nothing there'}. Check the path."
+        )
+    try:
+        classes, left = _class_folders(folder, place)
+        owners = {path.resolve(): name for name, path in classes.items()}
+        found = {name: _list_images(classes[name], owners, left) for name in sorted(classes)}
+    except OSError as error:
+        raise InvalidValueError(f"{place}: expected folders that can be read, found {error}. Change that.") from error
+    if left:
+        logger.warning(
+            "%s: %d links that lead out of their class are left out, among them %s", place, len(left), left[0]
+        )
+    if not any(found.values()):
+        others = sorted(path.name for path in folder.iterdir() if _counts(path.name))
+        raise InvalidValueError(
+            f"{place}: expected a folder of images per class, found "
+            f"{', '.join(others[:_SHOWN]) if others else 'an empty folder'}{', …' if len(others) > _SHOWN else ''} "
+            f"and no images ({', '.join(sorted(SUFFIXES))}) one folder further down. Put the images of each class "
+            "into a folder named as the class."
+        )
+    return found
+
+
+def _class_folders(folder: Path, place: str) -> tuple[dict[str, Path], list[Path]]:
+    """The folders of the classes, and links that are none: those to another class, or to what holds one."""
+    entries = sorted(path for path in folder.iterdir() if path.is_dir() and _counts(path.name))
+    classes: dict[str, Path] = {}
+    left: list[Path] = []
+    root = folder.resolve()
+    inside: dict[Path, str] = {}
+    around = {root, *root.parents}
+    # Real folders first: they have a label of their own.
+    for path in sorted(entries, key=Path.is_symlink):
+        real = path.resolve()
+        other = next((inside[above] for above in (real, *real.parents) if above in inside), None)
+        if other is not None and classes[other].is_symlink():
+            raise InvalidValueError(
+                f"{place}: expected a folder of its own for each class, found that {other} and {path.name} lead to "
+                "the same images. Remove one of the links."
+            )
+        if path.is_symlink() and (other is not None or real in around):
+            left.append(path)
+            continue
+        classes[path.name], inside[real] = path, path.name
+        around.update(real.parents)
+    return classes, left
+
+
+def _list_images(folder: Path, owners: Mapping[Path, str], left: list[Path]) -> list[Path]:
+    """The images of a class, in each real folder once.
+
+    Args:
+        folder: of the class.
+        owners: the class of each real folder.
+        left: takes the links that lead elsewhere.
+    """
+    found: list[Path] = []
+    links: list[Path] = []
+    waiting, seen = [folder], set()
+    while waiting:
+        place = waiting.pop()
+        seen.add(place.resolve())
+        with os.scandir(place) as entries:
+            listed = sorted((entry for entry in entries if _counts(entry.name)), key=lambda entry: entry.name)
+        folders = []
+        for entry in listed:
+            path, linked = Path(entry.path), entry.is_symlink()
+            if linked and path.is_dir():
+                links.append(path)
+            elif not linked and entry.is_dir():
+                folders.append(path)
+            elif path.suffix.lower() in SUFFIXES:
+                # What a link to nothing leads to is found broken when it is read.
+                elsewhere = linked and _owner(path, owners) not in (None, folder.name)
+                (left if elsewhere else found).append(path)
+        waiting += reversed(folders)
+    left += [link for link in links if link.resolve() not in seen]
+    return found
+
+
+def _owner(link: Path, owners: Mapping[Path, str]) -> str | None:
+    return next((owners[path] for path in link.resolve().parents if path in owners), None)
+
+
+def _counts(name: str) -> bool:
+    # Hidden files, and what archives made on a Mac leave.
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+_SOURCES: Mapping[Callable[[CompressSettings], Opened], tuple[str, ...]] = {
+    _open_dataset: ("dataset_name",),
+    _open_parquet: ("train_file", "validation_file"),
+    _open_folders: ("train_dir", "validation_dir"),
+}
+
+
+def _load(place: str, **arguments: Any) -> Mapping[str, Any]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(**arguments)
+    # What is wrong with a data set comes in errors of many kinds.
+    except Exception as error:
+        raise _unreadable(place, error) from error
+
+
+def _unreadable(place: str, error: Exception) -> InvalidValueError:
+    cause = f"; {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ is not None else ""
+    return InvalidValueError(
+        f"{place}: expected a data set, found none that loads ({type(error).__name__}: {error}{cause}). Check the "
+        "path or name, and the network if it is one on the Hub."
+    )
+
+
+def _select(settings: CompressSettings, place: str, rows: Any) -> Source:
+    """Leave the two columns only, with undecoded images."""
+    from datasets import Dataset, Image
+
+    image, label = settings.image_column_name, settings.label_column_name
+    rows = _resolved(rows, place)
+    features = rows.features or {}
+    missing = [
+        f"--{flag} {column!r}"
+        for flag, column in (("image_column_name", image), ("label_column_name", label))
+        if column not in features
+    ]
+    if missing:
+        raise InvalidValueError(
+            f"{place}: expected the {' and the '.join(missing)}, found {', '.join(features)}. Name one of these."
+        )
+    if image == label:
+        raise InvalidValueError(
+            f"{place}: expected two columns, found --image_column_name and --label_column_name {image!r}. Name the "
+            "column with the labels."
+        )
+    if not _holds_images(features[image]):
+        raise InvalidValueError(
+            f"{place}: expected images in --image_column_name {image!r}, found {features[image]}. Name the column "
+            "that holds them."
+        )
+    size = len(rows) if isinstance(rows, Dataset) else _declared_size(rows)
+    if size == 0:
+        raise InvalidValueError(f"{place}: expected images, found no rows. Give a data set that has some.")
+    rows = rows.select_columns([image, label]).cast_column(image, Image(decode=False))
+    return Source(place, rows, {label: features[label], image: features[image]}, size)
+
+
+def _resolved(rows: Any, place: str) -> Any:
+    """Some streams know their columns only once something was read."""
+    if rows.features is not None:
+        return rows
+    try:
+        return rows._resolve_features()
+    except Exception as error:
+        raise _unreadable(place, error) from error
+
+
+def _holds_images(feature: Any) -> bool:
+    from datasets import Image, Value
+
+    if isinstance(feature, Image):
+        return True
+    if isinstance(feature, Value):
+        return "binary" in feature.dtype
+    return isinstance(feature, Mapping) and "bytes" in feature
+
+
+def _declared_size(rows: Any) -> int | None:
+    splits = rows.info.splits or {}
+    split = splits.get(str(rows.split)) if rows.split is not None else None
+    return (split.num_examples or None) if split is not None else None

@@ -1,0 +1,357 @@
+"""The stages before fine-tuning: statistics, a plan, a factorised model. Each is made once and read again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ...compression.budget.allocation import allocate_ranks
+from ...compression.budget.latency import LatencyTable
+from ...compression.budget.sensitivity import Sensitivities, measure_sensitivities
+from ...compression.budget.strategies import MEASURING
+from ...compression.budget.timing import measure_latency
+from ...compression.calibration.statistics import Statistics, collect_statistics
+from ...compression.compress import compress
+from ...compression.distillation import DistillationLoss
+from ...compression.search.search import SearchState, search_ranks
+from ...configs import RankPlan
+from ...errors import CheckpointError, InvalidValueError
+from ..images import BrokenImageError
+from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
+from .artefacts import Artefacts, digest_of, whole_folder
+from .augmentation import ImagePreparation
+from .data import BrokenImages, Split, Splits
+from .models import load_teacher
+from .settings import CompressSettings
+from .stream import calibration_batches
+
+
+__all__ = ["Setting", "allocate", "allocated", "calibrate", "factorised", "initialize"]
+
+# Search steps between two saves of its state.
+_SAVE_SEARCH = 100
+
+
+@dataclass
+class Setting:
+    """All that is read before the first stage.
+
+    Attributes:
+        settings, accelerator: how, and on what, stages run.
+        artefacts: the folder of the run.
+        dense: the model that is compressed, frozen, in eval mode.
+        processor: its image processor.
+        splits, preparation, broken: the images.
+        seed: of the run.
+        say: called on the main process with lines for the user.
+        interruption: notes signals; the caller has entered it.
+    """
+
+    settings: CompressSettings
+    accelerator: Accelerator
+    artefacts: Artefacts
+    dense: nn.Module
+    processor: Any
+    splits: Splits
+    preparation: ImagePreparation
+    broken: BrokenImages
+    seed: int
+    say: Callable[[str], None]
+    interruption: Interruption
+    _batches: list[dict[str, Tensor]] = field(default_factory=list)
+    _sensitivities: list[Sensitivities] = field(default_factory=list)
+    _latency: list[LatencyTable] = field(default_factory=list)
+
+    def calibration_batches(self) -> list[dict[str, Tensor]]:
+        """The same on every process; read once."""
+        if not self._batches:
+            split = self.train_split("statistics")
+            self._batches = calibration_batches(split, self.preparation, self.settings, self.seed)
+        return self._batches
+
+    def sensitivities(self, statistics: Statistics | None) -> Sensitivities:
+        """Of the dense model; measured once, by this process alone."""
+        if not self._sensitivities:
+            found = measure_sensitivities(
+                self.dense,
+                self.calibration_batches(),
+                **self.settings.where,
+                mlp=self.settings.mlp or ("rank" if self.settings.weights_only else "width"),
+                statistics=statistics,
+                step=self.settings.rank_step,
+                progress=True,
+            )
+            self._sensitivities.append(found)
+        return self._sensitivities[0]
+
+    def latency(self) -> LatencyTable:
+        """Of the dense model with one image; measured once, by this process alone."""
+        if not self._latency:
+            self._latency.append(measure_latency(self.dense, progress=True))
+        return self._latency[0]
+
+    def train_split(self, purpose: str) -> Split:
+        if self.splits.train is None:
+            raise CheckpointError(
+                f"The data set: expected training images for {purpose}, found none. Give --train_dir, --train_file or "
+                "a data set with a training split."
+            )
+        return self.splits.train
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage need not run: finished before with these settings, or left out though its work is there."""
+        if stage not in self.settings.stage_names:
+            return self.artefacts.was_done(stage)
+        done = self.artefacts.is_done(stage, self.settings.facts(stage, self.seed))
+        if done:
+            self.say(f"Stage {stage}: done before.")
+        return done
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run long work on the main process, where a signal ends it at once; all get what it returns."""
+        return on_main(self.accelerator, work, self.interruption)
+
+    def end_if_stopped(self) -> None:
+        """Raise Interrupted if a signal has come to any process; all ask together."""
+        end_if_stopped(self.accelerator, self.interruption)
+
+    def finish(self, stage: str) -> None:
+        """Note that a stage is done; on the main process."""
+        self.artefacts.note(stage, self.settings.facts(stage, self.seed))
+
+
+def calibrate(run: Setting) -> Statistics | None:
+    """The statistics of training images; `None` where the stage is left out, or factors come from weights alone.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    if run.settings.weights_only:
+        return None
+    if not run.done("calibrate"):
+        if "calibrate" not in run.settings.stage_names:
+            return None
+        accelerator = run.accelerator
+        run.say(f"Stage calibrate: statistics of {run.settings.calibration_samples} images.")
+        found = collect_statistics(
+            run.dense.to(accelerator.device),
+            _own_batches(run),
+            **run.settings.where,
+            progress=True,
+            accelerator=accelerator,
+        )
+
+        def save() -> None:
+            with whole_folder(run.artefacts.statistics) as folder:
+                found.save_pretrained(folder)
+            run.finish("calibrate")
+
+        on_main(accelerator, save)
+    # Read by all: what one process gathered may differ from another's in the last digit.
+    return Statistics.from_pretrained(run.artefacts.statistics)
+
+
+def allocate(run: Setting, statistics: Statistics | None) -> RankPlan:
+    """The rank plan: read, searched or allocated.
+
+    Raises:
+        Interrupted: a signal came; the state of a search is saved.
+        CheckpointError: the stage is left out, and its work is not there.
+        InvalidValueError: the stage is done, with another plan in the place of `--plan`.
+    """
+    if not run.done("allocate"):
+        if "allocate" not in run.settings.stage_names:
+            raise _missing(run, "allocate", "a rank plan")
+        plan = _make_plan(run, statistics)
+
+        def save() -> None:
+            plan.save_pretrained(run.artefacts.folder)
+            run.artefacts.search_state.unlink(missing_ok=True)
+            run.finish("allocate")
+
+        on_main(run.accelerator, save)
+    found = RankPlan.from_pretrained(run.artefacts.folder)
+    asked = run.settings.plan is not None and "allocate" in run.settings.stage_names
+    # Under the same name there may be another plan now.
+    if asked and digest_of(_given_plan(run.settings)) != digest_of(found):
+        raise InvalidValueError(
+            f"{run.artefacts.folder}: the stage allocate was done with another plan than --plan {run.settings.plan} "
+            "holds now. Give another --output_dir, or --overwrite_output_dir."
+        )
+    return found
+
+
+def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
+    """Make the factorised model before fine-tuning, in its folder.
+
+    Raises:
+        Interrupted: a signal came.
+        CheckpointError: the stage is left out, and its work is not there.
+    """
+    if not run.done("initialize"):
+        if "initialize" not in run.settings.stage_names:
+            raise _missing(run, "initialize", "a factorised model")
+        run.say("Stage initialize: factors.")
+        run.on_main(lambda: _initialize(run, plan, statistics))
+
+
+def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
+    """A small model as the settings make it, on the CPU; by this process alone."""
+    compensate = run.settings.compensate and not run.settings.weights_only
+    batches = run.calibration_batches() if compensate else None
+    run.dense.to(run.accelerator.device)
+    how = {"batches": batches, "statistics": statistics, "compensate": compensate, "progress": True}
+    return compress(run.dense, plan=plan, **how).cpu()
+
+
+def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> RankPlan:
+    """A plan as the settings make it, for any reduction; by this process alone."""
+    settings = run.settings
+    run.dense.to(run.accelerator.device)
+    measures = settings.strategy in MEASURING
+    # One reduction measures what it needs by itself; several share it.
+    shared = {"sensitivities": run.sensitivities(statistics)} if measures and settings.sweep_reductions else {}
+    if settings.metric == "latency":
+        shared["latency"] = run.latency()
+    return allocate_ranks(
+        run.dense,
+        reduction,
+        **settings.where,
+        metric=settings.metric,
+        strategy=settings.strategy,
+        mlp=settings.mlp or ("rank" if settings.weights_only else None),
+        statistics=statistics,
+        batches=run.calibration_batches() if measures else None,
+        step=settings.rank_step,
+        progress=True,
+        **shared,
+    )
+
+
+def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
+    small = factorised(run, plan, statistics)
+    with whole_folder(run.artefacts.initial) as folder:
+        small.save_pretrained(folder)
+        run.processor.save_pretrained(folder)
+    run.finish("initialize")
+
+
+def _own_batches(run: Setting) -> Iterator[dict[str, Tensor]]:
+    """The calibration batches of this process; between two, all processes ask for signals together."""
+    accelerator = run.accelerator
+    with run.interruption.at_once() if accelerator.num_processes == 1 else nullcontext():
+        batches = run.calibration_batches()
+    for first in range(0, len(batches), accelerator.num_processes):
+        run.end_if_stopped()
+        yield from batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]
+
+
+def _make_plan(run: Setting, statistics: Statistics | None) -> RankPlan:
+    settings = run.settings
+    if settings.plan is not None:
+        run.say(f"Stage allocate: the plan of {settings.plan}.")
+        plan = _given_plan(settings)
+        plan.check_model(run.dense)
+        return plan
+    run.say(f"Stage allocate: {settings.strategy}, {settings.reduction:.0%} of the {settings.metric}.")
+    if settings.strategy == "search":
+        return _search(run, statistics)
+    # One process decides: what each measures for itself might differ.
+    return run.on_main(lambda: allocated(run, settings.reduction, statistics))
+
+
+def _given_plan(settings: CompressSettings) -> RankPlan:
+    return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+
+
+def _search(run: Setting, statistics: Statistics | None) -> RankPlan:
+    settings, accelerator = run.settings, run.accelerator
+    if run.splits.search is None:
+        raise CheckpointError(
+            "--strategy search: expected a split of the training images to search on, found none: a data set that is "
+            "streamed cannot be split. Leave --streaming out, or take another --strategy."
+        )
+    size = max(settings.search_batch_size // accelerator.num_processes, 1)
+    loader = accelerator.prepare_data_loader(
+        DataLoader(_Labelled(run.splits.search, run.preparation, run.broken), batch_size=size, shuffle=True)
+    )
+    path = run.artefacts.search_state
+    state = SearchState.load(path) if path.is_file() else SearchState()
+    # With other settings its state is not gone on from.
+    on_main(accelerator, lambda: run.artefacts.begin("allocate", settings.facts("allocate", run.seed)))
+    taught = settings.distillation_type != "none"
+    kind = settings.distillation_type if taught else "soft"
+    loss = DistillationLoss(settings.distillation_alpha if taught else 0.0, kind, settings.distillation_temperature)
+    return search_ranks(
+        run.dense,
+        _Watched(loader, state, run),
+        settings.reduction,
+        **settings.where,
+        metric=settings.metric,
+        epochs=settings.search_epochs,
+        teacher=load_teacher(settings, run.dense) if taught else None,
+        loss=loss,
+        beta=settings.search_beta,
+        learning_rate=settings.search_learning_rate,
+        statistics=statistics,
+        step=settings.rank_step,
+        accelerator=accelerator,
+        state=state,
+        seed=run.seed,
+        progress=True,
+    )
+
+
+class _Watched:
+    """The batches of a search: between two, its state is saved now and then, and at a signal."""
+
+    def __init__(self, loader: Any, state: SearchState, run: Setting) -> None:
+        self._loader, self._state, self._run = loader, state, run
+        self._saved = state.step
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        for batch in self._loader:
+            yield batch
+            signal = stopped_by(self._run.accelerator, self._run.interruption)
+            due = self._state.step - self._saved >= _SAVE_SEARCH or signal is not None
+            if due and self._state.step > self._saved:
+                if self._run.accelerator.is_main_process:
+                    self._state.save(self._run.artefacts.search_state)
+                self._saved = self._state.step
+            if signal is not None:
+                raise Interrupted(signal)
+
+
+@dataclass(frozen=True)
+class _Labelled(Dataset):
+    split: Split
+    preparation: ImagePreparation
+    broken: BrokenImages
+
+    def __len__(self) -> int:
+        return self.split.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        while True:
+            try:
+                image, label = self.split.read(index)
+                break
+            except BrokenImageError as error:
+                self.broken.note(f"{self.split.name}, image {index}", str(error))
+                index = (index + 1) % self.split.size
+        return {"pixel_values": self.preparation.evaluate(image), "labels": torch.tensor(label)}
+
+
+def _missing(run: Setting, stage: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run.artefacts.folder}: expected {what} of an earlier run, as --stages leaves {stage} out, found none. Add "
+        f"{stage} to --stages."
+    )

@@ -1,0 +1,75 @@
+"""Other reductions of the same model, measured without fine-tuning: what a run's own result is compared with."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from ...compression.calibration.statistics import Statistics
+from ...hub import write_json_atomic
+from ...native import plan_of
+from ..interruption import on_main
+from .artefacts import whole_folder
+from .models import load_classifier
+from .stages import Setting, allocated, factorised
+
+
+__all__ = ["SweepPoint", "measure_sweep"]
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One reduction.
+
+    Attributes:
+        reduction: the share that was asked to be removed.
+        reached: the share that the plan removes.
+        top1, top5: accuracies on the validation images.
+    """
+
+    reduction: float
+    reached: float
+    top1: float
+    top5: float
+
+
+def measure_sweep(
+    run: Setting,
+    statistics: Statistics | None,
+    evaluate: Callable[[nn.Module, str], Mapping[str, float]],
+) -> tuple[SweepPoint, ...]:
+    """Compress the dense model by each of `sweep_reductions` and evaluate it; all processes call it together.
+
+    Nothing is kept but the figures.
+
+    Args:
+        run: the run, before its dense model is trained.
+        statistics: of its dense model, where factors are fitted to data.
+        evaluate: called with a model and its name.
+
+    Raises:
+        BudgetError: a reduction out of reach.
+        Interrupted: a signal came.
+    """
+    points = []
+    try:
+        for reduction in run.settings.sweep_reductions:
+            run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
+            run.on_main(lambda share=reduction: _make(run, share, statistics))
+            small = load_classifier(run.artefacts.sweep, "--output_dir")
+            found = evaluate(small, f"{reduction:.0%} less")
+            points.append(SweepPoint(reduction, plan_of(small).reached, found["top1"], found["top5"]))
+            run.say(f"Sweep: {points[-1].reached:.2%} removed, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}.")
+    finally:
+        if run.accelerator.is_main_process:
+            shutil.rmtree(run.artefacts.sweep, ignore_errors=True)
+    written = {"points": [asdict(point) for point in points]}
+    on_main(run.accelerator, lambda: write_json_atomic(run.artefacts.sweep_results, written))
+    return tuple(points)
+
+
+def _make(run: Setting, reduction: float, statistics: Statistics | None) -> None:
+    plan = allocated(run, reduction, statistics)
+    with whole_folder(run.artefacts.sweep) as folder:
+        factorised(run, plan, statistics).save_pretrained(folder)

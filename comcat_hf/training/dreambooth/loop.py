@@ -1,0 +1,333 @@
+"""DreamBooth training of an adapter: from settings to a folder with the adapter."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...errors import ComCATError
+from ..checkpoints import Progress, find_checkpoint, remove_checkpoints
+from ..flags import values_deciding
+from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
+from ..locks import locked
+from ..seeds import choose_seed, seeded
+from .captions import BESIDE, TABLES, warn_of_unread_captions
+from .checkpoints import MUST, restore, save_checkpoint
+from .data import class_examples, instance_examples
+from .families import Denoiser, load_pipeline
+from .losses import DiffusionLoss
+from .optimizers import check_extras, make_optimizer, make_scheduler
+from .outputs import push_outputs, write_outputs
+from .planning import CustomizePlan
+from .preparing import (
+    DTYPES,
+    PreparedRun,
+    add_adapters,
+    gathered,
+    make_accelerator,
+    make_sources,
+    modules,
+    with_class_images,
+)
+from .sampling import compare, validate
+from .settings import CustomizeSettings
+from .sources import Latents, Texts
+from .stream import ExampleStream, stream_loader
+
+
+__all__ = ["CustomizeResult", "customize"]
+
+
+@dataclass(frozen=True)
+class CustomizeResult:
+    """What became of a training.
+
+    Attributes:
+        output_dir: holds the adapter, if the training ended.
+        plan: what was to be done; `None` where a signal came before that was known.
+        step: optimizer steps that are done.
+        loss: of the last step.
+        interrupted: the signal that ended it early, or `None`.
+        checkpoint: what an interrupted training goes on from.
+        commit: address of the upload.
+    """
+
+    output_dir: Path
+    plan: CustomizePlan | None = None
+    step: int = 0
+    loss: float | None = None
+    interrupted: str | None = None
+    checkpoint: Path | None = None
+    commit: str | None = None
+
+
+def customize(
+    settings: CustomizeSettings,
+    *,
+    report: Callable[[str], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> CustomizeResult:
+    """Train an adapter on images of a subject.
+
+    SIGTERM, or the first Ctrl-C, ends it, once it trains with a checkpoint. A training that was interrupted and
+    resumed with the same settings ends with the same adapter as one that was not: on a CPU to the bit.
+
+    Args:
+        settings: what and how.
+        report: called on the main process with lines that a user wants to read.
+        accelerator: by default one that the settings describe.
+
+    Returns:
+        what became of it; after a dry run only the plan is filled in.
+
+    Raises:
+        InvalidValueError: settings, images or prompts that cannot be used, a folder that another run writes to;
+            nothing was written.
+        CheckpointError: the pipeline or the checkpoint cannot be read.
+        ComCATError: the loss is not finite.
+    """
+    settings.check()
+    check_extras(settings)
+    result = CustomizeResult(Path(settings.output_dir).expanduser())
+    with ExitStack() as stack, Interruption() as interruption:
+        try:
+            with interruption.at_once():
+                prepared = _prepare(settings, accelerator, stack)
+                loss, plan = _make_loss(prepared), prepared.plan()
+            result = replace(result, plan=plan, step=plan.first_step, checkpoint=prepared.checkpoint)
+            told = [*_compare(prepared, plan), plan.describe()]
+            for text in told if report is not None and prepared.accelerator.is_main_process else ():
+                report(text)
+            return result if settings.dry_run else _carry_out(prepared, result, loss, interruption)
+        except Interrupted as stopped:
+            return replace(result, interrupted=str(stopped))
+
+
+def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack: ExitStack) -> PreparedRun:
+    """Read what the training needs. The output folder is locked before it is looked at, and keeps nothing of that."""
+    images = tuple(instance_examples(settings))
+    classes = ()
+    if settings.with_prior_preservation:
+        folder = Path(settings.class_data_dir).expanduser()
+        warn_of_unread_captions(folder, (*BESIDE, *TABLES), "all class images get the --class_prompt")
+        classes = tuple(class_examples(settings))
+    output_dir = Path(settings.output_dir).expanduser()
+    accelerator = make_accelerator(settings) if accelerator is None else accelerator
+    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
+    if not settings.dry_run:
+        on_main(accelerator, lambda: stack.enter_context(locked(output_dir, "output_dir")))
+    checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir)
+    done = None if checkpoint is None else Progress.read(checkpoint)
+    seed = choose_seed(settings.seed, None if done is None else done.seed)
+    # Every process has looked into the folders before one of them writes there.
+    accelerator.wait_for_everyone()
+    pipeline, family = load_pipeline(settings, DTYPES[accelerator.mixed_precision])
+    parts = add_adapters(settings, pipeline, family, seed)
+    return PreparedRun(settings, accelerator, pipeline, family, parts, images, classes, seed, checkpoint, done)
+
+
+def _compare(prepared: PreparedRun, plan: CustomizePlan) -> list[str]:
+    """See that the checkpoint is of this training; returns what is to be said of where it starts."""
+    settings = prepared.settings
+    if prepared.done is None:
+        latest = settings.resume_from_checkpoint == "latest"
+        return [f"No checkpoint in {settings.output_dir} yet: starting from the beginning."] if latest else []
+    must = MUST
+    if plan.first_step >= plan.steps:
+        # Nothing is left to train, so that no other setting would come to bear.
+        must = tuple(name for name in values_deciding(settings, "training") if name != "max_train_steps")
+    prepared.done.compare(prepared.facts(plan.steps), prepared.checkpoint, must)
+    return [f"Going on from {prepared.checkpoint}."]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training that is ready to go."""
+
+    prepared: PreparedRun
+    plan: CustomizePlan
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    loss: DiffusionLoss
+    stream: ExampleStream
+    latents: Latents
+    texts: Texts
+    interruption: Interruption
+
+    def loss_of(self, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            items: of the subject, then of the class.
+            batch: its number in this process; with the seed it says which noise is added.
+        """
+        accelerator = self.prepared.accelerator
+        place = batch * accelerator.num_processes + accelerator.process_index
+        generator = seeded(self.prepared.seed, "noise", place)
+        latents, time_ids = self.latents(items, generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        count = self.loss.schedule.config.num_train_timesteps
+        steps = torch.randint(count, (len(items),), generator=generator).to(latents.device)
+        noisy = self.loss.schedule.add_noise(latents, noise, steps)
+        dtype = self.prepared.pipeline.unet.dtype
+        told = {"time_ids": time_ids.to(dtype)} if self.prepared.family.time_ids else {}
+        predicted = self.model(noisy.to(dtype), steps, **self.texts([item["prompt"] for item in items]), **told)
+        return self.loss(predicted, latents, noise, steps)
+
+    def states(self) -> dict[str, Any]:
+        found = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.prepared.accelerator.scaler}
+        return {name: state for name, state in found.items() if state is not None}
+
+    def save(self, step: int) -> Path:
+        progress = Progress(step, self.prepared.seed, self.prepared.facts(self.plan.steps))
+        prepared = self.prepared
+        return save_checkpoint(prepared.accelerator, prepared.settings, progress, prepared.pipeline, self.states())
+
+    def validate(self, step: int, last: bool) -> None:
+        prepared = self.prepared
+
+        def draw() -> None:
+            denoiser = prepared.accelerator.unwrap_model(self.model)
+            with gathered(prepared.pipeline, prepared.accelerator.device):
+                trackers = prepared.accelerator.trackers
+                drawn = validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
+                if last:
+                    compare(prepared.pipeline, denoiser, prepared.settings, prepared.seed, drawn)
+
+        if prepared.settings.validation_prompt is not None:
+            on_main(prepared.accelerator, draw, self.interruption)
+
+
+def _carry_out(
+    prepared: PreparedRun, result: CustomizeResult, loss: DiffusionLoss, interruption: Interruption
+) -> CustomizeResult:
+    settings, accelerator, output_dir = prepared.settings, prepared.accelerator, result.output_dir
+    for model in modules(prepared.pipeline):
+        model.to(accelerator.device)
+    if settings.with_prior_preservation:
+        prepared = with_class_images(prepared, interruption)
+    end_if_stopped(accelerator, interruption)
+    run = _make_run(prepared, result.plan, loss, interruption)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_checkpoints(output_dir, unfinished_only=settings.resume_from_checkpoint is not None)
+    if accelerator.log_with:
+        shown = {name: value for name, value in vars(settings).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("comcat-dreambooth", config={k: v for k, v in shown.items() if k != "hub_token"})
+    result = _train(run, result)
+    if result.interrupted is None:
+        on_main(accelerator, lambda: write_outputs(settings, prepared.pipeline, result.plan))
+        if settings.push_to_hub:
+            commit = on_main(accelerator, lambda: push_outputs(settings, prepared.parts), interruption)
+            result = replace(result, commit=commit)
+    accelerator.end_training()
+    return result
+
+
+def _train(run: _Run, result: CustomizeResult) -> CustomizeResult:
+    settings, accelerator, plan = run.prepared.settings, run.prepared.accelerator, run.plan
+    step, batches = plan.first_step, settings.gradient_accumulation_steps
+    loader = stream_loader(
+        run.stream,
+        settings.train_batch_size,
+        step * batches,
+        max(plan.steps - step, 0) * batches,
+        accelerator.process_index,
+        accelerator.num_processes,
+        settings.dataloader_num_workers,
+    )
+    run.model.train()
+    loss, seen = None, []
+    quiet = not accelerator.is_main_process
+    with tqdm(total=plan.steps, initial=step, desc="Training", unit="step", mininterval=0.5, disable=quiet) as bar:
+        for batch, items in enumerate(loader, start=step * batches):
+            seen.append(_learn(run, items, batch))
+            if not accelerator.sync_gradients:
+                continue
+            step, loss, seen = step + 1, _mean_loss(accelerator, seen, step + 1), []
+            rate = run.scheduler.get_last_lr()[0]
+            accelerator.log({"loss": loss, "lr": rate}, step=step)
+            bar.set_postfix({"loss": f"{loss:.4f}", "lr": f"{rate:.2e}"}, refresh=False)
+            bar.update()
+            signal = stopped_by(accelerator, run.interruption) if step < plan.steps else None
+            result = replace(result, step=step, loss=loss)
+            if signal is not None or step % settings.checkpointing_steps == 0:
+                result = replace(result, checkpoint=run.save(step))
+            if signal is None and (step % settings.validation_steps == 0 or step == plan.steps):
+                signal = _validate(run, step)
+                if signal is not None and step % settings.checkpointing_steps:
+                    result = replace(result, checkpoint=run.save(step))
+            if signal is not None:
+                return replace(result, interrupted=signal)
+    return replace(result, checkpoint=None)
+
+
+def _validate(run: _Run, step: int) -> str | None:
+    """Draw the validation prompt; returns the signal that came meanwhile."""
+    try:
+        run.validate(step, last=step == run.plan.steps)
+    except Interrupted as stopped:
+        return str(stopped)
+    return None
+
+
+def _learn(run: _Run, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:
+    accelerator = run.prepared.accelerator
+    with accelerator.accumulate(run.model):
+        loss = run.loss_of(items, batch)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+            accelerator.clip_grad_norm_(trained, run.prepared.settings.max_grad_norm)
+        run.optimizer.step()
+        if accelerator.sync_gradients and not run.optimizer.step_was_skipped:
+            run.scheduler.step()
+        run.optimizer.zero_grad()
+    return loss.detach()
+
+
+def _mean_loss(accelerator: Accelerator, seen: list[Tensor], step: int) -> float:
+    loss = accelerator.reduce(torch.stack(seen).mean(), reduction="mean").item()
+    if not math.isfinite(loss):
+        raise ComCATError(
+            f"The loss of step {step} is not finite. Take a lower --learning_rate, or --mixed_precision no or bf16 if "
+            "it was fp16; the last checkpoint is as it was."
+        )
+    return loss
+
+
+def _make_loss(prepared: PreparedRun) -> DiffusionLoss:
+    from diffusers import DDPMScheduler
+
+    settings = prepared.settings
+    schedule = DDPMScheduler.from_config(prepared.pipeline.scheduler.config)
+    prior_weight = settings.prior_loss_weight if settings.with_prior_preservation else None
+    return DiffusionLoss(schedule, settings.snr_gamma, prior_weight)
+
+
+def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: DiffusionLoss, interruption: Interruption) -> _Run:
+    settings, accelerator = prepared.settings, prepared.accelerator
+    pipeline, family, parts = prepared.pipeline, prepared.family, prepared.parts
+    if settings.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        for name in family.encoders if settings.train_text_encoder else ():
+            parts[name].activation_checkpointing_enable({"use_reentrant": False})
+    stream, latents, texts = make_sources(prepared, interruption)
+    trained = [p for model in parts.values() for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(settings, trained, plan.learning_rate)
+    scheduler = make_scheduler(settings, optimizer, plan.steps)
+    denoiser = Denoiser(pipeline, family, settings.train_text_encoder)
+    # The schedule stays out: prepared, it would take a step for every process.
+    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    run = _Run(prepared, plan, model, optimizer, scheduler, loss, stream, latents, texts, interruption)
+    if prepared.checkpoint is not None:
+        restore(accelerator, prepared.checkpoint, parts, settings.adapter_name, run.states())
+    return run

@@ -1,0 +1,73 @@
+"""Optimizers and schedules of a training, by their flags."""
+
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from ...errors import InvalidValueError
+from ..trackers import tracker_of
+from .settings import CustomizeSettings
+
+
+__all__ = ["check_extras", "make_optimizer", "make_scheduler"]
+
+
+def check_extras(settings: CustomizeSettings) -> None:
+    """See whether the packages that the flags ask for are installed.
+
+    Raises:
+        InvalidValueError: one is not.
+    """
+    if settings.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise InvalidValueError(
+            "--use_8bit_adam needs the package bitsandbytes, which is not installed. Run `pip install bitsandbytes`, "
+            "or leave the flag out."
+        )
+    tracker_of(settings.report_to)
+
+
+def make_optimizer(settings: CustomizeSettings, parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
+    """The optimizer of the adapter's parameters.
+
+    Args:
+        settings: which one, and its constants.
+        parameters: what it changes.
+        rate: the highest learning rate.
+    """
+    kind = _eight_bit_adam() if settings.use_8bit_adam else AdamW
+    return kind(
+        list(parameters),
+        lr=rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+    )
+
+
+def make_scheduler(settings: CustomizeSettings, optimizer: Optimizer, steps: int) -> Any:
+    """The schedule of the learning rate, one step of which is a step of the optimizer on all processes.
+
+    Args:
+        settings: which one.
+        optimizer: whose rate it changes.
+        steps: of the whole training.
+    """
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
+
+
+def _eight_bit_adam() -> type[Optimizer]:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit

@@ -1,0 +1,97 @@
+"""What a training leaves behind: the adapter, a card, and a copy on the Hub."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ...customization.pipelines import save_comcat_weights
+from ...hub import push_folder
+from ...reporting.cards import CardFacts, code_span, quoted, shown_base, write_card
+from .planning import CustomizePlan
+from .sampling import BEFORE_AFTER
+from .settings import CustomizeSettings
+
+
+__all__ = ["push_outputs", "write_outputs"]
+
+_SNIPPET = """
+import comcat_hf
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base})
+# Not load_lora_weights, which reads adapters of other kinds.
+comcat_hf.load_comcat_weights(pipe, {repository})
+image = pipe({prompt}).images[0]
+"""
+
+
+def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePlan) -> Path:
+    """Write the adapter and its card into the output folder.
+
+    Args:
+        settings: where to.
+        pipeline: with the adapter.
+        plan: what the card tells.
+    """
+    folder = Path(settings.output_dir).expanduser()
+    save_comcat_weights(
+        pipeline,
+        folder,
+        settings.adapter_name,
+        base_model_name_or_path=settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+    )
+    base, prompt = shown_base(settings.pretrained_model_name_or_path), settings.instance_prompt
+    repository = settings.hub_model_id or folder.resolve().name
+    compared = folder / BEFORE_AFTER
+    drawn = sorted(folder.glob("validation/*.png"))[-1:]
+    write_card(
+        folder,
+        CardFacts(
+            title=f"ComCAT adapter: {prompt}",
+            summary=f"A ComCAT adapter for {code_span(base)}, trained DreamBooth style on {plan.images} images of the "
+            f"subject. {sum(plan.parameters.values()):,} parameters.",
+            base=settings.pretrained_model_name_or_path,
+            relation="adapter",
+            library="diffusers",
+            task="text-to-image",
+            snippet=_SNIPPET.format(base=quoted(base), repository=quoted(repository), prompt=quoted(prompt)),
+            tags=("diffusers", "peft"),
+            pictures=[("Without the adapter and with it, from the same noise", compared.name)]
+            if compared.is_file()
+            else [],
+            gallery=[(settings.validation_prompt or prompt, path.relative_to(folder).as_posix()) for path in drawn],
+            details=plan.describe(),
+            extra={"instance_prompt": prompt},
+        ),
+    )
+    return folder
+
+
+def push_outputs(settings: CustomizeSettings, parts: Iterable[str]) -> str:
+    """Upload what was trained, without checkpoints and logs.
+
+    Args:
+        settings: from where and to which repository.
+        parts: names of those that are adapted.
+
+    Returns:
+        the commit's address.
+    """
+    folder = Path(settings.output_dir).expanduser()
+    wanted = {*parts, "validation"}
+    with tempfile.TemporaryDirectory() as staging:
+        for path in folder.iterdir():
+            if path.is_dir() and path.name in wanted:
+                shutil.copytree(path, Path(staging, path.name))
+            elif path.name in ("README.md", "comcat_adapter.json", BEFORE_AFTER):
+                shutil.copy2(path, staging)
+        return push_folder(
+            staging,
+            settings.hub_model_id or folder.resolve().name,
+            private=settings.hub_private or None,
+            commit_message="Train with comcat_hf",
+            token=settings.hub_token,
+        )

@@ -1,0 +1,121 @@
+"""What a training comes to: counted before it starts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...hub import readable_size
+from ...reporting.cards import shown_base
+from .settings import CustomizeSettings
+
+
+__all__ = ["CustomizePlan", "plan_training"]
+
+
+@dataclass(frozen=True)
+class CustomizePlan:
+    """The sizes of a training.
+
+    Attributes:
+        settings: what was asked.
+        pipeline: class of the pipeline.
+        base_dtype: of the frozen base.
+        parameters: trained parameters by part.
+        adapter_bytes: of the adapter's weights on disk.
+        base_parameters: of the parts that are adapted.
+        images, class_images: of the subject; of the class, that are there.
+        processes: that train together.
+        steps: optimizer steps, all in all.
+        first_step: how many of them a checkpoint has done.
+        learning_rate: the highest rate, scaled if that was asked.
+        seed: of the run.
+    """
+
+    settings: CustomizeSettings
+    pipeline: str
+    base_dtype: str
+    parameters: Mapping[str, int]
+    adapter_bytes: int
+    base_parameters: int
+    images: int
+    class_images: int
+    processes: int
+    steps: int
+    first_step: int
+    learning_rate: float
+    seed: int
+
+    def describe(self) -> str:
+        """The plan in lines of text."""
+        settings, total = self.settings, sum(self.parameters.values())
+        rank = {None: "none"}
+        kind = "core matrices" if settings.core else "full factors"
+        base = shown_base(settings.pretrained_model_name_or_path)
+        lines = {
+            "Pipeline": f"{base} ({self.pipeline}), base in {self.base_dtype}",
+            "Adapter": f"{kind}, rank {rank.get(settings.qk_rank, settings.qk_rank)} for query/key, "
+            f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output",
+            "Parameters": f"{total:,} trained ({total / self.base_parameters:.3%} of the adapted parts): "
+            + ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()),
+            "Bytes": f"{self.adapter_bytes:,} ({readable_size(self.adapter_bytes)}) in float32",
+            "Images": f"{self.images} of the subject" + self._describe_class(),
+            "Steps": f"{self.steps:,} of {settings.train_batch_size} images x {self.processes} processes x "
+            f"{settings.gradient_accumulation_steps} accumulated"
+            + (f", {self.first_step:,} of them done" if self.first_step else ""),
+            "Rate": f"{self.learning_rate:g}, {settings.lr_scheduler}, {settings.lr_warmup_steps} steps of warm-up",
+            "Seed": str(self.seed),
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{name + ':':<{width + 1}} {text}" for name, text in lines.items())
+
+    def _describe_class(self) -> str:
+        if not self.settings.with_prior_preservation:
+            return ""
+        missing = self.settings.num_class_images - self.class_images
+        return f", {self.class_images} of the class" + (f", {missing} more are generated" if missing > 0 else "")
+
+
+def plan_training(
+    settings: CustomizeSettings,
+    pipeline: Any,
+    parts: Mapping[str, nn.Module],
+    images: tuple[int, int],
+    processes: int,
+    first_step: int,
+    seed: int,
+) -> CustomizePlan:
+    """Count what a training comes to.
+
+    Args:
+        settings: what was asked.
+        pipeline: with the adapter.
+        parts: the adapted models by name.
+        images: how many there are of the subject and of the class.
+        processes: that train together.
+        first_step: where it starts.
+        seed: of the run.
+    """
+    together = settings.train_batch_size * processes * settings.gradient_accumulation_steps
+    length = max(images[0], settings.num_class_images if settings.with_prior_preservation else 0)
+    steps = settings.max_train_steps or settings.num_train_epochs * math.ceil(length / together)
+    trained = {name: [p for p in model.parameters() if p.requires_grad] for name, model in parts.items()}
+    counts = {name: sum(p.numel() for p in found) for name, found in trained.items()}
+    everything = sum(p.numel() for model in parts.values() for p in model.parameters())
+    return CustomizePlan(
+        settings=settings,
+        pipeline=type(pipeline).__name__,
+        base_dtype=str(pipeline.unet.dtype).removeprefix("torch."),
+        parameters=counts,
+        adapter_bytes=sum(p.numel() * 4 for found in trained.values() for p in found),
+        base_parameters=everything - sum(counts.values()),
+        images=images[0],
+        class_images=images[1],
+        processes=processes,
+        steps=steps,
+        first_step=first_step,
+        learning_rate=settings.learning_rate * (together if settings.scale_lr else 1),
+        seed=seed,
+    )

@@ -1,0 +1,908 @@
+"""The fine-tuning loop on real ViTs of small size: exactness, processes, checkpoints, and what goes wrong."""
+
+import copy
+import errno
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification
+
+import comcat_hf
+from comcat_hf.compression.distillation import DistillationLoss, OwnBase, ask_teacher
+from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
+from comcat_hf.training.checkpoints import list_checkpoints
+from comcat_hf.training.classify.ema import WeightAverage
+from comcat_hf.training.classify.logs import LOG, LossMeter, TrainingLog
+from comcat_hf.training.classify.loop import TrainRun, finetune_model
+from comcat_hf.training.classify.optimizers import Schedule, learning_rates, warmup_steps
+from comcat_hf.training.classify.routes import finished, make_student
+from comcat_hf.training.classify.settings import CompressSettings
+from comcat_hf.training.interruption import Interruption
+from comcat_hf.training.trackers import tracker_of
+
+
+TWO = Path(__file__).parents[3] / "scripts" / "accelerate" / "cpu.yaml"
+CLASSES, SIZE, BATCH = 4, 16, 4
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """One thread, and no accelerate state of another test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def dense_vit(dropout=0.1):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=SIZE,
+        patch_size=8,
+        num_labels=CLASSES,
+        initializer_range=0.1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return ViTForImageClassification(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dense model and a small one, with and without dropout."""
+    root = tmp_path_factory.mktemp("models")
+    for name, dropout in (("wet", 0.1), ("dry", 0.0)):
+        dense = dense_vit(dropout)
+        dense.save_pretrained(root / name / "dense")
+        comcat_hf.compress(dense, reduction=0.4, scope="attention").save_pretrained(root / name / "small")
+    return root
+
+
+def batch_at(position, size=BATCH):
+    """Images by position, whose mean says their class."""
+    generator = torch.Generator().manual_seed(position)
+    labels = torch.randint(CLASSES, (size,), generator=generator)
+    images = torch.randn(size, 3, SIZE, SIZE, generator=generator) + labels.view(-1, 1, 1, 1)
+    return {"pixel_values": images, "labels": labels}
+
+
+def batches(start, count):
+    return (batch_at(position) for position in range(start, start + count))
+
+
+DEFAULTS = {
+    "model_name_or_path": "vit",
+    "per_device_train_batch_size": BATCH,
+    "learning_rate": 3e-3,
+    "min_learning_rate": 1e-4,
+    "logging_steps": 2,
+    "checkpointing_steps": None,
+    "eval_steps": None,
+    "alignment": 1.0,
+}
+
+
+def prepare(folder, output_dir, kind="wet", steps=STEPS, accelerator=None, **changes):
+    """A fine-tuning; fields of `TrainRun` and of the settings may be given."""
+    own = {name: changes.pop(name) for name in list(changes) if name in TrainRun.__dataclass_fields__}
+    settings = CompressSettings(**(DEFAULTS | {"output_dir": str(output_dir)} | changes))
+    dense = ViTForImageClassification.from_pretrained(folder / kind / "dense").requires_grad_(False).eval()
+    accelerator = (
+        Accelerator(cpu=True, mixed_precision=settings.mixed_precision) if accelerator is None else accelerator
+    )
+    student = make_student(settings, dense, folder / kind / "small")
+    given = {"seed": 3, "plan": "a plan", "batches": batches, "steps": steps, "steps_per_epoch": 4}
+    return TrainRun(settings=settings, accelerator=accelerator, student=student, **(given | own))
+
+
+def train(*args, **changes):
+    run = prepare(*args, **changes)
+    return run, finetune_model(run)
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.student.model.state_dict().items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (Path(folder) / LOG).read_text().splitlines()]
+
+
+def untimed(folder):
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(folder)]
+
+
+def forget():
+    """What another process would not know either."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    random.seed(99), numpy.random.seed(99), torch.manual_seed(99)
+
+
+def stopping(step, accumulated=1):
+    """Batches behind the first of which SIGTERM comes to this process."""
+
+    def give(start, count):
+        for position in range(start, start + count):
+            if position == step * accumulated - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch_at(position)
+
+    return give
+
+
+# Learning
+
+
+@pytest.mark.parametrize("route", ["full", "peft"])
+def test_the_student_comes_to_answer_as_its_teacher(folder, tmp_path, route):
+    how = {"kind": "dry", "steps": 40, "route": route, "distillation_alpha": 1.0, "logging_steps": 10}
+    run = prepare(folder, tmp_path, **how)
+    pixels = batch_at(0)["pixel_values"]
+    # Far from the teacher, so that what is learnt stands out from one batch to the next.
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.student.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        before = run.student.model.eval()(pixels).logits
+    result = finetune_model(run)
+    said = lines(tmp_path)
+    assert result.step == 40 and result.interrupted is None and result.loss == said[-1]["loss"]
+    assert [line["step"] for line in said] == [10, 20, 30, 40]
+    assert said[-1]["teacher"] < 0.5 * said[0]["teacher"] and said[-1]["alignment"] < said[0]["alignment"]
+    assert all(line["images_per_second"] > 0 for line in said) and said[1]["epoch"] == 5.0
+    assert not run.student.model.training
+    small = finished(run.student.model)
+    small.save_pretrained(tmp_path / "model")
+    again = ViTForImageClassification.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(again(pixels).logits, small(pixels).logits)
+    taught = ViTForImageClassification.from_pretrained(folder / "dry" / "dense")(pixels).logits
+    assert torch.dist(small(pixels).logits, taught) < 0.5 * torch.dist(before, taught)
+
+
+def test_both_routes_take_the_same_way_where_they_train_the_same(folder, tmp_path):
+    """The full route with everything but the factors frozen is the PEFT route."""
+    how = {"kind": "dry", "steps": 4, "alignment": 0.0}
+    peft = prepare(folder, tmp_path / "peft", route="peft", **how)
+    trained = {
+        name.removeprefix("base_model.model.")
+        .replace(".comcat_factors.default.", ".")
+        .replace(".modules_to_save.default.", ".")
+        for name, parameter in peft.student.model.named_parameters()
+        if parameter.requires_grad
+    }
+    full = prepare(folder, tmp_path / "full", **how)
+    for name, parameter in full.student.model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    finetune_model(peft), finetune_model(full)
+    ours, theirs = finished(peft.student.model).state_dict(), full.student.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert untimed(tmp_path / "peft") == [
+        {k: pytest.approx(v, abs=1e-5) for k, v in line.items()} for line in untimed(tmp_path / "full")
+    ]
+
+
+def test_a_base_is_its_own_teacher_without_being_touched(folder, tmp_path):
+    run = prepare(folder, tmp_path, route="peft")
+    model, inputs = run.student.model, {"pixel_values": batch_at(0)["pixel_values"]}
+    assert run.student.teacher is None
+    model.train()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    modes = {name: module.training for name, module in model.named_modules()}
+    expected = ask_teacher(model, inputs, adapters=False)
+    found = OwnBase(model)(**inputs)
+    assert torch.equal(found.logits, expected.logits) and not found.logits.requires_grad
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not torch.equal(model.eval()(**inputs).logits, expected.logits)
+    base = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
+    finetune_model(run)
+    assert base and all(torch.equal(run.student.model.state_dict()[name], value) for name, value in base.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "route": "peft"},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "route": "peft", "ema_decay": 0.9},
+        {"distillation_type": "none", "alignment": 0.0},
+        {"distillation_type": "none"},
+        {"distillation_type": "hard", "route": "peft"},
+        {"torch_compile": True, "mixed_precision": "bf16"},
+        {"torch_compile": True, "route": "peft"},
+    ],
+    ids=str,
+)
+def test_the_ways_to_train(folder, tmp_path, changes, monkeypatch):
+    if changes.get("torch_compile"):
+        # Traces as the real one does, without its compiler.
+        real = torch.nn.Module.compile
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+        torch._dynamo.reset()
+    run, result = train(folder, tmp_path, kind="dry", steps=2, **changes)
+    train(folder, tmp_path / "plain", kind="dry", steps=2, route=changes.get("route", "full"))
+    said = lines(tmp_path)[0]
+    assert result.step == 2 and math.isfinite(result.loss)
+    assert (said["teacher"] == 0) == (changes.get("distillation_type") == "none")
+    assert (said["alignment"] == 0) == (changes.get("alignment") == 0.0)
+    assert {value.dtype for value in weights(run).values()} == {torch.float32}
+    if "distillation_type" not in changes:
+        expected = lines(tmp_path / "plain")[0]
+        close = 0.05 if "mixed_precision" in changes else 1e-4
+        for name in ("loss", "task", "teacher", "alignment"):
+            assert said[name] == pytest.approx(expected[name], rel=close), name
+
+
+def test_without_a_teacher_in_the_loss_none_is_run(folder, tmp_path):
+    run = prepare(folder, tmp_path, distillation_type="none", alignment=0.0)
+    assert run.student.teacher is None
+    run = prepare(folder, tmp_path, distillation_type="none", alignment=0.5)
+    assert run.student.teacher is not None
+
+
+def test_gradients_accumulate_to_the_same_steps(folder, tmp_path):
+    def halves(start, count):
+        for position in range(start, start + count):
+            whole, half = batch_at(position // 2), slice(BATCH // 2 * (position % 2), BATCH // 2 * (position % 2 + 1))
+            yield {name: value[half] for name, value in whole.items()}
+
+    one, _ = train(folder, tmp_path / "one", kind="dry")
+    how = {"per_device_train_batch_size": BATCH // 2, "batches": halves, "kind": "dry"}
+    two, _ = train(folder, tmp_path / "two", gradient_accumulation_steps=2, **how)
+    three, _ = train(folder, tmp_path / "three", **how)
+    ours, theirs, other = weights(two), weights(one), weights(three)
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in ours)
+    assert max((other[name] - theirs[name]).abs().max() for name in ours) > 1e-3
+    assert lines(tmp_path / "two")[-1]["loss"] == pytest.approx(lines(tmp_path / "one")[-1]["loss"], abs=1e-5)
+
+
+def test_gradients_are_clipped(folder, tmp_path):
+    class Recorder(Accelerator):
+        def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
+            before = super().clip_grad_norm_(parameters, max_norm, norm_type)
+            norms.append((before.item(), torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()))
+            return before
+
+    norms = []
+    train(folder, tmp_path, max_grad_norm=0.01, accelerator=Recorder(cpu=True), gradient_accumulation_steps=2)
+    assert len(norms) == STEPS
+    assert all(before > 0.1 and after == pytest.approx(0.01, rel=1e-3) for before, after in norms)
+
+
+def test_parameters_that_no_gradient_reaches_are_left_alone(folder, tmp_path):
+    run = prepare(folder, tmp_path)
+    unused = torch.nn.Parameter(torch.ones(3, 3))
+    run.student.model.vit.embeddings.mask_token = unused
+    state = torch.get_rng_state()
+    finetune_model(run)
+    assert not unused.requires_grad and torch.equal(unused, torch.ones(3, 3))
+    assert state is not None and "vit.embeddings.mask_token" in run.student.model.state_dict()
+
+
+# The rate
+
+
+def test_the_rate_follows_the_step():
+    schedule = Schedule(1.0, 0.1, steps=12, rising=4)
+    assert [schedule.rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    falling = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert [schedule.rate(step) for step in range(4, 12)] == pytest.approx(falling)
+    assert schedule.rate(12) == schedule.rate(99) == pytest.approx(0.1)
+
+
+def test_rates_and_warmups_by_their_flags():
+    settings = CompressSettings(learning_rate=1e-3, min_learning_rate=1e-4)
+    assert learning_rates(settings, 1024) == (1e-3, 1e-4)
+    assert learning_rates(CompressSettings(learning_rate=1e-3, scale_lr=True), 1024) == (2e-3, 2e-6)
+    assert warmup_steps(settings, 10) == 0
+    assert warmup_steps(CompressSettings(warmup_ratio=0.25), 10) == 2
+    assert warmup_steps(CompressSettings(warmup_steps=3), 10) == 3
+    with pytest.raises(InvalidValueError, match="--min_learning_rate must be at most"):
+        learning_rates(CompressSettings(learning_rate=1e-3, min_learning_rate=1e-2), 1)
+    with pytest.raises(InvalidValueError, match="Give one of --warmup_steps and --warmup_ratio"):
+        warmup_steps(CompressSettings(warmup_steps=1, warmup_ratio=0.1), 10)
+    with pytest.raises(InvalidValueError, match="which has 10 steps, got 10"):
+        warmup_steps(CompressSettings(warmup_steps=10), 10)
+
+
+def test_a_step_that_was_skipped_leaves_the_rate_and_the_average(folder, tmp_path):
+    """As the scaler of half precision does when gradients overflow."""
+
+    class Skipping(Accelerator):
+        def prepare(self, *args, **kwargs):
+            model, optimizer = super().prepare(*args, **kwargs)
+            step, taken = optimizer.step, []
+
+            def skip(closure=None):
+                taken.append(optimizer.param_groups[0]["lr"])
+                optimizer._is_overflow = len(taken) in (2, 3)
+                if not optimizer._is_overflow:
+                    step(closure)
+
+            optimizer.step = skip
+            rates.append(taken)
+            return model, optimizer
+
+    rates, averaged = [], []
+    real = WeightAverage.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightAverage, "update", lambda self: (averaged.append(1), real(self)))
+        train(folder, tmp_path, accelerator=Skipping(cpu=True), ema_decay=0.5)
+    schedule = Schedule(3e-3, 1e-4, STEPS)
+    assert rates[0] == [schedule.rate(step) for step in (0, 1, 1, 1, 2, 3)]
+    assert len(averaged) == 4
+
+
+# The average
+
+
+def test_the_average_is_evaluated_and_saved_in_place_of_the_weights(folder, tmp_path):
+    """Against weights averaged by hand from the checkpoints of every step."""
+    seen = []
+
+    def evaluate(model):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"loss": 0.0}
+
+    how = {"ema_decay": 0.8, "checkpointing_steps": "1", "eval_steps": "1"}
+    run = prepare(folder, tmp_path, evaluate=evaluate, **how)
+    average = {name: value.clone() for name, value in run.student.model.state_dict().items()}
+    finetune_model(run)
+    for step in range(1, STEPS + 1):
+        raw = load_file(tmp_path / f"checkpoint-{step}" / "student.safetensors")
+        average = {name: 0.8 * value + 0.2 * raw[name] for name, value in average.items()}
+        for name, value in average.items():
+            torch.testing.assert_close(seen[step - 1][name], value, atol=1e-5, rtol=1e-5)
+    assert same(weights(run), seen[-1])
+    assert max((raw[name] - average[name]).abs().max() for name in raw) > 1e-4
+    # Evaluating leaves no trace in the training.
+    other, _ = train(folder, tmp_path / "unseen", ema_decay=0.8)
+    assert same(weights(other), weights(run))
+
+
+def test_the_average_of_a_peft_student_holds_what_is_trained(folder, tmp_path):
+    run = prepare(folder, tmp_path, route="peft")
+    trained = {name for name, parameter in run.student.model.named_parameters() if parameter.requires_grad}
+    average = WeightAverage(run.student.model, 0.9)
+    assert set(average.state_dict()) == trained
+    assert any("classifier" in name for name in trained)
+    with pytest.raises(ValueError, match=r"classifier.*expected shape \(.*found None"):
+        average.load_state_dict({})
+
+
+def test_averages_are_kept_in_full_precision():
+    model = torch.nn.Linear(2, 2, bias=False).to(torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    average = WeightAverage(model, 0.999)
+    torch.nn.init.zeros_(model.weight)
+    for _ in range(3):
+        average.update()
+    kept = average.state_dict()["weight"]
+    assert kept.dtype == torch.float32
+    torch.testing.assert_close(kept, torch.full((2, 2), 0.999**3))
+    with average.applied():
+        assert model.weight[0, 0] > 0.9
+    assert torch.equal(model.weight, torch.zeros(2, 2, dtype=torch.bfloat16))
+
+
+# Interrupting and resuming
+
+EXACT = [
+    {"ema_decay": 0.9, "gradient_accumulation_steps": 2, "warmup_steps": 2, "route": "full"},
+    {"route": "peft", "mixed_precision": "bf16", "modules_to_save": "classifier,layernorm_before"},
+]
+
+
+@pytest.mark.parametrize("changes", EXACT, ids=["full", "peft"])
+def test_sigterm_saves_and_the_rest_gives_the_same_bits(folder, tmp_path, changes):
+    """At every step once: with dropout, in the middle of an interval of the log, before and behind evaluations."""
+
+    def evaluate(model):
+        torch.rand(3), random.random()
+        with torch.no_grad():
+            return {"loss": model(batch_at(999)["pixel_values"]).logits.square().mean().item()}
+
+    how = changes | {"evaluate": evaluate, "eval_steps": "2", "logging_steps": 3}
+    whole, _ = train(folder, tmp_path / "whole", checkpointing_steps="1", **how)
+    for step in range(1, STEPS):
+        forget()
+        output = tmp_path / f"stopped-{step}"
+        with Interruption() as interruption:
+            give = stopping(step, changes.get("gradient_accumulation_steps", 1))
+            stopped = prepare(folder, output, interruption=interruption, **how | {"batches": give})
+            result = finetune_model(stopped)
+        assert (result.step, result.interrupted) == (step, "SIGTERM")
+        assert result.checkpoint == output / f"checkpoint-{step}" and result.checkpoint.is_dir()
+        forget()
+        run, result = train(folder, output, checkpoint=result.checkpoint, **how)
+        assert result.step == STEPS and result.interrupted is None
+        assert same(weights(run), weights(whole)), step
+        assert untimed(output) == untimed(tmp_path / "whole"), step
+    ours, theirs = (load_file(tmp_path / "whole" / f"checkpoint-{n}" / "student.safetensors") for n in (1, 2))
+    assert not same(ours, theirs)
+
+
+def edit_state(checkpoint, change):
+    file = checkpoint / "training_state.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return checkpoint
+
+
+def earlier(checkpoint):
+    """As versions before wrote it: its state says neither its digest nor its files."""
+
+    def change(content):
+        del content["digest"], content["files"]
+        content["version"] = content.pop("format_version")
+
+    return edit_state(checkpoint, change)
+
+
+def test_dropout_goes_on_where_it_was(folder, tmp_path):
+    """The test above would pass without it, were there no dropout."""
+    how = {"checkpointing_steps": "3"}
+    whole, _ = train(folder, tmp_path / "a", **how)
+    checkpoint = earlier(tmp_path / "a" / "checkpoint-3")
+    shutil.copy(tmp_path / "a" / "checkpoint-6" / "random_states_0.pt", checkpoint)
+    run, _ = train(folder, tmp_path / "b", checkpoint=checkpoint, **how)
+    assert not same(weights(run), weights(whole))
+
+
+KILLED = """
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from accelerate import Accelerator
+from tests.training.classify import test_vit_loop as test
+
+folder, output, route, checkpoint = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+how = dict(route=route, ema_decay=0.9, checkpointing_steps="2", steps=14, logging_steps=1)
+run, result = test.train(folder, output, checkpoint=Path(checkpoint) if checkpoint else None, **how)
+run.student.model.save_pretrained(output / "model") if route == "full" else None
+import torch
+torch.save(test.weights(run), output / "weights.pt")
+"""
+
+
+def test_sigkill_loses_the_steps_since_the_last_checkpoint_only(folder, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(KILLED.format(root=str(Path(__file__).parents[3])))
+
+    def start(output, route, checkpoint=""):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(script), str(folder), str(output), route, str(checkpoint)]
+        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def finish(process):
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+
+    finish(start(tmp_path / "whole", "full"))
+    killed = tmp_path / "killed"
+    process, checkpoint = start(killed, "full"), ""
+    for goal in (2, 6, 10):
+        deadline = time.monotonic() + 100
+        while not (killed / f"checkpoint-{goal}").is_dir() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        # Anywhere behind it: in a step, or while the next checkpoint is being written.
+        time.sleep(random.Random(goal).random() * 0.05)
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        assert not (killed / "weights.pt").exists()
+        checkpoint = list_checkpoints(killed)[-1]
+        process = start(killed, "full", checkpoint)
+    finish(process)
+    ours, theirs = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "whole"))
+    assert same(ours, theirs)
+    assert untimed(killed) == untimed(tmp_path / "whole") and len(lines(killed)) == 14
+    assert not list(killed.glob(".*"))
+
+
+def test_what_a_checkpoint_holds_and_how_many_are_kept(folder, tmp_path):
+    run, result = train(folder, tmp_path, checkpointing_steps="1", checkpoints_total_limit=2, route="peft")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+    assert result.checkpoint == tmp_path / "checkpoint-6"
+    names = sorted(path.name for path in result.checkpoint.iterdir())
+    assert names == ["optimizer.pt", "random_states_0.pt", "student.safetensors", "training_state.json"]
+    saved = load_file(result.checkpoint / "student.safetensors")
+    trained = {name for name, parameter in run.student.model.named_parameters() if parameter.requires_grad}
+    assert set(saved) == trained and not any("base_layer" in name for name in saved)
+    # A finished training that is resumed has nothing to do.
+    before = weights(run)
+    run, result = train(folder, tmp_path, route="peft", checkpoint=result.checkpoint)
+    assert result.step == STEPS and same(weights(run), before)
+
+
+def test_a_checkpoint_of_an_epoch_or_of_none(folder, tmp_path):
+    train(folder, tmp_path / "epoch", checkpointing_steps="epoch")
+    assert [path.name for path in list_checkpoints(tmp_path / "epoch")] == ["checkpoint-4", "checkpoint-6"]
+    train(folder, tmp_path / "none", checkpointing_steps="none")
+    assert list_checkpoints(tmp_path / "none") == []
+
+
+def test_checkpoints_that_do_not_fit_are_refused_by_name(folder, tmp_path, caplog):
+    train(folder, tmp_path, checkpointing_steps="2")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    checkpoint = tmp_path / "checkpoint-2"
+    for changes, says in (
+        ({"plan": "another"}, "expected a training with --plan another, found one with a plan"),
+        ({"route": "peft"}, "--route peft, found one with full"),
+        ({"ema_decay": 0.5}, "--ema_decay 0.5, found one with None"),
+        ({"model_name_or_path": "deit"}, "--model_name_or_path deit, found one with vit"),
+    ):
+        with pytest.raises(InvalidValueError, match=re.escape(says)):
+            train(folder, tmp_path, checkpoint=checkpoint, **changes)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    train(folder, tmp_path / "other", checkpoint=checkpoint, learning_rate=1e-2)
+    assert "learning_rate was 0.003 and is 0.01 now" in caplog.text
+    caplog.clear()
+    train(folder, tmp_path / "two", checkpoint=edit_state(earlier(checkpoint), lambda c: c["facts"].update(TWO)))
+    assert "num_processes was 2 and is 1 now" in caplog.text
+
+
+TWO = {"num_processes": 2}
+FILES = ("optimizer.pt", "random_states_0.pt", "student.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    train(folder, output, checkpointing_steps="2")
+    return output
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    return Path(shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", ["missing", "junk", "other"])
+def test_a_checkpoint_is_read_as_a_whole(folder, trained, checkpoint, name, content):
+    if content == "other":
+        shutil.copy(trained / "checkpoint-4" / name, checkpoint)
+    elif content == "junk":
+        (checkpoint / name).write_bytes(b"junk")
+    else:
+        (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: expected the file that was written with this checkpoint"):
+        train(folder, checkpoint.parent / "out", checkpoint=checkpoint)
+    if content != "other":
+        with pytest.raises(CheckpointError, match=f"{name}: expected"):
+            train(folder, checkpoint.parent / "out", checkpoint=earlier(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"step": 4}, "step: expected 2, as its folder says, found 4"),
+        ({"step": 999}, "step: expected 2, as its folder says, found 999"),
+        ({"step": -1}, "step: expected a whole number from 0, found -1"),
+        ({"step": 3.7}, "step: expected a whole number from 0, found 3.7"),
+        ({"step": True}, "step: expected a whole number"),
+        ({"seed": None}, "seed: expected a whole number"),
+        ({"facts": []}, "facts: expected a mapping"),
+        ({"colour": "red"}, "unknown 'colour'"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(folder, checkpoint, changes, says):
+    edit_state(checkpoint, lambda content: content.update(changes))
+    for change, words in ((lambda path: path, ""), (earlier, says)):
+        with pytest.raises(CheckpointError, match=f"training_state.json.*{words}"):
+            train(folder, checkpoint.parent / "out", checkpoint=change(checkpoint))
+
+
+def test_a_checkpoint_under_another_name_and_of_an_earlier_version_is_resumed(folder, trained, checkpoint, tmp_path):
+    named = earlier(checkpoint).rename(tmp_path / "best")
+    train(folder, tmp_path / "out", checkpoint=named, checkpointing_steps="2")
+    for name in FILES[1:]:
+        ours, theirs = (path / "checkpoint-6" / name for path in (trained, tmp_path / "out"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    edit_state(named, lambda content: content.update(step=7))
+    with pytest.raises(CheckpointError, match="step: expected at most 6, found 7"):
+        train(folder, tmp_path / "out", checkpoint=named)
+
+
+def test_a_checkpoint_of_a_model_of_other_shapes_names_the_weight(folder, tmp_path):
+    train(folder, tmp_path, checkpointing_steps="2")
+    run = prepare(folder, tmp_path, checkpoint=tmp_path / "checkpoint-2")
+    run.student.model.classifier = torch.nn.Linear(32, CLASSES, bias=False)
+    with pytest.raises(CheckpointError, match=r"expected classifier.bias of shape None, found \(4,\)"):
+        finetune_model(run)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(folder, tmp_path, accumulated):
+    def spoiled(start, count):
+        for position in range(start, start + count):
+            batch = batch_at(position)
+            if position == 3 * accumulated:
+                batch["pixel_values"][0, 0, 0, 0] = math.inf
+            yield batch
+
+    how = {"batches": spoiled, "gradient_accumulation_steps": accumulated, "logging_steps": 100}
+    with pytest.raises(ComCATError, match=r"loss of step 4 is not finite.*the last checkpoint is as it was"):
+        train(folder, tmp_path, checkpointing_steps="2", **how)
+    # Step 4 is not saved, though its loss is looked at only then.
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    saved = load_file(tmp_path / "checkpoint-2" / "student.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+    train(folder, tmp_path, checkpoint=tmp_path / "checkpoint-2", gradient_accumulation_steps=accumulated)
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
+    """Gradients may overflow where the loss does not."""
+
+    class Overflowing(Accelerator):
+        def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
+            steps.append(1)
+            if len(steps) == 4:
+                parameters[0].grad[:] = math.nan
+
+    steps = []
+    with pytest.raises(ComCATError, match="After step 4 some weights are not finite"):
+        train(folder, tmp_path, checkpointing_steps="2", accelerator=Overflowing(cpu=True))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("place", ["comcat_hf.hub.files.os.replace", "comcat_hf.tensor_files.torch.save"])
+def test_a_full_disk_leaves_the_checkpoints_that_are_there(folder, tmp_path, monkeypatch, place):
+    module, _, name = place.rpartition(".")
+    real = getattr(os if "os" in module else torch, name)
+
+    def full(*args, **kwargs):
+        if (tmp_path / "checkpoint-2").is_dir() and any("checkpoint-4" in str(p) for p in tmp_path.glob(".*")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os if "os" in module else torch, name, full)
+    with pytest.raises(ComCATError, match=r"checkpoint-4: expected to write.*No space left on device.*as they were"):
+        train(folder, tmp_path, checkpointing_steps="2")
+    monkeypatch.undo()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+    whole, _ = train(folder, tmp_path / "whole")
+    run, _ = train(folder, tmp_path, checkpoint=tmp_path / "checkpoint-2")
+    assert same(weights(run), weights(whole))
+
+
+def test_an_output_folder_that_cannot_be_made(folder, tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(ComCATError, match=r"file.out: expected to write there"):
+        train(folder, tmp_path / "file" / "out")
+
+
+def test_batches_that_end_too_early(folder, tmp_path):
+    with pytest.raises(ComCATError, match="expected batches for 6 steps, found them for 3"):
+        train(folder, tmp_path, batches=lambda start, count: batches(start, 3))
+
+
+def test_trainings_without_anything_to_train(folder, tmp_path):
+    run = prepare(folder, tmp_path)
+    run.student.model.requires_grad_(False)
+    with pytest.raises(InvalidValueError, match="found that all are frozen"):
+        finetune_model(run)
+
+
+# Reports
+
+
+class _Recorder(GeneralTracker):
+    """Keeps what a tracker is told."""
+
+    name = "recorder"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    @property
+    def tracker(self):
+        return None
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((values, step))
+
+
+def test_trackers_are_told_what_the_log_says(folder, tmp_path):
+    tracker = _Recorder()
+    accelerator = Accelerator(cpu=True, log_with=[tracker])
+    how = {"hub_token": "secret", "token": "secret", "eval_steps": "epoch", "evaluate": lambda model: {"top1": 0.5}}
+    train(folder, tmp_path, accelerator=accelerator, **how)
+    said = lines(tmp_path)
+    assert [step for _, step in tracker.logged] == [line["step"] for line in said] == [2, 4, 4, 6]
+    assert tracker.logged[2] == ({"eval_top1": 0.5}, 4) and said[2] == {"step": 4, "epoch": 1.0, "eval_top1": 0.5}
+    assert {"loss", "task", "teacher", "alignment", "learning_rate"} <= set(tracker.logged[0][0])
+    assert "secret" not in str(tracker.config) and tracker.config["learning_rate"] == 3e-3
+
+
+def test_which_tracker_is_taken(monkeypatch):
+    for installed, auto in (([], None), (["wandb"], None), (["wandb", "tensorboard"], "tensorboard")):
+        monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda found=installed: found)
+        assert tracker_of("auto") == auto
+        assert tracker_of("none") is None and tracker_of("all") == "all"
+    assert tracker_of("wandb") == "wandb"
+    with pytest.raises(InvalidValueError, match="--report_to mlflow: expected an installed tracker, found wandb"):
+        tracker_of("mlflow")
+    with pytest.raises(InvalidValueError, match=r"--report_to must be one of .*, all, auto or none, got 'paper'"):
+        tracker_of("paper")
+
+
+def test_the_log_reads_as_one_run(tmp_path):
+    path = tmp_path / LOG
+    log = TrainingLog(path, 0)
+    for step in (1, 2, 3):
+        log.write(step=step, loss=math.nan if step == 1 else 0.5)
+    with path.open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    log = TrainingLog(path, 2)
+    log.write(step=3, eval_top1=1.0)
+    assert lines(tmp_path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}, {"step": 3, "eval_top1": 1.0}]
+    assert TrainingLog(path, 3).has(3, "eval_") and not TrainingLog(path, 3).has(2, "eval_")
+    TrainingLog(path, 0, writes=False).write(step=9)
+    assert len(lines(tmp_path)) == 3
+    TrainingLog(path, 0)
+    assert path.read_text() == ""
+
+
+def test_the_meter_waits_until_it_is_read():
+    """No value is fetched from the device per step."""
+    meter = LossMeter(Accelerator(cpu=True), batches=2)
+    loss = DistillationLoss(alpha=0)
+    fetched = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__float__"):
+            patch.setattr(torch.Tensor, name, lambda self, name=name: fetched.append(name))
+        for number in (1.0, 2.0, 3.0, 6.0):
+            logits = torch.tensor([[0.0, number]])
+            output = type("Output", (), {"logits": logits})
+            meter.add(loss(output, None, torch.tensor([1])), 1)
+    assert fetched == []
+    expected = sum(math.log1p(math.exp(-number)) for number in (1.0, 2.0, 3.0, 6.0)) / 4
+    found = meter.read(2)
+    assert found["loss"] == found["task"] == pytest.approx(expected, rel=1e-5)
+
+
+# Several processes
+
+TOGETHER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from accelerate import Accelerator
+from tests.training.classify import test_vit_loop as test
+
+folder, output, route, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+accelerator = Accelerator(cpu=True)
+index, count, size = accelerator.process_index, accelerator.num_processes, 8 // accelerator.num_processes
+assert count == int(sys.argv[5])
+
+def batches(start, number):
+    for position in range(start, start + number):
+        if stop and position == stop and index == 1:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole = test.batch_at(position, 8)
+        yield {{name: value[index * size : (index + 1) * size] for name, value in whole.items()}}
+
+from comcat_hf.training.checkpoints import list_checkpoints
+from comcat_hf.training.interruption import Interruption
+with Interruption() as interruption:
+    found = list_checkpoints(output)
+    run, result = test.train(
+        folder, output, "dry", steps=16, accelerator=accelerator, batches=batches, route=route, logging_steps=2,
+        ema_decay=0.9, checkpointing_steps="100", per_device_train_batch_size=size, interruption=interruption,
+        gradient_accumulation_steps=1, checkpoint=found[-1] if found else None,
+    )
+if accelerator.is_main_process:
+    torch.save(test.weights(run), output / "weights.pt")
+    (output / "result").write_text(f"{{result.step}} {{result.interrupted}}")
+accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("route", ["full", "peft"])
+def test_two_processes_are_one_with_the_same_images(folder, tmp_path, route):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(TOGETHER.format(root=str(Path(__file__).parents[3]))))
+
+    def run(output, processes, stop=0):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+        command += [f"--config_file={TWO}"] if processes == 2 else ["--cpu", "--num_processes=1", "--num_machines=1"]
+        command += [str(script), str(folder), str(output), route, str(stop), str(processes)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    run(tmp_path / "one", 1)
+    run(tmp_path / "two", 2)
+    one, two = untimed(tmp_path / "one"), untimed(tmp_path / "two")
+    assert [line["step"] for line in two] == [2, 4, 6, 8, 10, 12, 14, 16]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == {name: pytest.approx(value, abs=1e-4) for name, value in theirs.items()}
+    assert one[0]["loss"] - one[-1]["loss"] > 0.05
+    # A signal to one process stops both behind the same step, and they go on from there.
+    run(tmp_path / "stopped", 2, stop=5)
+    assert (tmp_path / "stopped" / "result").read_text() == "6 a signal to another process"
+    assert len(list((tmp_path / "stopped" / "checkpoint-6").glob("random_states_*.pt"))) == 2
+    run(tmp_path / "stopped", 2)
+    for ours, theirs in zip(untimed(tmp_path / "stopped"), two, strict=True):
+        assert ours == {name: pytest.approx(value, abs=1e-6) for name, value in theirs.items()}
+
+
+# Speed
+
+
+def test_a_step_asks_for_nothing_that_a_bare_one_does_not(folder, tmp_path, monkeypatch):
+    """Of the device: between two lines of the log no value is fetched and nothing is reduced."""
+    fetched = []
+    run = prepare(folder, tmp_path, logging_steps=100, steps=5)
+    real = {name: getattr(torch.Tensor, name) for name in ("item", "tolist")}
+    reduce = run.accelerator.reduce
+
+    def watched(start, count):
+        yield batch_at(0)
+        # AdamW keeps its steps on the CPU, and reads them there.
+        for name in real:
+            monkeypatch.setattr(
+                torch.Tensor, name, lambda self, name=name: (fetched.append((name, self.ndim)), real[name](self))[1]
+            )
+        monkeypatch.setattr(
+            run.accelerator, "reduce", lambda *args, **kwargs: (fetched.append("reduce"), reduce(*args, **kwargs))[1]
+        )
+        yield batch_at(1)
+        yield batch_at(2)
+        counted.append(list(fetched))
+        monkeypatch.undo()
+        yield from batches(3, 2)
+
+    counted = []
+    finetune_model(TrainRun(**{**vars(run), "batches": watched}))
+    taken = counted[0]
+    assert "reduce" not in taken and "tolist" not in [name for name, *_ in taken if name != "reduce"]
+    assert copy.copy(taken) == [("item", 0)] * len(taken)
