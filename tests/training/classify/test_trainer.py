@@ -1,0 +1,423 @@
+"""`DistillationTrainer` on real ViTs of small size: exactness, whole checkpoints, processes, and bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+
+import comcat_hf
+from comcat_hf import ComCATConfig
+from comcat_hf.compression.distillation import DistillationLoss
+from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
+from comcat_hf.training.classify.callbacks import JSONLogCallback, StopOnSignal, WeightAverageCallback
+from comcat_hf.training.classify.trainer import DistillationTrainer
+from comcat_hf.training.interruption import Interruption
+
+
+ROOT = Path(__file__).parents[3]
+CLASSES, SIZE, STEPS = 4, 16, 6
+
+
+class Images(Dataset):
+    """Images whose mean says their class."""
+
+    def __init__(self, count=24):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        label = index % CLASSES
+        image = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(index)) + label
+        return {"pixel_values": image, "labels": label}
+
+
+def dense_vit(dropout=0.1):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=SIZE,
+        patch_size=8,
+        num_labels=CLASSES,
+        initializer_range=0.1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def student_and_teacher(route, dropout=0.1):
+    dense = dense_vit(dropout)
+    plan = comcat_hf.allocate_ranks(dense, 0.4, scope="attention", strategy="uniform")
+    if route == "full":
+        return comcat_hf.compress(dense, plan=plan).requires_grad_(True), dense
+    return get_peft_model(dense, ComCATConfig.from_plan(plan, modules_to_save=["classifier"])), None
+
+
+def make(output, route="full", *, steps=STEPS, dropout=0.1, decay=0.9, callbacks=(), trainer=None, **changes):
+    model, teacher = student_and_teacher(route, dropout)
+    given = {"per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 3e-3, "logging_steps": 2}
+    given |= {"save_steps": 100, "eval_strategy": "steps", "eval_steps": 3, "report_to": [], "disable_tqdm": True}
+    args = TrainingArguments(str(output), **given | {"use_cpu": True} | changes)
+    average = [] if decay is None else [WeightAverageCallback(decay)]
+    return (trainer or DistillationTrainer)(
+        model=model,
+        args=args,
+        teacher=teacher,
+        train_dataset=Images(),
+        eval_dataset=Images(8),
+        callbacks=[*average, JSONLogCallback(output), *callbacks],
+    )
+
+
+def state(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+class StopAt(TrainerCallback):
+    """SIGTERM to this process within a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("route", ["full", "peft"])
+def test_the_student_comes_to_answer_as_its_teacher(tmp_path, route):
+    how = {"steps": 40, "dropout": 0.0, "logging_steps": 20, "learning_rate": 1e-2, "eval_strategy": "no"}
+    trainer = make(tmp_path, route, decay=None, **how)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "classifier" in name and parameter.requires_grad:
+                parameter.mul_(-3)
+    trainer.distillation = DistillationLoss(alpha=1.0)
+    trainer.train()
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [line["step"] for line in logged] == [20, 40]
+    assert logged[1]["loss"] < 0.5 * logged[0]["loss"]
+    assert all({"task", "teacher", "alignment", "grad_norm", "learning_rate"} <= line.keys() for line in logged)
+    assert logged[-1]["loss"] == pytest.approx(logged[-1]["teacher"], rel=1e-4)
+    if route == "peft":
+        pixels = Images()[0]["pixel_values"][None]
+        with trainer.model.disable_adapter(), torch.no_grad():
+            assert torch.equal(trainer.model.eval()(pixels).logits, dense_vit(0.0)(pixels).logits)
+
+
+@pytest.mark.parametrize(
+    ("route", "changes"),
+    [("full", {"gradient_accumulation_steps": 2}), ("peft", {"bf16": True})],
+    ids=["full", "peft"],
+)
+def test_sigterm_saves_and_the_rest_gives_the_same_bits(tmp_path, route, changes):
+    """With dropout, a moving average, between two lines of the log and on either side of an evaluation."""
+    whole = make(tmp_path / "whole", route, **changes)
+    whole.train()
+    for step in (1, 3, 4):
+        output = tmp_path / f"stopped-{step}"
+        with Interruption() as interruption:
+            stopped = make(output, route, callbacks=[StopAt(step)], **changes)
+            stopper = StopOnSignal(interruption, stopped.accelerator)
+            stopped.add_callback(stopper)
+            stopped.train()
+        assert (stopped.state.global_step, stopper.signal) == (step, "SIGTERM")
+        resumed = make(output, route, **changes)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == STEPS
+        assert same(state(resumed), state(whole)), step
+        kept = [{k: line[k] for k in line if k in ("step", "eval_loss", "learning_rate")} for line in lines(output)]
+        assert [line for line in kept if "eval_loss" in line or "learning_rate" in line] == [
+            {k: line[k] for k in line if k in ("step", "eval_loss", "learning_rate")}
+            for line in lines(tmp_path / "whole")
+            if "eval_loss" in line or "learning_rate" in line
+        ]
+
+
+def test_dropout_goes_on_where_it_was(tmp_path):
+    """The test above would pass without it, were there no dropout."""
+    whole = make(tmp_path, save_steps=3)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    other = torch.load(checkpoint / "rng_state.pth", weights_only=False)
+    torch.manual_seed(99)
+    torch.save(other | {"cpu": torch.random.get_rng_state()}, checkpoint / "rng_state.pth")
+    resumed = make(tmp_path, save_steps=3)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert not same(state(resumed), state(whole))
+
+
+@pytest.mark.parametrize("route", ["full", "peft"])
+def test_every_tensor_of_a_checkpoint_is_loaded(tmp_path, route):
+    """`Trainer` itself passes over 84 of 92 tensors of a ViT, which its checkpoints name otherwise."""
+    trainer = make(tmp_path, route, decay=None, save_steps=3, steps=3)
+    trainer.train()
+    expected = state(trainer)
+    other = make(tmp_path / "other", route, decay=None)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    other._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    assert same(state(other), expected)
+    file = "model.safetensors" if route == "full" else "adapter_model.safetensors"
+    assert len(load_file(tmp_path / "checkpoint-3" / file)) > 8
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_the_best_model_is_kept_at_the_end(tmp_path, decay):
+    trainer = make(
+        tmp_path,
+        decay=decay,
+        learning_rate=0.5,
+        save_steps=1,
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    losses = {line["step"]: line["eval_loss"] for line in lines(tmp_path) if "eval_loss" in line}
+    best = min(losses, key=losses.get)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}") and best < STEPS
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
+
+
+def test_the_average_is_evaluated_and_kept_in_place_of_the_weights(tmp_path):
+    trainer, plain = (make(tmp_path / str(decay), decay=decay, dropout=0.0) for decay in (0.9, None))
+    start = state(trainer)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    plain.add_callback(Watch())
+    plain.train()
+    trainer.train()
+    name = "classifier.weight"
+    expected = start[name]
+    for weights in seen:
+        expected = 0.9 * expected + 0.1 * weights[name]
+    torch.testing.assert_close(trainer.model.state_dict()[name], expected)
+    assert lines(tmp_path / "0.9")[1]["eval_loss"] != lines(tmp_path / "None")[1]["eval_loss"]
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
+    trainer = make(tmp_path, save_steps=2, save_total_limit=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    # A pickle with the token of the Hub in it.
+    assert not list(tmp_path.rglob("training_args.bin"))
+    last = tmp_path / "checkpoint-6"
+    (last / "comcat_whole.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-6: expected a checkpoint that was written to the end"):
+        make(tmp_path).train(resume_from_checkpoint=str(last))
+    resumed = make(tmp_path, save_steps=2, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(state(resumed), state(trainer))
+    for name in ("rng_state.pth", "weight_average.safetensors", "model.safetensors"):
+        content = (last / name).read_bytes()
+        (last / name).write_bytes(content[:-1])
+        with pytest.raises(CheckpointError, match=rf"{name}: expected a file of {len(content)} bytes, found"):
+            make(tmp_path).train(resume_from_checkpoint=str(last))
+        (last / name).write_bytes(content)
+
+
+def test_an_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    trainer = make(tmp_path, save_steps=2, save_total_limit=1)
+    save = Trainer._save_rng_state
+
+    def full(self, folder):
+        if self.state.global_step == 4:
+            raise OSError("no space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match="no space"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make(tmp_path / "whole")
+    whole.train()
+    assert same(state(resumed), state(whole))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from tests.training.classify import test_trainer as test
+output = Path(sys.argv[1])
+trainer = test.make(output, steps=14, save_steps=2, save_total_limit=2, logging_steps=1)
+trainer.train(resume_from_checkpoint=True)
+torch.save(trainer.model.state_dict(), output / "weights.pt")
+"""
+
+
+def test_sigkill_loses_the_steps_since_the_last_checkpoint_only(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(KILLED.format(root=str(ROOT)))
+
+    def start(output):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(
+            [sys.executable, str(script), str(output)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+
+    def finish(process):
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+
+    finish(start(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    process = start(killed)
+    for goal in (4, 10):
+        deadline = time.monotonic() + 100
+        while not (killed / f"checkpoint-{goal}").is_dir() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        # Anywhere behind it: in a step, or while a checkpoint is being written.
+        time.sleep(random.Random(goal).random() * 0.05)
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        assert not (killed / "weights.pt").exists()
+        process = start(killed)
+    finish(process)
+    ours, theirs = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "whole"))
+    assert same(ours, theirs)
+    assert [line["step"] for line in lines(killed) if "loss" in line] == list(range(1, 15))
+
+
+# Several processes
+
+TOGETHER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from tests.training.classify import test_trainer as test
+output, route = Path(sys.argv[1]), sys.argv[2]
+trainer = test.make(output, route, dropout=0.0, per_device_train_batch_size=int(sys.argv[3]))
+trainer.train()
+assert trainer.accelerator.num_processes == 8 // int(sys.argv[3])
+if trainer.accelerator.is_main_process:
+    torch.save(trainer.model.state_dict(), output / "weights.pt")
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("route", ["full", "peft"])
+def test_two_processes_are_one_with_the_same_images(tmp_path, route):
+    script = tmp_path / "train.py"
+    script.write_text(TOGETHER.format(root=str(ROOT)))
+    for processes, size in ((1, 8), (2, 4)):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+        two = f"--config_file={ROOT / 'scripts' / 'accelerate' / 'cpu.yaml'}"
+        command += [two] if processes == 2 else ["--cpu", "--num_processes=1", "--num_machines=1"]
+        command += [str(script), str(tmp_path / str(processes)), route, str(size)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    for ours, theirs in zip(lines(tmp_path / "2"), lines(tmp_path / "1"), strict=True):
+        assert all(
+            ours[k] == pytest.approx(theirs[k], abs=1e-4) for k in theirs if "second" not in k and "run" not in k
+        )
+
+
+# Speed
+
+
+def test_between_two_lines_of_the_log_nothing_is_fetched_from_the_device(tmp_path, monkeypatch):
+    fetched, counted = [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                # AdamW keeps its steps on the CPU, and reads them there.
+                for name in ("tolist", "__bool__", "__float__"):
+                    real = getattr(torch.Tensor, name)
+                    monkeypatch.setattr(
+                        torch.Tensor, name, lambda self, name=name, real=real: (fetched.append(name), real(self))[1]
+                    )
+                reduce = trainer.accelerator.reduce
+                monkeypatch.setattr(
+                    trainer.accelerator, "reduce", lambda *a, **k: (fetched.append("reduce"), reduce(*a, **k))[1]
+                )
+            if state.global_step == 4:
+                counted.append(list(fetched))
+                monkeypatch.undo()
+
+    trainer = make(tmp_path, logging_steps=100, eval_strategy="no", callbacks=[Watch()])
+    trainer.train()
+    assert counted == [[]]
+
+
+# What goes wrong
+
+
+def test_a_loss_or_weights_that_are_not_finite_end_the_training(tmp_path):
+    trainer = make(tmp_path, save_steps=1, logging_steps=1, eval_strategy="no", learning_rate=1e30)
+    with pytest.raises(ComCATError, match=r"(The loss up to|After) step \d.*not finite"):
+        trainer.train()
+    resumed = make(tmp_path)
+    assert same(state(resumed), state(make(tmp_path / "fresh")))
+
+
+class Unlabelled(Images):
+    def __getitem__(self, index):
+        return {"pixel_values": super().__getitem__(index)["pixel_values"]}
+
+
+def test_bad_arguments_are_refused_by_name(tmp_path):
+    model, teacher = student_and_teacher("full")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    cases = [
+        ({"model": model}, r"teacher: expected the dense model, found None"),
+        ({"model": model, "teacher": model}, r"teacher: expected the dense model, found the student itself"),
+        ({"model": model, "teacher": teacher, "compute_loss_func": max}, r"compute_loss_func: expected None"),
+        ({"model": None, "teacher": teacher}, r"model: expected a compressed model"),
+        ({"model": dense_vit().requires_grad_(False), "teacher": teacher}, r"model: expected parameters to train"),
+    ]
+    for given, says in cases:
+        with pytest.raises(InvalidValueError, match=says):
+            DistillationTrainer(args=args, train_dataset=Images(), **given)
+    trainer = DistillationTrainer(
+        model=model, args=args, distillation=DistillationLoss(alpha=0), train_dataset=Unlabelled()
+    )
+    with pytest.raises(InvalidValueError, match="expected 'labels' beside the model's inputs"):
+        trainer.train()
