@@ -164,7 +164,7 @@ def test_a_teacher_of_other_labels_is_refused(folders, tmp_path):
         (Value("bool"), True),
         (Image(), Images.new("RGB", (2, 2))),
     ],
-    ids=str,
+    ids=["texts", "numbers", "struct", "bytes", "float", "bool", "image"],
 )
 def test_label_columns_of_other_kinds(folders, tmp_path, feature, label, streaming):
     table = {"image": [Images.new("RGB", (2, 2))] * 2, "label": [label] * 2}
