@@ -254,7 +254,7 @@ def _expanded(name_or_path: str | os.PathLike) -> Path:
     except (RuntimeError, OSError, ValueError) as error:
         shown = without_secrets(repr(str(name_or_path))[:200])
         raise CheckpointError(
-            f"{shown}: expected a folder or a Hub id, found text that can be neither; check the path"
+            f"{shown}: expected a folder or a Hub id, found a text that is neither; check the path"
         ) from error
     return path
 

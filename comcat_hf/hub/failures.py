@@ -27,7 +27,7 @@ __all__ = ["NOT_THE_HUB", "asking", "detail_of", "without_secrets"]
 
 _Answer = TypeVar("_Answer")
 
-NOT_THE_HUB = "what answered does not speak as the Hub does; check HF_ENDPOINT, proxy and network"
+NOT_THE_HUB = "the server does not answer as the Hub does; check HF_ENDPOINT, proxy and network"
 # The first matching kind counts, so subclasses come before their bases.
 _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "the repository is gated; ask for access on its page, then pass `token=` or run `hf auth login`"),

@@ -44,7 +44,7 @@ def write_json_atomic(path: str | os.PathLike, payload: Mapping[str, Any]) -> Pa
         text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidValueError(
-            f"{path}: expected a payload that JSON can hold, found one that it cannot ({error}); "
+            f"{path}: expected JSON-serialisable content, found other values ({error}); "
             "use plain finite numbers, strings, lists and mappings"
         ) from error
     return write_text_atomic(path, text + "\n")
@@ -59,7 +59,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         content = parse_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{path}: expected UTF-8 JSON, found a byte that is none at position {error.start}; "
+            f"{path}: expected UTF-8 JSON, found an invalid byte at position {error.start}; "
             "save or download the file again"
         ) from error
     except OSError as error:

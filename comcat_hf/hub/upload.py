@@ -39,7 +39,7 @@ NOT_UPLOADED = (
 )
 _NO_TOKEN = "there is no token; run `hf auth login`, or pass `token=`"
 _UPLOAD_FAILURES: tuple[tuple[type[Exception], str], ...] = (
-    (HFValidationError, "it is no name of a repository; one reads `user/name`"),
+    (HFValidationError, "it is not a repository name; a name reads `user/name`"),
     (LocalTokenNotFoundError, _NO_TOKEN),
     (RepositoryNotFoundError, "there is no such user or organisation, or the token may not write there"),
     (HTTPError, "the Hub refused it or could not answer; check that the token may write there, and try again"),

@@ -125,7 +125,7 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
         raise InvalidValueError(
             "expected one rank for all attention modules of down_blocks[:3], up_blocks[1:4] and mid_block and a scale "
             f"above 0, found the ranks {sorted(ranks)}, the scale {config.scale}"
-            f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot say this"
+            f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot hold this adapter"
         )
     write_saved(file, tensors)
     return config.scale**0.5

@@ -31,7 +31,7 @@ def check_sizes(tensors: Iterable[Any], path: str | Path) -> None:
     held = Path(path).stat().st_size
     if declared > held:
         raise CheckpointError(
-            f"{path}: expected tensors of at most {held:,} bytes, the size of the file, found such as declare "
+            f"{path}: expected tensors of at most {held:,} bytes, the size of the file, found declared sizes of "
             f"{declared:,}; do not use it"
         )
 

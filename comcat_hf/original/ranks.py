@@ -94,6 +94,6 @@ def _entry(plan: RankPlan, name: str, keys: Sequence[str] = ("rank",)) -> dict[s
     if set(found) != set(keys):
         raise RankPlanError(
             f"{name}: expected {' and '.join(keys)}, found {'no entry' if entry is None else entry}; "
-            "the original format says ranks of every layer, and neither dense layers nor widths"
+            "the original format holds a rank for every layer, and neither dense layers nor widths"
         )
     return found
