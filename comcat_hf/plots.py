@@ -1,4 +1,4 @@
-"""Pictures of plans and results for notebooks and files; `reporting.plots` makes them."""
+"""Plots of rank plans and results, for notebooks and files: the public names of `reporting.plots`."""
 
 from .reporting.plots import plot_compression as plot_compression
 from .reporting.plots import plot_image_grid as plot_image_grid

@@ -1,4 +1,4 @@
-"""The app in the browser: a pipeline with its adapters before and after, a dense and a compressed classifier."""
+"""The browser app: images without and with a pipeline's adapters, and a dense beside a compressed classifier."""
 
 from .classifiers import Answer as Answer
 from .classifiers import Classifier as Classifier

@@ -1,4 +1,4 @@
-"""A dense and a compressed image classifier on the same image: what they say, and how long they take."""
+"""Compares a dense and a compressed image classifier on one image: labels and latency."""
 
 import time
 from collections import Counter
@@ -39,10 +39,10 @@ class Classifier:
 
     Attributes:
         source: folder or Hub id.
-        model: in eval mode, on the device that it runs on.
-        processor: what makes its inputs from images.
-        parameters: by `numel`.
-        macs: multiply-accumulates of one image, `None` where they cannot be counted.
+        model: in eval mode, on its device.
+        processor: image processor that makes the model's inputs.
+        parameters: counted by `numel`.
+        macs: multiply-accumulates for one image, `None` if they cannot be counted.
     """
 
     source: str
@@ -54,7 +54,7 @@ class Classifier:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A dense classifier and a compressed one. Nothing changes them, so a copy is the pair itself."""
+    """A dense and a compressed classifier. Nothing changes them, so `copy.deepcopy` returns the pair itself."""
 
     dense: Classifier
     compressed: Classifier
@@ -65,11 +65,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a classifier says of an image.
+    """The result of a classifier on one image.
 
     Attributes:
-        labels: the most probable ones, each with its probability; labels of the same name carry their number.
-        latency: median seconds of the forward pass for this one image.
+        labels: the most probable labels with their probabilities; labels with equal names get their number.
+        latency: median seconds of the forward pass for this image.
     """
 
     labels: tuple[tuple[str, float], ...]
@@ -81,7 +81,7 @@ def load_pair(dense: str, compressed: str) -> Pair:
 
     Args:
         dense: folder or Hub id; empty for the base that the compressed model names.
-        compressed: folder or Hub id. Where it has no image processor, the dense one's is used.
+        compressed: folder or Hub id. Without an image processor of its own it uses the dense model's.
 
     Returns:
         the pair.
@@ -105,15 +105,15 @@ def load_pair(dense: str, compressed: str) -> Pair:
 
 
 def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int = 10) -> tuple[Answer, Answer]:
-    """Show an image to both classifiers; they are timed in turns, so that a busy machine slows both.
+    """Classify an image with both models. They are timed in turns, so that a busy machine slows both.
 
     Args:
         pair: the classifiers.
-        image: a Pillow image, or the path of one.
-        repeats: timed runs of each.
+        image: a Pillow image, or the path of an image.
+        repeats: timed runs of each model.
 
     Returns:
-        the answers of the dense and of the compressed one.
+        the answers of the dense and of the compressed model.
 
     Raises:
         InvalidValueError: no classifiers, no image, or repeats out of range.

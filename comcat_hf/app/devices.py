@@ -1,4 +1,4 @@
-"""Where the app's models run, and waiting for them."""
+"""The device of the app's models, and waiting for it."""
 
 import torch
 
@@ -12,6 +12,6 @@ def best_device() -> torch.device:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""The page: two tabs of gradio over the logic of the other modules."""
+"""The app's page: two gradio tabs that call the other modules."""
 
 import functools
 import html
@@ -28,7 +28,7 @@ CSS = """
 
 
 def import_gradio() -> Any:
-    """The library, imported when it is needed.
+    """Import gradio when it is needed.
 
     Raises:
         ComCATError: it is not installed.
@@ -46,8 +46,8 @@ def build_app(studio: Studio | None = None, pair: Pair | None = None) -> Any:
     """Build the page.
 
     Args:
-        studio: a pipeline with adapters that everyone who opens the page starts with.
-        pair: the same for classifiers.
+        studio: pipeline with adapters that every visitor starts with.
+        pair: classifiers that every visitor starts with.
 
     Returns:
         gradio Blocks, not launched.
@@ -69,10 +69,10 @@ def build_app(studio: Studio | None = None, pair: Pair | None = None) -> Any:
 
 
 def _customize(gr: Any, blocks: Any, first: Studio) -> None:
-    """The tab of a pipeline and its adapters."""
+    """The tab with a pipeline and its adapters."""
     studio, names = gr.State(first), gr.State(first.adapters)
     height, width = first.native_size()
-    # Sliders come and go with the adapters; what they say is gathered here, in the browser.
+    # Sliders come and go with the adapters; their values are gathered here, in the browser.
     scales = gr.JSON({}, visible=False)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -116,7 +116,7 @@ def _customize(gr: Any, blocks: Any, first: Studio) -> None:
 
 
 def _adapter_rows(gr: Any, blocks: Any, parts: tuple[Any, Any, Any], about: Any) -> None:
-    """A slider and a button for each adapter, drawn anew whenever one comes or goes."""
+    """A slider and a button for each adapter, drawn again whenever an adapter is added or removed."""
     studio, names, scales = parts
 
     @gr.render(inputs=[names, scales], triggers=[blocks.load, names.change], concurrency_limit=None)
@@ -133,7 +133,7 @@ def _adapter_rows(gr: Any, blocks: Any, parts: tuple[Any, Any, Any], about: Any)
 
 
 def _compress(gr: Any, first: Pair | None) -> None:
-    """The tab of two classifiers."""
+    """The tab with two classifiers."""
     pair = gr.State(first)
     with gr.Row():
         known = (first.dense.source, first.compressed.source) if first else ("", "")
@@ -173,7 +173,7 @@ def _listen(
     name: str | None,
     progress_on: Any = None,
 ) -> None:
-    """Run `call` on `triggers`, one at a time in its group; an error of ours becomes a message on the page."""
+    """Run `call` on `triggers`, one at a time per group; a ComCATError becomes a message on the page."""
 
     @functools.wraps(call)
     def told(*values: Any) -> Any:

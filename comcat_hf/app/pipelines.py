@@ -1,4 +1,4 @@
-"""A text-to-image pipeline and its adapters: loaded, listed, and the same image drawn without and with them."""
+"""A text-to-image pipeline with adapters: loads them, lists them, and draws an image without and with them."""
 
 import copy
 import inspect
@@ -38,14 +38,14 @@ _CALLED_WITH = ("prompt", "num_inference_steps", "guidance_scale", "height", "wi
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """What is drawn.
+    """Settings of a drawing.
 
     Attributes:
         prompt: the caption.
-        seed: of the noise; the same for both images.
-        steps: of denoising.
+        seed: seed of the noise, the same for both images.
+        steps: denoising steps.
         guidance: scale of classifier-free guidance.
-        height, width: of the image; by default the pipeline's own.
+        height, width: size of the image; by default the pipeline's own.
     """
 
     prompt: str
@@ -58,12 +58,12 @@ class DrawSettings:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One prompt and seed, drawn twice.
+    """Two images of one prompt and seed.
 
     Attributes:
-        before, after: Pillow images without adapters and with them.
-        seconds_before, seconds_after: what they took.
-        blackened: the pipeline's own safety checker replaced one of them.
+        before, after: Pillow images without and with adapters.
+        seconds_before, seconds_after: time to draw each image.
+        blackened: the pipeline's safety checker replaced one of the images.
     """
 
     before: "Image"
@@ -74,10 +74,10 @@ class Drawing:
 
 
 class Studio:
-    """One pipeline and the adapters in it.
+    """One pipeline with its adapters.
 
-    A copy (`copy.deepcopy`) has modules, adapters and a scheduler of its own over the same frozen weights: whoever
-    opens the app gets one, at no cost in memory.
+    A copy (`copy.deepcopy`) has its own modules, adapters and scheduler over the same frozen weights: every visitor of
+    the app gets one, at no cost in memory.
     """
 
     def __init__(self) -> None:
@@ -96,23 +96,23 @@ class Studio:
 
     @property
     def source(self) -> str:
-        """Folder or Hub id of the pipeline; empty while none is loaded."""
+        """Folder or Hub id of the pipeline; empty until one is loaded."""
         return self._source
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters, in the order in which they were added."""
+        """Names of the adapters, in the order of loading."""
         return tuple(self._adapters)
 
     def load(self, source: str) -> None:
-        """Read a pipeline in place of the present one and its adapters, which stay if it cannot be read.
+        """Replace the pipeline and its adapters by another pipeline; on an error they stay.
 
         Args:
             source: folder or Hub id.
 
         Raises:
-            CheckpointError: there is none that loads.
-            InvalidValueError: it does not draw from text alone, or takes no adapters.
+            CheckpointError: no pipeline could be loaded from there.
+            InvalidValueError: the pipeline needs more than text, or takes no adapters.
             ComCATError: diffusers is not installed.
         """
         source = needed(source, "pipeline")
@@ -122,14 +122,14 @@ class Studio:
         self._pipeline, self._source, self._adapters = pipeline, source, {}
 
     def add(self, name: str, source: str) -> str:
-        """Load a ComCAT adapter beside those that are there.
+        """Load a ComCAT adapter beside the present ones.
 
         Args:
-            name: what to call it; empty for the last word of its source.
+            name: its name in the app; empty for the last word of its source.
             source: folder or Hub id.
 
         Returns:
-            the name that it got.
+            its name.
 
         Raises:
             CheckpointError: there is no ComCAT adapter, or it is damaged.
@@ -147,13 +147,13 @@ class Studio:
         return name
 
     def remove(self, name: str) -> None:
-        """Take an adapter away; without the last one the pipeline is as it was loaded.
+        """Remove an adapter; after the last one the pipeline is as it was loaded.
 
         Args:
-            name: which.
+            name: name of the adapter.
 
         Raises:
-            InvalidValueError: there is none of that name.
+            InvalidValueError: there is no adapter of that name.
         """
         self._check_names([name])
         pipeline, left = self._loaded(), [other for other in self._adapters if other != name]
@@ -171,13 +171,13 @@ class Studio:
         scales: Mapping[str, float] | None = None,
         report: Callable[[float], None] = lambda share: None,
     ) -> Drawing:
-        """Draw the same prompt and noise without adapters and with them.
+        """Draw the same prompt and noise without and with adapters.
 
         Args:
-            settings: what to draw.
-            scales: of adapters by name, 1 for those not named. At 0 an adapter is left out; if all are, the second
+            settings: prompt, seed and size.
+            scales: scales by adapter name, 1 by default. An adapter at 0 is left out; with no adapter left, the second
                 image is the first.
-            report: is told after every step which share of the work is done.
+            report: called after every step with the finished share of the work.
 
         Returns:
             both images.
@@ -208,7 +208,7 @@ class Studio:
         return Drawing(before, after, spent, spent_after, black or black_after)
 
     def native_size(self) -> tuple[int, int]:
-        """Height and width that the pipeline was trained for."""
+        """Height and width of the pipeline's training images."""
         parts = self._components()
         config = getattr(parts.get("unet") or parts.get("transformer"), "config", None)
         size = getattr(config, "sample_size", None)
@@ -244,7 +244,7 @@ class Studio:
     def _image(
         self, settings: DrawSettings, report: Callable[[float], None], span: tuple[float, float]
     ) -> tuple[Any, float, bool]:
-        """An image, the seconds that it took, and whether the safety checker replaced it."""
+        """Draw an image; returns it, its time in seconds, and whether the safety checker replaced it."""
         pipeline, (first, last) = self._pipeline, span
         native = self.native_size()
         height, width = settings.height or native[0], settings.width or native[1]

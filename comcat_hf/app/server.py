@@ -1,4 +1,4 @@
-"""From what a user asked for to a running server."""
+"""Settings of the app, preloading of models, and the server."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ __all__ = ["AppSettings", "preload", "run_app", "start_app"]
 
 @dataclass(frozen=True)
 class AppSettings:
-    """What the app starts with and where it listens.
+    """Settings of the app: models to load first, and the address of the server.
 
     Attributes:
         pipeline: folder or Hub id of a pipeline to load first.
         adapters: folders or Hub ids of its adapters, by name.
         dense, compressed: folders or Hub ids of classifiers to load first.
         host: address to listen on; only this machine can reach the default.
-        port: to listen on; `None` for a free one.
+        port: port to listen on; `None` for a free port.
         share: also open a public address through gradio's servers.
     """
 
@@ -36,13 +36,13 @@ class AppSettings:
 
 
 def preload(settings: AppSettings) -> tuple[Studio, Pair | None]:
-    """Load what the app starts with.
+    """Load the models in the settings.
 
     Args:
-        settings: which models.
+        settings: names the models.
 
     Returns:
-        a studio, empty if no pipeline was asked for, and a pair of classifiers, if they were.
+        a studio, empty without a pipeline in the settings, and a pair of classifiers, if the settings name one.
 
     Raises:
         InvalidValueError: adapters without a pipeline, a dense model without a compressed one, or an adapter that does
@@ -69,10 +69,10 @@ def preload(settings: AppSettings) -> tuple[Studio, Pair | None]:
 
 
 def start_app(settings: AppSettings) -> tuple[Any, str]:
-    """Load models, build the page and start the server in threads of its own.
+    """Load models, build the page and start the server in its own threads.
 
     Args:
-        settings: what to start with, and where.
+        settings: models to load, and the server's address.
 
     Returns:
         the running gradio Blocks (`close()` stops them) and the addresses, as one text.
@@ -114,11 +114,11 @@ def start_app(settings: AppSettings) -> tuple[Any, str]:
 
 
 def run_app(settings: AppSettings, report: Callable[[str], None] = lambda text: None) -> None:
-    """Serve until interrupted.
+    """Serve the app until interrupted.
 
     Args:
-        settings: what to start with, and where.
-        report: is told the address.
+        settings: models to load, and the server's address.
+        report: called with the address.
 
     Raises:
         ComCATError: as [`start_app`].

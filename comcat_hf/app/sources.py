@@ -1,4 +1,4 @@
-"""Folders and Hub ids as people type them."""
+"""Folders and Hub ids as users type them."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ __all__ = ["expanded", "needed"]
 
 
 def needed(source: str | None, what: str) -> str:
-    """What was typed, without blanks around it.
+    """Strip blanks around a source, and refuse an empty one.
 
     Args:
         source: folder or Hub id.
-        what: which model it should be; the error names it.
+        what: kind of model, for the error.
 
     Raises:
-        InvalidValueError: nothing was typed.
+        InvalidValueError: the source is empty.
     """
     source = (source or "").strip()
     if not source:
@@ -25,5 +25,5 @@ def needed(source: str | None, what: str) -> str:
 
 
 def expanded(source: str) -> str:
-    """The source with the home folder in place of `~`, which the libraries do not read."""
+    """Replace `~` in a source by the home folder, which the libraries do not do."""
     return str(Path(source).expanduser()) if source.startswith("~") else source

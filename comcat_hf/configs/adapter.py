@@ -1,4 +1,4 @@
-"""What a user writes down to get a ComCAT adapter through PEFT."""
+"""`ComCATConfig`: the configuration of a ComCAT adapter for PEFT."""
 
 import re
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ _FIELDS = {
 class ComCATConfig(PeftConfig):
     """Configuration of a ComCAT adapter.
 
-    A rank or width of `None` leaves that pair, or those layers, as they are.
+    A rank or width of `None` leaves the pair, or the layers, dense.
 
     Args:
         mode: `"compress"`: head-wise low-rank factors in place of the dense attention products, and of linear layers.
@@ -45,25 +45,25 @@ class ComCATConfig(PeftConfig):
             be active at once.
         qk_rank: rank per head of the query/key product, 1 to the head dimension.
         vo_rank: rank per head of the value/output product, 1 to the head dimension.
-        core: of mode `"customize"`: train an r x r matrix per head between frozen bases that are recomputed from the
-            dense weights, in place of full factors. Nothing widens, and fusing is exact.
-        scale: of mode `"customize"`: multiplies the residual product once per pair. `set_scale` and `set_adapters` are
-            relative to it. The original release's alpha is its root.
+        core: in mode `"customize"`, train an r x r matrix per head between frozen bases, recomputed from the dense
+            weights, in place of full factors. Heads do not widen, and fusing is exact.
+        scale: in mode `"customize"`, multiplies the residual product once per pair. `set_scale` and `set_adapters` are
+            relative to it. The original release's alpha is its square root.
         linear_rank: rank of the linear layers of MLPs and of the classifier. A layer that would have no fewer
             parameters than the dense one stays dense. With `mlp_width`, `linear_rank` is for the other layers.
-        mlp_width: how many hidden units the MLPs that are known keep (docs/constraints.md). An MLP that has no more
+        mlp_width: number of hidden units that supported MLPs keep (docs/constraints.md). An MLP with no more units
             stays dense.
-        rank_pattern: ranks of single modules, over those above: module path, or a regular expression that matches its
-            end, to `{"qk": r, "vo": r}` for attention, `{"width": k}` for an MLP or a rank for a linear layer. A rank
-            for a layer of an MLP goes over `mlp_width`.
-        init_weights: `True`: in mode `"customize"` a residual of zero, else the truncated SVD of the dense products,
-            biases exact (paper, section 3; `[W_Q; a] W_K^T` and `W_V W_O`), and of an MLP the hidden units with the
-            largest weights. `False`: random, for tests.
-        target_modules: restrict to modules whose path ends so (list), or matches this regular expression (string). By
-            default all attention modules, MLPs, their layers and the classifier that have a rank or width, found by
-            their role. An MLP is meant by its own path or by those of all its layers.
-        exclude_modules: leave these modules out; written as `target_modules`. To leave out a layer is to leave its
-            MLP's width.
+        rank_pattern: ranks of single modules, which take precedence over the fields above: module path, or a regular
+            expression that matches its end, to `{"qk": r, "vo": r}` for attention, `{"width": k}` for an MLP or a rank
+            for a linear layer. A rank for a layer of an MLP takes precedence over `mlp_width`.
+        init_weights: `True`: in mode `"customize"` a residual of zero; in mode `"compress"` the truncated SVD of the
+            dense products, biases exact (paper, section 3; `[W_Q; a] W_K^T` and `W_V W_O`), and for an MLP the hidden
+            units with the largest weights. `False`: random, for tests.
+        target_modules: restrict to modules whose path has this end (list), or matches this regular expression
+            (string). By default all attention modules, MLPs, their layers and the classifier that have a rank or
+            width, found by their role. An MLP is named by its own path, or by the paths of all its layers.
+        exclude_modules: leave these modules out; written as `target_modules`. Without one of its layers an MLP keeps
+            its width.
         modules_to_save: further modules to train and save, for example `["layernorm"]`.
     """
 
@@ -114,10 +114,10 @@ class ComCATConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The fields of a file, as PEFT asks for them.
+        """Read the fields of a configuration file, for PEFT.
 
         Raises:
-            CheckpointError: it is no JSON file.
+            CheckpointError: it is not a JSON file.
         """
         return {name: value for name, value in read_json(path_json_file).items() if name != "runtime_config"}
 
@@ -126,7 +126,7 @@ class ComCATConfig(PeftConfig):
         """A configuration that builds a rank plan.
 
         Args:
-            plan: which module gets which rank or width; everything it does not name stays dense.
+            plan: ranks and widths by module; modules that it does not name stay dense.
             **kwargs: further fields.
         """
         kwargs.setdefault("base_model_name_or_path", plan.base_model_name_or_path)
@@ -135,10 +135,10 @@ class ComCATConfig(PeftConfig):
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], ComCATConfig]:
-    """The fields of an adapter's configuration file, and what they make.
+    """Read an adapter's configuration file: its fields, and the `ComCATConfig` that they make.
 
     Raises:
-        CheckpointError: it is none of a ComCAT adapter, or a field cannot be used.
+        CheckpointError: it is not the configuration of a ComCAT adapter, or a field is invalid.
     """
     fields = read_json(path)
     if fields.get("peft_type") != "COMCAT":

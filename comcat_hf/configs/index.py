@@ -1,4 +1,4 @@
-"""The index of a pipeline's adapter: its base, and its parts by name."""
+"""`comcat_adapter.json`, the index of a pipeline adapter: its base, and its parts by name."""
 
 import re
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ _FIELDS = {
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """The index of a pipeline's adapter.
+    """Read the index of a pipeline adapter.
 
     Raises:
-        CheckpointError: it is none, or is damaged.
+        CheckpointError: the file is not an index, or is damaged.
     """
     fix = "Download or save the adapter again."
     index = open_document(read_json(file), _FORMAT, _VERSION, _FIELDS, str(file), fix=fix)
@@ -37,5 +37,5 @@ def read_index(file: Path) -> dict[str, Any]:
 
 
 def write_index(file: Path, index: Mapping[str, Any]) -> None:
-    """Write what [`read_index`] reads."""
+    """Write an index for [`read_index`]."""
     write_json_atomic(file, make_document(_FORMAT, _VERSION, index))

@@ -1,4 +1,4 @@
-"""Rank plans: which rank every attention and linear layer of a model gets, which width every MLP, and their file."""
+"""`RankPlan`: the rank of every attention and linear layer and the width of every MLP, and the rank file."""
 
 import copy
 import sys
@@ -55,21 +55,21 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Which rank or width every module of a model gets.
+    """A rank plan: the rank or width of every module of a model.
 
     Attributes:
-        ranks: per module path `{"qk": r, "vo": r}` for attention (ranks per head; one may be missing: that pair stays
+        ranks: by module path `{"qk": r, "vo": r}` for attention (ranks per head; without one of them that pair stays
             dense), `{"width": k}` for an MLP (hidden units kept) or a rank for a linear layer. An MLP has a width or
             ranks for its layers, not both. Modules that are not named stay dense.
-        architecture: class name of the model the plan was made for.
-        base_model_name_or_path, revision: where that model came from, if known; files name Hub ids only.
-        scope: what was allowed to be compressed: `"model"`, `"attention"` or `"mlp"`.
-        target_modules: which modules were meant, where not all were: with scope `"model"` the shares are of these.
-        metric: what `reduction` counts: `"params"`, `"macs"` or `"latency"`.
-        strategy: how the ranks were found.
-        reduction: the share that was asked to be removed, 0 to 1.
-        reached: the share that the plan removes, counted on the built model; of latency as a table of times predicts.
-            `None` where that was not counted since the ranks were changed.
+        architecture: class name of the plan's model.
+        base_model_name_or_path, revision: source of that model, if known; files name Hub ids only.
+        scope: the part that may be compressed: `"model"`, `"attention"` or `"mlp"`.
+        target_modules: the targeted modules, if not all: with scope `"model"` the shares are of these.
+        metric: the unit of `reduction`: `"params"`, `"macs"` or `"latency"`.
+        strategy: the strategy that chose the ranks.
+        reduction: the requested share to remove, 0 to 1.
+        reached: the share that the plan removes, counted on the built model; for latency, predicted by a table of
+            times. `None` if it was not counted again after the ranks were changed.
     """
 
     ranks: Mapping[str, Entry]
@@ -92,13 +92,13 @@ class RankPlan:
         object.__setattr__(self, "ranks", copied)
 
     def with_ranks(self, ranks: Mapping[str, Entry | None]) -> "RankPlan":
-        """A plan with other entries for these modules; `compress` counts again what it removes.
+        """A copy of the plan with other entries for some modules; `compress` counts its reduction again.
 
         Args:
             ranks: entries by module path, each in place of the old one; `None` leaves that module dense.
 
         Raises:
-            RankPlanError: ranks that are no ranks.
+            RankPlanError: invalid ranks.
         """
         if not isinstance(ranks, Mapping):
             raise RankPlanError(f"{self._source}: with_ranks takes a mapping of module names to ranks, got {ranks!r}.")
@@ -106,7 +106,7 @@ class RankPlan:
         return replace(self, ranks=edited, reached=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as it stands in a rank file: a base that is a folder of this machine is not named."""
+        """The content of the rank file; a base in a local folder is not named."""
         values = {**_values(self), "ranks": copy.deepcopy(self.ranks)}
         if hub_id(self.base_model_name_or_path) is None:
             values |= {"base_model_name_or_path": None, "revision": None}
@@ -117,14 +117,14 @@ class RankPlan:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "this plan") -> "RankPlan":
-        """Read what [`to_dict`] wrote.
+        """Read a plan from the content of a rank file.
 
         Args:
-            content: the dictionary.
-            source: where it came from; errors name it.
+            content: a dictionary of [`to_dict`].
+            source: the file, for errors.
 
         Raises:
-            RankPlanError: another format, a newer version, unknown fields, ranks that are no ranks.
+            RankPlanError: another format, a newer version, unknown fields, invalid ranks.
         """
         known = {"required": ("ranks",), "error": RankPlanError, "edits": True}
         return cls(**open_document(content, RANKS_FORMAT, _FORMAT_VERSION, _FIELDS, source, **known), _source=source)
@@ -132,7 +132,7 @@ class RankPlan:
     def check_model(self, model: object) -> None:
         """Raise RankPlanError if the plan was made for a class that is neither this model's nor of the same family.
 
-        Of one family are the classes that one module of Python defines: a model and the same with another head.
+        A family is the set of classes of one Python module: a model with and without its heads.
         """
         name = self.architecture
         known = (
@@ -148,7 +148,7 @@ class RankPlan:
             )
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the rank file into a folder, made if absent. A file that is there is replaced in one step."""
+        """Write the rank file into a folder, which is created if missing; an existing file is replaced in one step."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(folder / RANKS_NAME, self.to_dict())
@@ -162,11 +162,11 @@ class RankPlan:
         Args:
             pretrained_model_name_or_path: a folder, a rank file, or a repository on the Hub.
             revision: branch, tag or commit on the Hub.
-            **kwargs: `token`, `cache_dir`, `subfolder`, `local_files_only`, as elsewhere on the Hub.
+            **kwargs: `token`, `cache_dir`, `subfolder`, `local_files_only`, as for every download from the Hub.
 
         Raises:
             CheckpointError: no such folder, repository or file.
-            RankPlanError: a file that is damaged or holds no plan.
+            RankPlanError: a file that is damaged or is not a plan.
         """
         path = resolve_file(pretrained_model_name_or_path, RANKS_NAME, revision=revision, **kwargs)
         return cls.from_dict(read_json(path), source=str(path))
@@ -175,7 +175,7 @@ class RankPlan:
         """Upload the rank file.
 
         Args:
-            repo_id: `user/name`; the repository is created if absent.
+            repo_id: `user/name`; a missing repository is created.
             **kwargs: `private`, `revision`, `commit_message`, `create_pr`, `token`.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Teaching a text-to-image pipeline with adapters: saving, loading, exporting; `training` trains them."""
+"""Adapters of text-to-image pipelines: saving, loading, unloading and exporting."""
 
 from .export import export_pipeline as export_pipeline
 from .pipelines import load_comcat_weights as load_comcat_weights

@@ -1,4 +1,4 @@
-"""A pipeline with adapters in its weights, as a folder."""
+"""Exports a pipeline with adapters merged into its weights."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -34,23 +34,22 @@ def export_pipeline(
     truncate: bool = False,
     **kwargs: Any,
 ) -> dict[str, dict[str, float]]:
-    """Save a whole pipeline with adapters merged into its weights; the pipeline itself is left as it is.
+    """Save a whole pipeline with adapters merged into its weights; the pipeline itself does not change.
 
-    Core adapters give a plain folder that any tool opens, exactly. Full factors widen the heads, which plain classes
-    cannot hold: the folder is exact and is opened with `import comcat_hf`. With `truncate=True` widened heads are cut
-    back to the width that they had, by the truncated SVD of their products: a plain folder that any tool opens, and
-    lossy, by what is returned.
+    Core adapters are exact and give a plain folder that any tool opens. Full factors widen the heads, which plain
+    classes cannot hold: the folder is exact and needs `import comcat_hf`. `truncate=True` cuts widened heads back to
+    the dense width by the truncated SVD of their products: a plain folder that any tool opens, with the returned loss.
 
     Args:
         pipeline: a diffusers pipeline with ComCAT adapters.
-        save_directory: where to.
-        adapter_names: which adapters; by default the active ones. Their scales are those they have now.
+        save_directory: folder to write.
+        adapter_names: names of the adapters, by default the active ones; each at its current scale.
         truncate: cut widened heads back.
         **kwargs: further arguments of the pipeline's `save_pretrained`.
 
     Returns:
-        by `part.module`, for `"qk"` and `"vo"`, the share of what the adapters change that is lost, measured on the
-        products of the weights: 0 is exact, 1 or more means that nothing of the adapter is left.
+        by `part.module`, for `"qk"` and `"vo"`, the lost share of the adapters' change, measured on products of the
+        weights: 0 is exact, 1 or more means that nothing of the adapter is left.
 
     Raises:
         InvalidValueError: there is no such adapter.
@@ -84,7 +83,7 @@ def export_pipeline(
 
 @contextmanager
 def _standing_in(model: nn.Module, swaps: list[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
-    """Within it modules stand in the place of others, and the model saves itself as one without adapters."""
+    """Replace modules for a while; meanwhile the model saves itself as one without adapters."""
     adapted = getattr(model, "_hf_peft_config_loaded", False)
     try:
         for layer, module in swaps:
@@ -148,7 +147,7 @@ def _share_lost(
     view: AttentionView,
 ) -> float:
     def product(found: Mapping[str, Tensor]) -> Tensor:
-        # The query bias is a part of the product; those of keys and values are accounted for elsewhere.
+        # The query bias is a part of the product. Key biases cancel; value biases go into the output bias.
         first, second = (found[role] for role in roles)
         first = first if roles[0] == "query" else _weights(first, view.value)
         return _product(first, second if roles[1] == "output" else _weights(second, view.key))

@@ -1,4 +1,4 @@
-"""Adapters of whole pipelines: the UNet's and the text encoders', saved, loaded and taken away together."""
+"""Saves, loads and unloads the adapters of a whole pipeline: its UNet and its text encoders together."""
 
 import json
 import os
@@ -34,7 +34,7 @@ __all__ = ["load_comcat_weights", "save_comcat_weights", "unload_comcat_weights"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# Largest relative difference of the sizes of query weights between a base and one that it was fine-tuned from.
+# Largest relative difference of the sizes of query weights between a base and a model fine-tuned from it.
 _SAME_BASE = 0.05
 
 Pipeline = Union["DiffusionPipeline", Mapping[str, nn.Module]]
@@ -59,14 +59,14 @@ def save_comcat_weights(
 
     Args:
         pipeline: a pipeline, or its adapted parts by name (`"unet"`, `"text_encoder"`, …).
-        save_directory: where to; made if it does not exist.
-        adapter_name: which adapter.
-        dtype: of the weights in the file; by default that which they have.
-        base_model_name_or_path, revision: what the adapter belongs to; by default where the pipeline came from. A
-            folder of this machine is not written down.
-        push_to_hub: upload the adapter then, with the card of the folder if it has one.
-        repo_id: where to; by default the name of the folder.
-        **kwargs: `private`, `commit_message`, `create_pr` and `token`, as of [`push_folder`].
+        save_directory: folder to write, created if it does not exist.
+        adapter_name: name of the adapter.
+        dtype: dtype of the weights in the file; by default their own.
+        base_model_name_or_path, revision: base of the adapter; by default the pipeline's source. A local folder is not
+            written down.
+        push_to_hub: also upload the adapter, with the folder's card if there is one.
+        repo_id: repository; by default the name of the folder.
+        **kwargs: `private`, `commit_message`, `create_pr` and `token`, as for [`push_folder`].
 
     Returns:
         the folder.
@@ -91,7 +91,7 @@ def save_comcat_weights(
     base = hub_id(base_model_name_or_path or _source(pipeline))
     origin = {"base_model_name_or_path": base, "revision": revision if base else None}
     index: dict[str, Any] = {**origin, "parts": {}}
-    # That of an adapter which is written over would vouch for parts of two.
+    # Remove the old index first: it must never describe a mix of two adapters.
     (folder / INDEX).unlink(missing_ok=True)
     for name, model in adapted.items():
         fields = _configs(model)[adapter_name].to_dict() | origin | {"inference_mode": True}
@@ -105,7 +105,7 @@ def save_comcat_weights(
         index["parts"][name] = {"class": type(model).__name__, "base_sizes": _sizes(model)}
     write_index(folder / INDEX, index)
     if push_to_hub:
-        # What else lies in the folder is not the adapter's.
+        # Other files in the folder do not belong to the adapter.
         own = [INDEX, "README.md", *(f"{name}/{file}" for name in adapted for file in (CONFIG, WEIGHTS))]
         push_folder(folder, repo_id or folder.resolve().name, allow_patterns=own, **kwargs)
     return folder
@@ -124,24 +124,24 @@ def load_comcat_weights(
     hotswap: bool = False,
     check_base: bool = True,
 ) -> None:
-    """Put a saved adapter into a pipeline and make it the active one.
+    """Load a saved adapter into a pipeline and make it the active one.
 
-    Everything is read and checked before the pipeline is touched; an error leaves it as it was. Weights are read onto
-    the device of the part that they belong to, in its dtype, once.
+    All files are read and checked before the pipeline changes; an error leaves it as it was. Weights are read once,
+    onto the device of their part and in its dtype.
 
     Args:
         pipeline: a pipeline, or its parts by name.
         pretrained_model_name_or_path: the folder, or a Hub id.
-        adapter_name: the name that the adapter gets in the pipeline.
-        revision, subfolder, token, cache_dir, local_files_only: where in the Hub repository, and how it is reached.
-        hotswap: write over the values of an adapter of that name, which has the same ranks: a compiled model need not
+        adapter_name: name of the adapter in the pipeline.
+        revision, subfolder, token, cache_dir, local_files_only: place in the Hub repository, and access to it.
+        hotswap: replace the values of an existing adapter of that name and the same ranks: a compiled model need not
             be compiled again.
         check_base: refuse an adapter whose base had attention weights of other sizes than this pipeline's. A model
             fine-tuned from the same base passes.
 
     Raises:
-        CheckpointError: a file that is missing, cut short or does not fit its configuration or the pipeline.
-        InvalidValueError: the name is taken (without `hotswap`) or missing (with it), or the adapter is for another
+        CheckpointError: a file is missing or cut short, or does not fit its configuration or the pipeline.
+        InvalidValueError: the name is in use (without `hotswap`) or unknown (with it), or the adapter is for another
             base.
     """
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -176,7 +176,7 @@ def load_comcat_weights(
 
 
 def unload_comcat_weights(pipeline: Pipeline) -> None:
-    """Take every ComCAT adapter away and leave the dense attention modules; adapters of other methods stay.
+    """Remove all ComCAT adapters and keep the dense attention modules; adapters of other methods stay.
 
     Args:
         pipeline: a pipeline, or its parts by name.
@@ -206,7 +206,7 @@ def unload_comcat_weights(pipeline: Pipeline) -> None:
 
 @dataclass(frozen=True)
 class _Saved:
-    """One part of a saved adapter, read and checked against nothing but itself."""
+    """One part of a saved adapter, read and checked on its own, not yet against the pipeline."""
 
     name: str
     model: nn.Module
@@ -376,7 +376,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _offloading_paused(pipeline: Pipeline) -> Iterator[None]:
-    """Take accelerate's offloading hooks away for a while: they must also get hold of what changes in between."""
+    """Remove accelerate's offloading hooks for a while, so that they include the new modules afterwards."""
     pause = getattr(pipeline, "_optionally_disable_offloading", None)
     if pause is None:
         yield

@@ -1,4 +1,4 @@
-"""Files in and out: a local folder or a Hub id, atomic writes, up- and downloads."""
+"""Local folders and Hub repositories: atomic writes, downloads and uploads."""
 
 from .download import list_files as list_files
 from .download import pull_folder as pull_folder

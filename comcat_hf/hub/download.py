@@ -1,4 +1,4 @@
-"""From a local folder or the Hub: one file, or everything a repository holds."""
+"""Downloads one file or a whole repository from the Hub; local folders work the same way."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from .found import kind_of, sizes_in, sizes_on_the_hub
 
 __all__ = ["list_files", "pull_folder", "resolve_file"]
 
-# Files that say what lies beside them: without them, something else does.
+# Files that mark a folder as ours. Where one is missing, the error names what the folder holds instead.
 _MARKS = ("comcat_adapter.json", "comcat_ranks.json")
 
 
@@ -36,7 +36,7 @@ def resolve_file(
     subfolder: str | None = None,
     local_files_only: bool | None = None,
 ) -> Path:
-    """Return the local path of `filename` in a folder or a Hub repository; the path of a file stands for itself."""
+    """Return the local path of `filename` in a folder or a Hub repository; the path of a file is returned as it is."""
     local = _expanded(name_or_path)
     if local.is_file():
         return _same_kind(local, filename)
@@ -80,27 +80,27 @@ def pull_folder(
     allow_patterns: str | Sequence[str] | None = None,
     ignore_patterns: str | Sequence[str] | None = None,
 ) -> Path:
-    """Download all files of a Hub repository; a local folder stands for itself.
+    """Download all files of a Hub repository; a local folder is used as it is.
 
-    Names are checked before anything is downloaded, and files appear in `local_dir` when all of them are there. While
-    the Hub is down or `HF_HUB_OFFLINE` is set, the cache's copy of the revision is taken.
+    Names are checked before the download starts, and files appear in `local_dir` only when all of them have arrived.
+    While the Hub is down or `HF_HUB_OFFLINE` is set, the cached copy of the revision is used.
 
     Args:
         name_or_path: a folder or a Hub id.
-        local_dir: where the files should lie as plain files; default: in the cache. Other files there stay.
+        local_dir: folder to copy the files into; default: the cache. Other files in it stay.
         revision: branch, tag or commit; default: `main`.
-        token: for private and gated repositories; default: the one that is logged in.
-        cache_dir: of huggingface_hub.
-        local_files_only: do not ask the Hub.
-        allow_patterns: take only files that fit one of these (`*.json`).
-        ignore_patterns: leave out files that fit one of these.
+        token: for private and gated repositories; default: the token of `hf auth login`.
+        cache_dir: cache folder of huggingface_hub.
+        local_files_only: use only the cache, without asking the Hub.
+        allow_patterns: download only files that match one of these (`*.json`).
+        ignore_patterns: leave out files that match one of these.
 
     Returns:
-        the folder: `local_dir`, the given folder, or one of the cache.
+        the folder: `local_dir`, the given folder, or a folder of the cache.
 
     Raises:
-        CheckpointError: nothing is there, the Hub did not give it, a name leads out of the folder, or the target
-            cannot be written.
+        CheckpointError: there is no such folder or repository, the Hub refused the download, a name leads out of the
+            folder, or the target cannot be written.
     """
     local = _expanded(name_or_path)
     if local.is_dir():
@@ -128,13 +128,13 @@ def list_files(
     Args:
         name_or_path: a folder or a Hub id.
         revision: branch, tag or commit; default: `main`.
-        token: for private repositories; default: the one that is logged in.
+        token: for private repositories; default: the token of `hf auth login`.
 
     Returns:
         sizes in bytes by name.
 
     Raises:
-        CheckpointError: nothing is there, or the Hub did not say.
+        CheckpointError: there is no such folder or repository, or the Hub did not answer.
     """
     local = _expanded(name_or_path)
     if local.is_dir():
@@ -151,14 +151,14 @@ def _download(
     offline: bool,
     patterns: dict[str, str | Sequence[str] | None],
 ) -> Path:
-    """A snapshot of one commit, after a look at the names of all its files."""
+    """Download a snapshot of one commit, after checking the names of all its files."""
     where = {"token": token, "cache_dir": cache_dir, **patterns}
     if offline:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, **where))
-    # One commit for the names and the files; without the Hub the commit that the cache knows by this name.
+    # Names and files must come from one commit. Without the Hub, the cache resolves the revision.
     commit = HfApi(token=token).resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
     try:
-        # All names, also those that nobody wants: a repository with such a name is not to be trusted.
+        # All names, also of files that are not downloaded: a repository with one such name is not to be trusted.
         _check_names(repo_id, sizes_on_the_hub(repo_id, commit, token))
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
@@ -174,7 +174,7 @@ def _download(
 
 
 def _check_names(repo_id: str, names: Sequence[str]) -> None:
-    """Refuse names that could be written outside the folder that they belong to, or as git's own files."""
+    """Refuse file names that lead out of the repository's folder or into `.git`."""
     for name in names:
         parts = name.split("/")
         if re.search(r"[\\:\0]", name) or any(part.lower() in ("", ".", "..", ".git") for part in parts):
@@ -185,12 +185,12 @@ def _check_names(repo_id: str, names: Sequence[str]) -> None:
 
 
 def _place_files(source: Path, names: Sequence[str], target: Path) -> Path:
-    """Copy files to the target's disk first, so that a full one leaves it as it was, and then move them in."""
+    """Copy files to a folder on the target's disk, then move them in: a full disk leaves the target unchanged."""
     if source.resolve() == target.resolve():
         return target
     if not names:
         raise CheckpointError(f"{source}: expected files to copy, found none that fit; check the patterns")
-    # A folder may be a link to another disk, or one that is mounted: files cannot be moved in from beside it.
+    # The target may be on another disk than its parent (a link, a mount), where files cannot be moved between them.
     beside = target if target.is_dir() else target.parent
     try:
         if in_the_way := [name for name in names if not _is_free(target, name)]:
@@ -219,7 +219,7 @@ def _is_free(target: Path, name: str) -> bool:
 
 
 def _same_kind(path: Path, filename: str) -> Path:
-    """A file that stands for itself, unless it holds weights where JSON is wanted."""
+    """Return the path of a file, unless the file holds weights where JSON is wanted."""
     if filename.endswith(".json") and path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(
             f"{path}: expected {filename} or the folder that holds it, found a file of weights; give that folder "
@@ -229,7 +229,7 @@ def _same_kind(path: Path, filename: str) -> Path:
 
 
 def _other_kind(download: partial) -> str | None:
-    """What a repository without a wanted file holds in its place; `None` where that is not known."""
+    """Describe what a repository without the wanted file holds; `None` if its kind is unknown."""
     (repo_id, _), where = download.args, download.keywords
     inside = f"{where['subfolder']}/" if where["subfolder"] else ""
     try:
@@ -250,17 +250,17 @@ def _expanded(name_or_path: str | os.PathLike) -> Path:
     try:
         path = Path(name_or_path).expanduser()
         path.is_dir()
-    # No such user behind ~, a name that is too long, a NUL.
+    # An unknown user behind ~, a name that is too long, a NUL.
     except (RuntimeError, OSError, ValueError) as error:
         shown = without_secrets(repr(str(name_or_path))[:200])
         raise CheckpointError(
-            f"{shown}: expected a folder or a Hub id, found text that can be neither; check the path"
+            f"{shown}: expected a folder or a Hub id, found a text that is neither; check the path"
         ) from error
     return path
 
 
 def _is_local_path(name_or_path: str | os.PathLike) -> bool:
-    """Whether this can only be a path: a Hub id is text, is not absolute and has one slash at most."""
+    """Whether a name can only be a path: a Hub id is text, is not absolute and has at most one slash."""
     text = str(name_or_path)
     return (
         not isinstance(name_or_path, str)

@@ -1,4 +1,4 @@
-"""What a failed request says, without what nobody else may read."""
+"""Errors for failed requests to the Hub, without tokens, passwords or signatures."""
 
 import json
 import re
@@ -27,8 +27,8 @@ __all__ = ["NOT_THE_HUB", "asking", "detail_of", "without_secrets"]
 
 _Answer = TypeVar("_Answer")
 
-NOT_THE_HUB = "what answered does not speak as the Hub does; check HF_ENDPOINT, proxy and network"
-# The first kind that fits is taken, so subclasses stand before their bases.
+NOT_THE_HUB = "the server does not answer as the Hub does; check HF_ENDPOINT, proxy and network"
+# The first matching kind counts, so subclasses come before their bases.
 _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "the repository is gated; ask for access on its page, then pass `token=` or run `hf auth login`"),
     (
@@ -52,12 +52,12 @@ _HUB_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (RevisionResolutionError, "the Hub could not answer; try again or give a local folder"),
     (OSError, "the file could not be fetched; check the network and the free space, or give a local folder"),
 )
-# Tokens, names and passwords in addresses, and signatures behind them.
+# Tokens, user names and passwords in addresses, and signatures in queries.
 _SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)|(?<=Bearer )\S+|(?<=\?)[\w.~%-]+=[^\s'\"]*")
 
 
 def detail_of(error: Exception) -> str:
-    """A failure in a line: the client's words, and the server's where it sent some."""
+    """A failure in one line: the client's message, and the server's message if there is one."""
     lines = str(error).strip().splitlines()
     said = (error.server_message or "").strip() if isinstance(error, HfHubHTTPError) else ""
     first = lines[0].strip() if lines else ""
@@ -65,7 +65,7 @@ def detail_of(error: Exception) -> str:
 
 
 def without_secrets(text: str, token: str | bool | None = None) -> str:
-    """A text without tokens and passwords, wherever it came from."""
+    """Replace tokens, passwords and signatures in a text by `***`."""
     for secret in (token, get_token()):
         if isinstance(secret, str) and secret:
             text = text.replace(secret, "***")
@@ -75,7 +75,7 @@ def without_secrets(text: str, token: str | bool | None = None) -> str:
 def asking(
     repo_id: str, wanted: str, revision: str | None, token: str | bool | None, ask: Callable[[], _Answer]
 ) -> _Answer:
-    """The answer of the Hub or its cache; a failure becomes one error that says what to do."""
+    """Ask the Hub or its cache; a failure becomes one error that says what to do."""
     try:
         return ask()
     except ComCATError:

@@ -1,4 +1,4 @@
-"""Local files: atomic writes and JSON that is checked."""
+"""Local files: atomic writes, and checked reading of JSON."""
 
 import json
 import os
@@ -17,10 +17,10 @@ _LARGEST_JSON = 2**26
 
 
 def write_bytes_atomic(path: str | os.PathLike, payload: bytes) -> Path:
-    """Write `payload` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    """Write `payload` to `path`: a reader sees the old file or the whole new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, and the renamed file would be so too.
+    # Not tempfile: its files are readable by their owner only, and the renamed file would keep that mode.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as stream:
@@ -44,14 +44,14 @@ def write_json_atomic(path: str | os.PathLike, payload: Mapping[str, Any]) -> Pa
         text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidValueError(
-            f"{path}: expected a payload that JSON can hold, found one that it cannot ({error}); "
+            f"{path}: expected JSON-serialisable content, found other values ({error}); "
             "use plain finite numbers, strings, lists and mappings"
         ) from error
     return write_text_atomic(path, text + "\n")
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a JSON object from `path`; raise a `CheckpointError` naming file and position if it is none."""
+    """Read a JSON object from `path`; for other content raise a `CheckpointError` that names file and position."""
     path = Path(path)
     try:
         if (size := path.stat().st_size) > _LARGEST_JSON:
@@ -59,7 +59,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         content = parse_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{path}: expected UTF-8 JSON, found a byte that is none at position {error.start}; "
+            f"{path}: expected UTF-8 JSON, found an invalid byte at position {error.start}; "
             "save or download the file again"
         ) from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a folder or a repository holds: its files with their sizes, and whose kind they are."""
+"""Contents of a folder or a repository: files with sizes, and the kind of result that they make."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from huggingface_hub.hf_api import RepoFile
 
 __all__ = ["kind_of", "readable_size", "sizes_in", "sizes_on_the_hub"]
 
-# By a file that only this kind has, most telling first: what it is, and how it is loaded.
+# By a file that marks a kind, most specific first: its name, and the call that loads it.
 _KINDS: Mapping[str, tuple[str, str]] = {
     "comcat_adapter.json": ("a pipeline adapter of ComCAT", "comcat_hf.load_comcat_weights(pipe, ...)"),
     "pytorch_lora_weights.safetensors": ("LoRA weights of diffusers", "pipe.load_lora_weights(...)"),
@@ -23,11 +23,11 @@ _KINDS: Mapping[str, tuple[str, str]] = {
 
 
 def kind_of(names: Collection[str], read: Callable[[str], Mapping[str, Any]]) -> tuple[str, str] | None:
-    """What files are together, and how it is loaded; `None` for what is not known.
+    """The kind of a folder and the call that loads it; `None` for an unknown kind.
 
     Args:
-        names: of the files.
-        read: gives the content of one that holds JSON.
+        names: names of its files.
+        read: reads a JSON file by its name.
     """
     mark = next((name for name in _KINDS if name in names), None)
     if mark is None:
@@ -44,9 +44,9 @@ def kind_of(names: Collection[str], read: Callable[[str], Mapping[str, Any]]) ->
 
 
 def readable_size(count: int) -> str:
-    """A number of bytes as people read it, in units of a thousand as on the Hub: `"2.4 KB"`."""
+    """A number of bytes as readable text, in units of a thousand as on the Hub: `"2.4 KB"`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        # What rounds up to a thousand is one of the next unit.
+        # A number that rounds up to a thousand is shown as one of the next unit.
         if count >= 0.99995 * size:
             return f"{count / size:,.1f} {unit}"
     return f"{count:,} bytes"
@@ -59,6 +59,6 @@ def sizes_in(folder: Path) -> dict[str, int]:
 
 
 def sizes_on_the_hub(repo_id: str, revision: str | None, token: str | bool | None) -> dict[str, int]:
-    """The sizes of all files of a repository by their names, as the Hub declares them."""
+    """The sizes of all files of a repository by their names, as the Hub lists them."""
     tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
     return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}

@@ -1,4 +1,4 @@
-"""Where a model came from, as files say it that others may read: by a Hub id, never by a folder of this machine."""
+"""Names of base models in files for others: a Hub id, never a local folder."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from huggingface_hub.utils import validate_repo_id
 
 __all__ = ["hub_id", "shareable"]
 
-# Where PEFT, diffusers and we ourselves keep it.
+# Fields in which PEFT, diffusers and this package name a base model.
 _FIELDS = ("base_model_name_or_path", "_name_or_path")
 
 
 def hub_id(source: Any) -> str | None:
-    """The Hub id that a source is; `None` for a folder, by its form or because there is one, and for no source."""
+    """The source if it is a Hub id; `None` for no source, for an existing folder, and for text that is no Hub id."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -26,10 +26,10 @@ def hub_id(source: Any) -> str | None:
 
 
 def shareable(path: Path) -> bytes | None:
-    """What to upload in the place of a file that names folders of this machine as sources; `None` for other files.
+    """The content of a file without local folders as base models; `None` if it names none.
 
-    Libraries write such files, too: PEFT into configurations and cards of adapters, diffusers into those of all parts
-    of a pipeline.
+    Libraries write such names, too: PEFT into configurations and cards of adapters, diffusers into the configurations
+    of all parts of a pipeline.
     """
     try:
         if path.suffix == ".json":
@@ -37,7 +37,7 @@ def shareable(path: Path) -> bytes | None:
             cleaned = _cleaned(content)
             return None if cleaned == content else json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
         return _cleaned_card(path) if path.name == "README.md" else None
-    # What cannot be read names nothing; the Hub's client raises what its YAML parser raises, too.
+    # An unreadable file names no base. The Hub's client passes on errors of its YAML parser.
     except Exception:
         return None
 

@@ -1,4 +1,4 @@
-"""To the Hub: a folder or files in one commit, without what belongs to a training run only."""
+"""Uploads a folder or files to the Hub in one commit, without the working files of a training run."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from .sources import shareable
 
 __all__ = ["NOT_UPLOADED", "push_folder"]
 
-# What a run leaves beside its result: states to go on from, statistics of somebody's images, logs, paths of this
-# machine, the model before it was fine-tuned.
+# Working files of a run beside its result: states to resume from, statistics of somebody's images, logs, local paths,
+# the model before fine-tuning.
 NOT_UPLOADED = (
     *("checkpoint-*/*", "*/checkpoint-*/*", "statistics/*", "initial/*", "runs/*", "logs/*", "wandb/*", "*.log"),
     *(
@@ -39,7 +39,7 @@ NOT_UPLOADED = (
 )
 _NO_TOKEN = "there is no token; run `hf auth login`, or pass `token=`"
 _UPLOAD_FAILURES: tuple[tuple[type[Exception], str], ...] = (
-    (HFValidationError, "it is no name of a repository; one reads `user/name`"),
+    (HFValidationError, "it is not a repository name; a name reads `user/name`"),
     (LocalTokenNotFoundError, _NO_TOKEN),
     (RepositoryNotFoundError, "there is no such user or organisation, or the token may not write there"),
     (HTTPError, "the Hub refused it or could not answer; check that the token may write there, and try again"),
@@ -67,28 +67,27 @@ def push_folder(
 ) -> str:
     """Upload a folder, a file or several files (under their own names) in one commit.
 
-    The repository is made if it is absent. A commit takes all files or none. Links are followed inside the folder
-    only. Where a configuration or a card names a folder of this machine as base, that is left out.
+    A missing repository is created. The commit takes all files or none. Links are followed inside the folder only.
+    Configurations and cards are uploaded without local folders as base models.
 
     Args:
-        source: what to upload. Of a folder, hidden files and those that fit [`NOT_UPLOADED`] stay where they are.
+        source: folder or files to upload. Hidden files of a folder, and files that match [`NOT_UPLOADED`], are not.
         repo_id: `user/name`, or a name under the user who is logged in.
-        private: make a new repository private (default: as the account's owner has set); refuse one that is there
-            and is not.
-        revision: branch to commit to, made if it is absent, or a pull request (`refs/pr/1`); default: `main`.
+        private: create a private repository (default: the account's setting), and refuse an existing public one.
+        revision: branch to commit to, created if it is missing, or a pull request (`refs/pr/1`); default: `main`.
         commit_message: default: "Upload with comcat_hf".
         create_pr: open a pull request instead of committing.
-        token: default: the one that is logged in.
-        allow_patterns: of a folder, upload only files that fit one of these (`*.json`).
-        ignore_patterns: of a folder, leave these out besides [`NOT_UPLOADED`].
+        token: default: the token of `hf auth login`.
+        allow_patterns: upload only files of the folder that match one of these (`*.json`).
+        ignore_patterns: leave out these files of the folder, besides [`NOT_UPLOADED`].
 
     Returns:
         the address of the commit or of the pull request.
 
     Raises:
-        InvalidValueError: nothing to upload, a link out of the folder, a public repository where a private one is
-            asked for.
-        ComCATError: the Hub was not reached, or refused it.
+        InvalidValueError: there is nothing to upload, a link leads out of the folder, or `private` meets a public
+            repository.
+        ComCATError: the Hub was not reached, or refused the upload.
     """
     ignored = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or ())
     files = _files_to_upload(source, repo_id, allow_patterns, [*NOT_UPLOADED, *ignored])
@@ -109,14 +108,14 @@ def push_folder(
 
 
 def _prepare(api: HfApi, repo_id: str, private: bool | None, branch: str | None) -> str:
-    """Make the repository and the branch where they are absent; returns the full name."""
+    """Create the repository and the branch if they are missing; returns the full name."""
     full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(full_id).private:
         raise InvalidValueError(
             f"{full_id}: expected a private repository, found one that everybody can read; nothing was uploaded. Make "
             "it private on its page, or push without asking for a private one."
         )
-    # That of a pull request cannot be made so, and is there.
+    # The branch of a pull request exists already, and create_branch refuses its name.
     if branch is not None and not branch.startswith("refs/"):
         api.create_branch(full_id, branch=branch, exist_ok=True)
     return full_id
@@ -135,7 +134,7 @@ def _commit(
             create_pr=create_pr,
         )
     except RuntimeError as error:
-        # A large file's upload: what happened to the request stands behind it.
+        # From the upload of a large file: the cause is the error of the request.
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
@@ -170,10 +169,10 @@ def _files_to_upload(
 
 
 def _check_links(root: Path, files: Mapping[str, Path]) -> None:
-    """Refuse links out of a folder, which may be somebody else's, and links that would silently be left out."""
+    """Refuse links out of a folder, which may lead to private files, and links that would be left out silently."""
     inside = [root.resolve()]
     if root.parent.name == "snapshots":
-        # The cache of huggingface_hub keeps contents there.
+        # In huggingface_hub's cache, the files of a snapshot are links to blobs.
         inside.append(root.resolve().parent.parent / "blobs")
     for name, path in files.items():
         target = path.resolve()

@@ -1,4 +1,4 @@
-"""Files of the original release of COMCAT, in and out."""
+"""Reads and writes files of the original release of COMCAT."""
 
 from .adapter import convert_original_adapter as convert_original_adapter
 from .adapter import write_original_adapter as write_original_adapter

@@ -1,4 +1,4 @@
-"""`comcat_weight.pt` of the original release, to and from a ComCAT adapter of a UNet."""
+"""Converts `comcat_weight.pt` of the original release to and from a ComCAT adapter of a UNet."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_original_adapter", "write_original_adapter"]
 
-# Of the adapter while it is in the UNet; not one that somebody would choose.
+# Name of the adapter while it is in the UNet; no user would choose it.
 _NAME = "comcat_hf_original"
 _NAMES = ("query", "key", "value", "output")
 
@@ -30,22 +30,22 @@ _NAMES = ("query", "key", "value", "output")
 def convert_original_adapter(
     file: str | Path, output: str | Path, base: "str | Path | UNet2DConditionModel", *, alpha: float = 1.0
 ) -> Path:
-    """Make a ComCAT adapter of the weights that the original release's training leaves.
+    """Convert a weight file of the original release's training to a ComCAT adapter.
 
-    The release multiplies both factors of a pair by alpha, so the adapter's scale is its square.
+    The release multiplies both factors of a pair by alpha, so the adapter's scale is alpha squared.
 
     Args:
-        file: `comcat_weight.pt`, a list of tensors that only their order names.
-        output: folder to write, which [`load_comcat_weights`] reads.
-        base: what the weights belong to: folder or Hub id of a pipeline or of its UNet, or the UNet itself.
-        alpha: as given to the release when it draws.
+        file: `comcat_weight.pt`, a list of tensors without names.
+        output: folder to write, for [`load_comcat_weights`].
+        base: base of the weights: folder or Hub id of a pipeline or of its UNet, or the UNet itself.
+        alpha: the alpha with which the release draws.
 
     Returns:
         the folder.
 
     Raises:
         CheckpointError: a file that is not safe to read, damaged, or of another base.
-        InvalidValueError: an alpha that is no positive number.
+        InvalidValueError: an alpha that is not a positive number.
     """
     if not alpha > 0 or not 0 < alpha * alpha < math.inf:
         raise InvalidValueError(
@@ -87,15 +87,15 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
     """Write an adapter of a UNet as the original release's list of tensors.
 
     Args:
-        unet: with the adapter.
-        file: to write.
-        adapter_name: which adapter.
+        unet: a UNet with the adapter.
+        file: file to write.
+        adapter_name: name of the adapter.
 
     Returns:
-        the alpha to give to the release.
+        the alpha for the release.
 
     Raises:
-        InvalidValueError: an adapter that the format cannot say: cores, modules left out, several ranks, a scale
+        InvalidValueError: an adapter that the format cannot hold: cores, modules left out, several ranks, a scale
             that is not positive.
     """
     configs = getattr(unet, "peft_config", None) or {}
@@ -125,14 +125,14 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
         raise InvalidValueError(
             "expected one rank for all attention modules of down_blocks[:3], up_blocks[1:4] and mid_block and a scale "
             f"above 0, found the ranks {sorted(ranks)}, the scale {config.scale}"
-            f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot say this"
+            f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot hold this adapter"
         )
     write_saved(file, tensors)
     return config.scale**0.5
 
 
 def release_attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Paths and attention modules in the order of the release."""
+    """Attention modules and their paths, in the order of the release's file."""
     stages = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks[:3])]
     stages += [(f"up_blocks.{i}", block) for i, block in list(enumerate(unet.up_blocks))[1:4]]
     stages += [("mid_block", unet.mid_block)]
@@ -144,7 +144,7 @@ def release_attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _read_factors(content: Sequence[Any], unet: nn.Module, file: str, base: str) -> dict[str, dict[str, Tensor]]:
-    """The factors by the paths of attention modules and by their names there, checked against the shapes."""
+    """The factors by attention module and role, with checked shapes."""
     modules = {path: base_module(module) for path, module in release_attentions(unet)}
     if not modules or len(content) != 4 * len(modules):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""`ranks.txt` of the original release: one line of numbers that only their order names."""
+"""Reads and writes `ranks.txt` of the original release: one line of ranks in a fixed order."""
 
 import re
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from ..hub import write_text_atomic
 
 __all__ = ["read_original_ranks", "write_original_ranks"]
 
-# Of any model that could be; Python itself refuses to read numbers of thousands of digits.
+# More digits than any model needs; Python itself refuses to read numbers of thousands of digits.
 _RANK = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PLACES = ("QK", "VO", "fc1", "fc2")
 
 
 def read_original_ranks(path: str | Path, layers: int) -> list[int]:
-    """The numbers of a `ranks.txt`.
+    """Read the ranks of a `ranks.txt`.
 
     Args:
         path: the file.
-        layers: blocks of the model.
+        layers: number of blocks of the model.
 
     Returns:
-        `4 · layers + 1` ranks: of each block those of QK and VO, each over all heads together, fc1 and fc2; last the
-        head's.
+        `4 · layers + 1` ranks: for each block QK and VO, each summed over all heads, then fc1 and fc2; at the end the
+        classifier's.
 
     Raises:
-        CheckpointError: no such file, something that is no number, or another count.
+        CheckpointError: a missing file, an entry that is not a number, or a wrong number of entries.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -58,16 +58,16 @@ def write_original_ranks(plan: RankPlan, path: str | Path, *, heads: int) -> Pat
     """Write a plan as a `ranks.txt`.
 
     Args:
-        plan: of a ViTForImageClassification or a DeiTForImageClassificationWithTeacher; every block with ranks for
-            attention, fc1 and fc2, and the classifier with one.
+        plan: plan of a ViTForImageClassification or a DeiTForImageClassificationWithTeacher, with ranks for attention,
+            fc1 and fc2 of every block and for the classifier.
         path: file to write.
-        heads: attention heads of a block; the file counts their ranks together.
+        heads: attention heads of a block; the file holds the sum of their ranks.
 
     Returns:
         the path.
 
     Raises:
-        RankPlanError: a plan that the format cannot say: a layer that stays dense, an MLP with a width.
+        RankPlanError: a plan that the format cannot hold: a layer that stays dense, an MLP with a width.
     """
     distilled = any(name.startswith("deit.") for name in plan.ranks)
     prefix, head = ("deit", "cls_classifier") if distilled else ("vit", "classifier")
@@ -94,6 +94,6 @@ def _entry(plan: RankPlan, name: str, keys: Sequence[str] = ("rank",)) -> dict[s
     if set(found) != set(keys):
         raise RankPlanError(
             f"{name}: expected {' and '.join(keys)}, found {'no entry' if entry is None else entry}; "
-            "the original format says ranks of every layer, and neither dense layers nor widths"
+            "the original format holds a rank for every layer, and neither dense layers nor widths"
         )
     return found

@@ -1,4 +1,4 @@
-"""`checkpoint.pth` and `ranks.txt` of the original release, to and from a compressed ViT of transformers."""
+"""Converts `checkpoint.pth` and `ranks.txt` of the original release to and from a compressed ViT of transformers."""
 
 import argparse
 import math
@@ -40,7 +40,7 @@ _NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 
 @dataclass(frozen=True)
 class _Kind:
-    """A class of transformers, and where it keeps what timm's DeiT has under other names."""
+    """A class of transformers, and its names for the parts of timm's DeiT."""
 
     model: type[PreTrainedModel]
     config: type[PreTrainedConfig]
@@ -62,22 +62,22 @@ _DISTILLED = _Kind(
 def read_original_vit(
     folder: str | Path, *, heads: int | None = None
 ) -> ViTForImageClassification | DeiTForImageClassificationWithTeacher:
-    """Make a compressed ViT of the files that the original release's training leaves.
+    """Make a compressed ViT from the files of the original release's training, with the same outputs.
 
-    Every factor keeps its value; biases of keys fall away, since the softmax does not see them, those of values and
-    first factors are folded into the bias that follows: the outputs stay the same.
+    Factors keep their values. Key biases are dropped, since the softmax removes them. The biases of values and of
+    first factors are folded into the following bias.
 
     Args:
-        folder: with `checkpoint.pth` and `ranks.txt`. Image and patch size come from the shapes.
+        folder: folder with `checkpoint.pth` and `ranks.txt`. Image and patch size come from the shapes.
         heads: attention heads of a block; default: width / 64.
 
     Returns:
-        the model in eval mode, in fp32, with its plan (`comcat_hf.plan_of`); of a file with a distillation token one
-        that averages the logits of both heads, as timm does.
+        the model in eval mode, in float32, with its plan (`comcat_hf.plan_of`). A file with a distillation token gives
+        a model that averages the logits of both heads, as timm does.
 
     Raises:
         CheckpointError: files that are missing, damaged, of another model or not safe to read.
-        InvalidValueError: heads that do not fit the width.
+        InvalidValueError: a number of heads that does not divide the width.
     """
     folder = Path(folder).expanduser()
     source = str(folder / CHECKPOINT)
@@ -105,7 +105,7 @@ def read_original_vit(
 
 
 class _Reader:
-    """Takes tensors out of a checkpoint by name and shape; what is left at the end has not been understood."""
+    """Takes tensors out of a checkpoint by name and shape; tensors left at the end are unknown."""
 
     def __init__(self, tensors: dict[str, Any], source: str) -> None:
         self.tensors, self.source = tensors, source
@@ -155,12 +155,12 @@ class _Reader:
         )
 
     def last(self, name: str, end: str) -> str:
-        """The name of a layer's last weight or bias: of its last factor where it has low rank."""
+        """The name of a layer's weight or bias; for a low-rank layer, that of its last factor."""
         low = f"{name}.{_LOW_RANK}last_factor{end}"
         return low if low in self.tensors else f"{name}{end}"
 
     def state(self, config: PreTrainedConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """State dict and ranks of the model."""
+        """The state dict and the ranks of the model."""
         width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
         prefix = self.kind.prefix
         state = {
@@ -187,7 +187,7 @@ class _Reader:
         return {f"{here}.weight": weight, f"{here}.bias": bias}
 
     def bias(self, name: str, size: int) -> Tensor:
-        """A bias, or zeros where there is none."""
+        """A bias, or zeros if the file has none."""
         return self.take(name, size) if name in self.tensors else torch.zeros(size)
 
     def attention(
@@ -246,7 +246,7 @@ class _Reader:
         self.found.append(rank)
 
     def check_ranks(self, given: list[int]) -> None:
-        # The file says nothing of a head for distillation, whose rank is the last that is found.
+        # The file has no rank for a distillation head, whose rank is the last in `found`.
         for position, (said, there) in enumerate(zip(given, self.found[: len(given)], strict=True)):
             if there not in (None, said):
                 block, place = divmod(position, 4)
@@ -263,17 +263,17 @@ def write_original_vit(
 ) -> Path:
     """Write a compressed ViT as `checkpoint.pth` and `ranks.txt` of the original release.
 
-    The files do not say how many heads there are; the release reads DeiTs, whose heads are 64 wide.
+    The files do not record the number of heads: the release reads DeiTs, whose heads are 64 wide.
 
     Args:
-        model: whose plan names attention, fc1 and fc2 of every block and the classifier.
-        folder: where to write.
+        model: model whose plan names attention, fc1 and fc2 of every block and the classifier.
+        folder: folder to write to.
 
     Returns:
         the folder.
 
     Raises:
-        RankPlanError: a plan that the format cannot say; see [`write_original_ranks`].
+        RankPlanError: a plan that the format cannot hold; see [`write_original_ranks`].
         InvalidValueError: another class of model, or settings that the release does not have.
     """
     kind = next((kind for kind in (_PLAIN, _DISTILLED) if isinstance(model, kind.model)), None)
@@ -310,13 +310,13 @@ def _tensors_of(model: PreTrainedModel, kind: _Kind) -> dict[str, Tensor]:
         low = f"{there}.attn.{_LOW_RANK}"
         for old, new in {"w_qs": "q_proj", "w_ks": "k_proj", "w_vs": "v_proj", "proj": "o_proj"}.items():
             weight = state[f"{here}.attention.{new}.weight"]
-            # Zeros where there is none, so that the release's own flag for biases fits all four.
+            # Zeros for a missing bias, so that the release's flag for biases fits all four layers.
             bias = state.get(f"{here}.attention.{new}.bias", torch.zeros(weight.shape[0]))
             tensors |= {f"{low}{old}.weight": weight, f"{low}{old}.bias": bias}
     for there, here in linear.items():
         first = state.get(f"{here}.first_factor.weight")
         if first is None:
-            # Only the head for distillation, of which ranks.txt says nothing.
+            # Only the distillation head, which has no rank in ranks.txt.
             names[there] = here
             continue
         tensors[f"{there}.{_LOW_RANK}first_factor.weight"] = first

@@ -1,4 +1,4 @@
-"""Model cards: what was measured, as the Hub reads it, beside whatever a person has written."""
+"""Model cards: measured results as Hub metadata, and text that keeps what a person wrote."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from ..hub import hub_id, write_text_atomic
 __all__ = ["CARD_NAME", "CardFacts", "Measured", "code_span", "markdown_table", "quoted", "shown_base", "write_card"]
 
 CARD_NAME = "README.md"
-# What stands between these is ours, and is replaced when a card is written again. Of two beginnings the second counts:
-# behind the first somebody may have taken the end away and written.
+# Our part of a card is between these marks, and is replaced when the card is written again. Of two begin marks the
+# second counts: a person may have removed the end mark behind the first and written there.
 _BEGIN, _END = "<!-- comcat_hf: begin -->", "<!-- comcat_hf: end -->"
 _OURS = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
 
@@ -27,9 +27,9 @@ class Measured:
     """One result of an evaluation.
 
     Attributes:
-        metric: its type as the Hub knows it, such as `"accuracy"`.
-        name: how people call it.
-        value: the figure; of accuracies a share, 0 to 1.
+        metric: type of the metric on the Hub, such as `"accuracy"`.
+        name: name of the metric for readers.
+        value: the result; an accuracy is a share, 0 to 1.
     """
 
     metric: str
@@ -39,23 +39,23 @@ class Measured:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says.
+    """The content of a model card.
 
     Attributes:
         title: the heading.
-        summary: a sentence or two below it.
-        base: Hub id or folder of the base model. A folder is named in the text only, by its last part.
-        relation: of the model to its base, one of the Hub's: `"finetune"` or `"adapter"`.
-        library: which loads it: `"transformers"`, `"diffusers"` or `"peft"`.
-        task: its `pipeline_tag`, if it has one.
-        snippet: Python that uses it; its first line imports comcat_hf.
-        tags: beside `comcat`.
-        dataset: Hub id of what it was trained and measured on, if there is one. A folder is not named.
+        summary: a sentence or two below the heading.
+        base: Hub id or folder of the base model. A folder appears only in the text, by its last part.
+        relation: relation of the model to its base on the Hub: `"finetune"` or `"adapter"`.
+        library: library that loads the model: `"transformers"`, `"diffusers"` or `"peft"`.
+        task: the `pipeline_tag`, if there is one.
+        snippet: Python code that uses the model; its first line imports comcat_hf.
+        tags: tags besides `comcat`.
+        dataset: Hub id of the training and evaluation data, if there is one. A folder is not named.
         measured: results of the evaluation on `dataset`; they make the `model-index`.
-        table: rows of a comparison, the first one its head.
-        pictures: captions and file names, beside the card.
+        table: rows of a comparison; the first row is the head.
+        pictures: captions and file names, in the card's folder.
         gallery: prompts and file names of images that a pipeline drew.
-        details: lines on how it was made.
+        details: lines on how the model was made.
         extra: further metadata, such as `instance_prompt`.
     """
 
@@ -77,19 +77,19 @@ class CardFacts:
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> Path:
-    """Write `README.md` into a folder, after whatever else writes there: PEFT, for one, writes tags of its own.
+    """Write the model card `README.md` into a folder. Call it last: PEFT also writes a card, with its own tags.
 
-    A card that is there keeps its text and its metadata; ours is replaced, or put below what a person wrote.
+    An existing card keeps its text and its metadata. Our part of it is replaced, or added below.
 
     Args:
-        folder: where the model or the adapter lies.
-        facts: what the card says.
+        folder: folder of the model or the adapter.
+        facts: content of the card.
 
     Returns:
         the card's path.
 
     Raises:
-        CheckpointError: a card that is there has metadata that cannot be read; it is left as it was.
+        CheckpointError: an existing card has unreadable metadata; it is left as it was.
     """
     path = Path(folder) / CARD_NAME
     ours = f"{_BEGIN}\n{_text(facts)}{_END}"
@@ -99,7 +99,7 @@ def write_card(folder: str | Path, facts: CardFacts) -> Path:
         written = _put(ours, card.text.strip("\n"))
         kept = {name: value for name, value in card.data.to_dict().items() if name not in ("tags", "model-index")}
         data = _metadata(facts, card.data.get("tags") or ())
-        # What says what the files are is ours to say; the rest is kept.
+        # Metadata about the files is ours; other metadata is kept.
         content = kept | data.to_dict()
     else:
         written, content = ours, _metadata(facts).to_dict()
@@ -108,28 +108,28 @@ def write_card(folder: str | Path, facts: CardFacts) -> Path:
 
 
 def shown_base(base: str | None) -> str:
-    """A base model as a card names it: a Hub id as it is, of a folder the last part."""
+    """The name of a base model in a card: a Hub id as it is, or the last part of a folder."""
     if not base or hub_id(base):
         return base or "an unnamed model"
-    # Windows' rules know both kinds of slashes.
+    # The rules of Windows accept both kinds of slashes.
     name = PureWindowsPath(base).name
     return name if name.strip(".") else Path(base).expanduser().resolve().name
 
 
 def quoted(text: str) -> str:
-    """A text as a string of Python in double quotes, for snippets."""
+    """A text as a Python string in double quotes, for snippets."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def code_span(text: str) -> str:
-    """A name as code within a line of Markdown, whatever it holds."""
+    """A text as inline code in Markdown, also if it contains backticks."""
     text = " ".join(text.split())
     padding = " " if "`" in text else ""
     return f"{_fence(text, 1)}{padding}{text}{padding}{_fence(text, 1)}"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a table, the first one its head; nothing for no rows."""
+    """Rows of cells as a Markdown table, the first row as head; empty text without rows."""
     if not rows:
         return ""
     rows = [[_line(cell).replace("|", "\\|") for cell in cells] for cells in rows]
@@ -138,7 +138,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _put(ours: str, text: str) -> str:
-    """A card's text with our part in its place, or below; copies of it go."""
+    """A card's text with our part replaced, or added below; further copies of our part are removed."""
     first = _OURS.search(text)
     if first is None:
         return f"{text}\n\n{ours}"
@@ -159,7 +159,7 @@ def _text(facts: CardFacts) -> str:
 
 
 def _line(text: str) -> str:
-    """A text, such as a prompt, on one line, where it opens no tag and no comment."""
+    """A text, such as a prompt, on one line and without opening HTML tags or comments."""
     return " ".join(text.split()).replace("<", "&lt;")
 
 
@@ -169,7 +169,7 @@ def _fenced(text: str, language: str = "") -> str:
 
 
 def _fence(text: str, shortest: int) -> str:
-    """So many backticks as the text holds nowhere in a row."""
+    """A fence of backticks, longer than any run of backticks in the text."""
     return "`" * max(shortest, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
@@ -210,12 +210,12 @@ def _as_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[ModelCard, str]:
-    """A card, and how its lines end."""
+    """A card, and its line break."""
     try:
         content = path.read_bytes().decode("utf-8-sig")
         line_break = "\r\n" if "\r\n" in content else "\n"
         return ModelCard(content.replace(line_break, "\n"), ignore_metadata_errors=False), line_break
-    # The Hub's client raises what its YAML parser raises, too.
+    # The Hub's client passes on errors of its YAML parser.
     except Exception as error:
         raise CheckpointError(
             f"{path}: expected a model card with YAML metadata between lines of three dashes, found one that cannot "

@@ -1,4 +1,4 @@
-"""The page of a report: sections of text, tables and pictures in one file."""
+"""The HTML page of a report: sections of text, tables and pictures in one file."""
 
 import base64
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ _KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report; what is empty is left out.
+    """A section of a report; empty parts are left out.
 
     Attributes:
-        heading: above it.
+        heading: the heading.
         text: a paragraph.
-        table: rows of cells, the first one the head.
-        pictures: captions and the PNG or SVG files that are put into the page.
-        code: lines in a fixed width.
+        table: rows of cells; the first row is the head.
+        pictures: captions, and PNG or SVG files to embed.
+        code: lines in a fixed-width font.
     """
 
     heading: str
@@ -35,13 +35,13 @@ class Section:
 
 
 def write_report(path: str | Path, title: str, summary: str, sections: Sequence[Section]) -> Path:
-    """Write a report as one HTML file. It holds no scripts, and nothing in it is fetched from elsewhere.
+    """Write a report as one HTML file, without scripts and without links to other files.
 
     Args:
-        path: file to write; a file that is there is replaced in one step.
-        title: of the page.
-        summary: a sentence or two below it.
-        sections: in their order.
+        path: file to write; an existing file is replaced in one step.
+        title: title of the page.
+        summary: a sentence or two below the title.
+        sections: the sections, in order.
 
     Returns:
         the path.
@@ -69,5 +69,5 @@ def _embedded(file: Path) -> str:
         raise CheckpointError(
             f"{file}: expected a picture for the report, found {error.strerror or error}; draw it first"
         ) from error
-    # As an image of its own: names inside one SVG do not meet those of another, and scripts in it do not run.
+    # Embedded as an image: names inside two SVGs do not clash, and scripts inside an SVG do not run.
     return f"data:{kind};base64,{base64.b64encode(payload).decode('ascii')}"

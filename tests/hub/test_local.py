@@ -59,7 +59,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
 def test_what_json_cannot_hold_is_refused_before_the_old_file_is_touched(tmp_path, value):
     path = write_json_atomic(tmp_path / "ranks.json", {"a": 1})
-    with pytest.raises(InvalidValueError, match=r"ranks\.json: expected a payload that JSON can hold"):
+    with pytest.raises(InvalidValueError, match=r"ranks\.json: expected JSON-serialisable content"):
         write_json_atomic(path, {"a": value})
     assert read_json(path) == {"a": 1}
 
@@ -153,7 +153,7 @@ def test_nothing_to_upload_is_refused_before_the_hub_is_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "reason"), [("user/repo", "user/repo: .* was not reached"), ("not a repo!", "no name of a repository")]
+    ("repo_id", "reason"), [("user/repo", "user/repo: .* was not reached"), ("not a repo!", "not a repository name")]
 )
 def test_an_upload_that_fails(tmp_path, repo_id, reason):
     write_text_atomic(tmp_path / "a.json", "{}")

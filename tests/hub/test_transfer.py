@@ -208,8 +208,8 @@ def test_private_and_gated_repositories(hub, client, tmp_path):
         ("user/none", {}, None, "no such repository on the Hub"),
         ("user/repo", {"revision": "v9"}, None, "no such revision"),
         ("user/repo", {"token": "hf_wrong"}, None, "user/repo: expected"),
-        ("user/repo", {}, ("GET", "/api/models/user/repo$", "page"), "does not speak as the Hub does"),
-        ("user/repo", {}, ("GET", "/tree/", "page"), "does not speak as the Hub does"),
+        ("user/repo", {}, ("GET", "/api/models/user/repo$", "page"), "does not answer as the Hub does"),
+        ("user/repo", {}, ("GET", "/tree/", "page"), "does not answer as the Hub does"),
         ("user/repo", {}, ("GET", "/resolve/.*safetensors", "drop"), "user/repo: expected"),
     ],
 )

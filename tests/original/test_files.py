@@ -107,9 +107,9 @@ DECLARED = {
 @pytest.mark.parametrize("tensor", DECLARED.values(), ids=DECLARED)
 def test_shapes_that_the_file_does_not_hold(convert, tensor, save):
     said = convert("vit", lambda content: {"model": {**content["model"], "pos_embed": tensor}}, save)
-    assert "the size of the file, found such as declare" in said
+    assert "the size of the file, found declared sizes of" in said
     said = convert("adapter", lambda content: [tensor[0], *content[1:]], save)
-    assert "the size of the file, found such as declare" in said
+    assert "the size of the file, found declared sizes of" in said
 
 
 def repacked(change, compression=zipfile.ZIP_STORED):

@@ -1,4 +1,4 @@
-"""Pictures, as PNG or SVG: ranks and spectra of a compression, accuracy against reduction, images side by side."""
+"""Plots as PNG or SVG: ranks and spectra of a compression, accuracy against reduction, images side by side."""
 
 from .curves import plot_reductions as plot_reductions
 from .images import plot_image_grid as plot_image_grid

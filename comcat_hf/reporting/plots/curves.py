@@ -1,4 +1,4 @@
-"""What is left of a model's quality, against how much of it was removed."""
+"""Plots of a model's quality against its reduction."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from .figures import COLORS, axes_for, check_target, finish
 __all__ = ["plot_reductions"]
 
 _MARKERS = "osD^vPX"
-# Of the vertical axis: noise must not look like a cliff.
+# Smallest span of the vertical axis: noise must not look like a cliff.
 _LEAST_SPAN = 0.1
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 
@@ -25,20 +25,20 @@ def plot_reductions(
     title: str | None = None,
     ax: Any | None = None,
 ) -> Any:
-    """Draw a picture of accuracy, or another quality, against reduction: PNG or SVG, by the name's end.
+    """Plot accuracy, or another quality, against reduction, as PNG or SVG by the file's suffix.
 
-    Curves differ in colour, marker and line, so that neither print nor colour vision hides which is which.
+    Curves differ in colour, marker and line style, so that they can be told apart in print and by every colour vision.
 
     Args:
         curves: by name, points `(reduction, quality)`: reductions and accuracies as shares, 0 to 1.
-        path: file to write; a file that is there is replaced in one step. Without one nothing is written.
-        dense: quality of the dense model, a thin line across.
-        quality: what the vertical axis shows.
-        title: a line above.
+        path: file to write; an existing file is replaced in one step. Without a path nothing is written.
+        dense: quality of the dense model, drawn as a thin line.
+        quality: label of the vertical axis.
+        title: title of the plot.
         ax: matplotlib axes to draw on, in place of a new figure.
 
     Returns:
-        the path, or without one the matplotlib figure, which a notebook shows.
+        the path, or without a path the matplotlib figure, which a notebook shows.
 
     Raises:
         InvalidValueError: no points, a reduction outside 0 to 1, a name that does not end in

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib where it is installed, axes, colours, and files."""
+"""Shared parts of all plots: figures and axes of matplotlib, colours, and files."""
 
 import io
 from pathlib import Path
@@ -10,9 +10,9 @@ from ...hub import write_bytes_atomic
 
 __all__ = ["COLORS", "RIGHT", "WRONG", "axes_for", "check_target", "finish", "new_figure", "save_figure"]
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart, without their yellow, which white swallows.
+# The colour-blind safe palette of Okabe and Ito, without its yellow, which is hard to see on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-# Colour and line; wrong ones are dashed besides.
+# Colour and line style of frames around right and wrong images.
 RIGHT, WRONG = (COLORS[0], "solid"), (COLORS[1], "dashed")
 
 _FORMATS = (".png", ".svg")
@@ -20,7 +20,7 @@ _MISSING = "Plots need matplotlib, which is not installed. Install it with: pip 
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of a size in inches, outside of pyplot: the user's own figures and backend are left alone.
+    """An empty figure of a size in inches, outside pyplot: the user's figures and backend do not change.
 
     Raises:
         ComCATError: matplotlib is not installed.
@@ -33,12 +33,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def axes_for(ax: Any | None, width: float, height: float) -> Any:
-    """The axes to draw on: those given, else those of a new figure of a size in inches."""
+    """The given axes, or the axes of a new figure of a size in inches."""
     return new_figure(width, height).subplots() if ax is None else ax
 
 
 def check_target(path: str | Path | None, ax: Any | None = None) -> None:
-    """Say before anything is drawn where a picture cannot go.
+    """Check the target of a plot before drawing.
 
     Raises:
         InvalidValueError: a name that does not end in `.png` or `.svg`, or both a name and axes.
@@ -53,9 +53,9 @@ def check_target(path: str | Path | None, ax: Any | None = None) -> None:
 
 
 def finish(figure: Any, path: str | Path | None, title: str | None, ax: Any | None = None) -> Any:
-    """Put a title on a picture and write it; returns the path, or the figure where there is none.
+    """Add the title and write the plot; returns the path, or the figure if there is no path.
 
-    The title of axes that were given stands above them alone.
+    On given axes, the title belongs to these axes and not to the whole figure.
     """
     if title and ax is None:
         figure.suptitle(title, fontsize=12)
@@ -65,7 +65,7 @@ def finish(figure: Any, path: str | Path | None, title: str | None, ax: Any | No
 
 
 def _format_of(path: str | Path) -> str:
-    """`"png"` or `"svg"`, by the end of a file's name."""
+    """`"png"` or `"svg"`, by the suffix of a file's name."""
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
         raise InvalidValueError(f"{path}: expected a file name that ends in {' or '.join(_FORMATS)}, got {suffix!r}.")
@@ -73,9 +73,9 @@ def _format_of(path: str | Path) -> str:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a figure as what its name says; a file that is there is replaced in one step.
+    """Write a figure in the format of the file's suffix; an existing file is replaced in one step.
 
-    The same figure gives the same bytes: neither the time nor random names stand in an SVG.
+    The same figure gives the same bytes: an SVG contains neither the time nor random names.
 
     Raises:
         InvalidValueError: a name that does not end in `.png` or `.svg`.

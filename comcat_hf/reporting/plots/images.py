@@ -1,4 +1,4 @@
-"""Images side by side: before and after, or one row for each method."""
+"""Plots of images side by side: before and after, or one row for each method."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,30 +24,30 @@ def plot_image_grid(
     size: float = 0.75,
     ax: Any | None = None,
 ) -> Any:
-    """Draw a picture of images in rows: PNG or SVG, by the name's end.
+    """Plot rows of images, as PNG or SVG by the file's suffix.
 
     Args:
-        images: by the name of the row, grey `(columns, h, w)` or in colour `(columns, 3, h, w)`, from 0 to 1.
-        path: file to write; a file that is there is replaced in one step. Without one nothing is written.
+        images: images by row name, grey `(columns, h, w)` or in colour `(columns, 3, h, w)`, with values from 0 to 1.
+        path: file to write; an existing file is replaced in one step. Without a path nothing is written.
         columns: a name for each column.
         notes: by row, a short text for the corner of each image.
-        right: by row, whether an image is what it should be: such have a solid blue frame, others a dashed
-            vermilion one.
+        right: by row, whether each image is right: a right image has a solid blue frame, a wrong one a dashed
+            vermilion frame.
         title: a line above the images.
-        size: of an image, in inches (130 pixels each in a PNG).
+        size: size of an image in inches (130 pixels per inch in a PNG).
         ax: matplotlib axes to draw on, in place of a new figure.
 
     Returns:
-        the path, or without one the matplotlib figure, which a notebook shows.
+        the path, or without a path the matplotlib figure, which a notebook shows.
 
     Raises:
-        InvalidValueError: a row that has not one image, note and verdict for each column, images of another shape, a
+        InvalidValueError: a row without one image, note and verdict for each column, images of another shape, a
             name that does not end in `.png` or `.svg`, or both a name and axes.
         ComCATError: matplotlib is not installed.
     """
     check_target(path, ax)
     _check_grid(len(columns), images=images, notes=notes or {}, right=right or {})
-    # One for all: axes for each image would take seconds to lay out.
+    # One axes object for all images: one for each would take seconds to lay out.
     axes = axes_for(ax, 1.8 + size * len(columns), 0.7 + size * len(images))
     from matplotlib.patches import Rectangle
 

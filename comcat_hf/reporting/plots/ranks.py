@@ -1,4 +1,4 @@
-"""Which ranks and widths a plan keeps, and the spectra that they were cut from."""
+"""Plots of a plan's ranks and widths, and of the spectra that they truncate."""
 
 import itertools
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from .tables import PAIRS, RankTable, head_spectra, rank_table
 __all__ = ["plot_compression", "plot_ranks"]
 
 _TALL = 12  # layers
-_FLOOR = 1e-3  # of the largest singular value; what is below is drawn there
+_FLOOR = 1e-3  # of the largest singular value; smaller values are drawn at this height
 
 
 def plot_compression(
@@ -27,18 +27,18 @@ def plot_compression(
     statistics: Mapping[str, Any] | None = None,
     title: str | None = None,
 ) -> Any:
-    """Draw a rank map (layers × sites) and the attention spectra, with the kept ranks marked: PNG or SVG.
+    """Plot a rank map (layers × sites) and the attention spectra with the kept ranks marked, as PNG or SVG.
 
     Args:
         dense: the model that the plan is for, not compressed.
         plan: its ranks.
-        path: file to write, by whose end the format goes; a file that is there is replaced in one step. Without one
+        path: file to write, in the format of its suffix; an existing file is replaced in one step. Without a path
             nothing is written.
-        statistics: moments by module path; the spectra are then those that the data sees.
+        statistics: moments by module path, which weight the spectra by the data.
         title: a line above the panels.
 
     Returns:
-        the path, or without one the matplotlib figure, which a notebook shows.
+        the path, or without a path the matplotlib figure, which a notebook shows.
 
     Raises:
         InvalidValueError: a name that does not end in `.png` or `.svg`.
@@ -47,7 +47,7 @@ def plot_compression(
     check_target(path)
     table, spectra = rank_table(dense, plan), head_spectra(dense, statistics)
     rows = len({row for row, column in table if column})
-    # A deep model's spectra stand above each other beside its tall map.
+    # For a deep model, the two spectra are stacked beside the tall map.
     tall = rows > _TALL
     layout = [["ranks", "qk"], ["ranks", "vo"]] if tall else [["ranks", "qk", "vo"]]
     figure = new_figure(*((10, 1.7 + 0.3 * rows) if tall else (13, 2.6 + 0.36 * rows)))
@@ -71,18 +71,18 @@ def plot_ranks(
     title: str | None = None,
     ax: Any | None = None,
 ) -> Any:
-    """Draw a rank map alone (layers × sites): PNG or SVG. No weights are read.
+    """Plot a rank map alone (layers × sites), as PNG or SVG. No weights are read.
 
     Args:
-        dense: the model that the plan is for, not compressed; on the meta device it will do.
+        dense: the model that the plan is for, not compressed; the meta device is enough.
         plan: its ranks.
-        path: file to write, by whose end the format goes; a file that is there is replaced in one step. Without one
+        path: file to write, in the format of its suffix; an existing file is replaced in one step. Without a path
             nothing is written.
-        title: a line above.
+        title: title of the plot.
         ax: matplotlib axes to draw on, in place of a new figure.
 
     Returns:
-        the path, or without one the matplotlib figure, which a notebook shows.
+        the path, or without a path the matplotlib figure, which a notebook shows.
 
     Raises:
         InvalidValueError: a name that does not end in `.png` or `.svg`, or both a name and axes.
@@ -129,7 +129,7 @@ def _cell(rank: int | None, full: int) -> str:
 def _draw_spectra(axes: Any, pair: str, spectra: Mapping[str, Tensor], plan: RankPlan) -> None:
     colors = _layer_colors(len(spectra))
     for color, (name, values) in zip(colors, spectra.items(), strict=True):
-        # The geometric mean over heads is the middle of their lines on the logarithmic axis.
+        # On a logarithmic axis, the geometric mean over heads is the middle of their curves.
         mean = values.float().clamp(min=_FLOOR).log().mean(0).exp().tolist()
         axes.plot(range(1, len(mean) + 1), mean, color=color, linewidth=1.6)
         entry = plan.ranks.get(name)
@@ -149,7 +149,7 @@ def _draw_spectra(axes: Any, pair: str, spectra: Mapping[str, Tensor], plan: Ran
 def _layer_colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    # Not to the end of the map: its yellow is hard to see on white.
+    # Without the end of the colour map: its yellow is hard to see on white.
     return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""What the pictures of a compression show, as numbers."""
+"""Tables behind the plots: ranks by layer, and spectra by head."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -25,17 +25,17 @@ RankTable = dict[tuple[str, str], tuple[int | None, int]]
 def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
     """The plan as a table: rows are layers, columns are sites, cells are the rank and the full rank.
 
-    What lies in no layer, such as a classifier, is a row of its own name with an empty column name.
+    A site outside the layers, such as a classifier, is a row under its own name, with an empty column name.
 
     Args:
-        dense: the model that the plan is for, not compressed; on the meta device it will do.
+        dense: the model that the plan is for, not compressed; the meta device is enough.
         plan: its ranks.
 
     Returns:
-        by row and column, the rank or width kept (`None`: dense) and the full one.
+        by row and column, the kept and the full rank or width (`None` for a dense site).
     """
     sites = _shown_sites(dense, plan)
-    # Not by its own name: an MLP may have that of its block.
+    # Not by its own name: an MLP may have the name of its block.
     places = {name: _place(site.moments_path) for name, site in sites.items()}
     stacks = list(dict.fromkeys(stack for stack, _, _ in places.values() if stack is not None))
     attentions = {site for name, (_, _, site) in places.items() if isinstance(sites[name], AttentionSite)}
@@ -56,7 +56,7 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
 
 
 def _shown_sites(dense: nn.Module, plan: RankPlan) -> dict[str, Site]:
-    """Every site; of an MLP the whole, in place of its layers, where the plan has widths and gives these no ranks."""
+    """All sites; a plan with widths shows an MLP as a whole unless it gives the MLP's layers ranks."""
     sites = known_sites(dense, width=True)
     mlps = {name: site.dense_modules() for name, site in sites.items() if site.kind == "mlp"}
     widths = not plan.ranks.keys().isdisjoint(mlps)
@@ -71,10 +71,10 @@ def head_spectra(dense: nn.Module, statistics: Mapping[str, Any] | None = None) 
 
     Args:
         dense: a model that is not compressed.
-        statistics: moments by module path; the values are then those that the data sees.
+        statistics: moments by module path, which weight the values by the data.
 
     Returns:
-        by attention module and pair (`qk`, `vo`), values of shape `(H, p)`, in falling order.
+        by attention module and pair (`qk`, `vo`), values of shape `(H, p)`, in descending order.
     """
     spectra: dict[str, dict[str, Tensor]] = {}
     for name, site in known_sites(dense).items():
@@ -102,7 +102,7 @@ def _shares(values: Tensor) -> Tensor:
 
 
 def _place(name: str) -> tuple[str | None, str, str]:
-    """Stack of layers, layer and place within it: `vit.layers`, `3`, `mlp.fc1`. Outside a stack the name is both."""
+    """Stack of layers, layer, and path in the layer: `vit.layers`, `3`, `mlp.fc1`; outside a stack, only the name."""
     match = _LAYER.match(name)
     if match is None:
         return None, name.rpartition(".")[2], ""
@@ -110,14 +110,14 @@ def _place(name: str) -> tuple[str | None, str, str]:
 
 
 def _short(stack: str, stacks: list[str]) -> str:
-    """What tells one stack from the others: `vision_model` of `vision_model.encoder.layers`."""
+    """The part of a stack's path that other stacks do not share: `vision_model` of `vision_model.encoder.layers`."""
     parts = stack.split(".")
     shared = set.intersection(*(set(other.split(".")) for other in stacks))
     return ".".join(part for part in parts if part not in shared) or stack
 
 
 def _full_ranks(site: Site) -> dict[str, int]:
-    """The rank of the dense weights, which for a linear layer is more than the rank at which it breaks even."""
+    """The rank of the dense weights; for a linear layer it is larger than the break-even rank."""
     if site.kind == "linear":
         return {"rank": min(site.linear.in_features, site.linear.out_features)}
     return site.choices
