@@ -443,6 +443,38 @@ class TestScales:
         layer.scale_layer(0.5)
         assert layer.scaling == {"a": 1.0, "b": 0.5}
 
+    def test_what_was_scaled_comes_back_whatever_happened_in_between(self):
+        layer = host({**FULL, "scale": 0.7}, FULL, FULL).attn
+        layer.set_adapter(["a", "b"])
+        layer.scale_layer(0.1)
+        layer.scale_layer(0.3)
+        layer.set_adapter(["b", "c"])
+        layer.set_initial_scale("b", 3.0)
+        layer.unscale_layer(0.1)
+        assert layer.scaling == {"a": 0.7 * 0.3, "b": 3.0 * 0.3, "c": 1.0}
+        layer.unscale_layer(0.3)
+        assert layer.scaling == {"a": 0.7, "b": 3.0, "c": 1.0}
+
+    def test_a_zero_is_taken_back_for_one_adapter_alone(self):
+        layer = host(FULL, FULL).attn
+        layer.set_scale("a", 0.4)
+        layer.scale_layer(0)
+        layer.set_scale("a", 1.0)
+        assert layer.scaling == {"a": 0.4, "b": 0.0}
+        layer.set_scale("b", 2.0)
+        layer.set_scale("b", 1.0)
+        assert layer.scaling == {"a": 0.4, "b": 1.0}
+
+    def test_a_merged_adapter_keeps_its_scale(self):
+        model = host(FULL)
+        model.attn.merge()
+        merged, x = model(states()), states()
+        model.attn.set_scale("a", 0.5)
+        assert torch.equal(model(x), merged) and model.attn.scaling == {"a": 0.5}
+        assert near(model.attn.get_base_layer()(x), merged)
+        model.attn.unmerge()
+        assert near(model(x), written_out(model.attn, x, x, (0.5,), HEAD_DIM**-0.5))
+
     def test_zero_is_the_dense_module(self):
         model = host(FULL, CORE)
         for name in ("a", "b"):
