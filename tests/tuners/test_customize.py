@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -143,6 +143,18 @@ _adapter = st.tuples(_rank, _rank, st.booleans()).filter(lambda drawn: drawn[:2]
     processor=st.sampled_from([AttnProcessor2_0, AttnProcessor, lambda: SlicedAttnProcessor(1)]),
     scales=st.lists(st.sampled_from([-0.7, 0.0, 0.3, 1.0, 2.0]), min_size=3, max_size=3),
 )
+@example(  # every gradient but that of y is zero, by cancelling
+    adapters=[(2, 3, False)],
+    heads=1,
+    head_dim=6,
+    tokens=(1, 1),
+    cross=10,
+    bias=False,
+    masked=False,
+    scale_qk=False,
+    processor=AttnProcessor2_0,
+    scales=[0.0] * 3,
+)
 def test_the_formula(adapters, heads, head_dim, tokens, cross, bias, masked, scale_qk, processor, scales):
     model = host(
         *({"qk_rank": qk, "vo_rank": vo, "core": core} for qk, vo, core in adapters),
@@ -171,7 +183,8 @@ def test_the_formula(adapters, heads, head_dim, tokens, cross, bias, masked, sca
     expected = written_out(layer, x, y, scales, scale, mask[:, None] if masked else None)
     assert near(found, expected)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
-    wanted = [x, *factors_of(model).values()]
+    # `y` among them: its gradient through the dense values says how large the terms are that cancel in the others.
+    wanted = list(dict.fromkeys([x, y, *factors_of(model).values()]))
     one, other = (
         torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True) for output in (found, expected)
     )
