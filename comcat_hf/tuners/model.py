@@ -1,10 +1,20 @@
-"""The tuner: finds the modules that a configuration gives ranks or widths to and puts tuner layers around them."""
+"""The tuner: finds the modules that a configuration gives ranks or widths to and puts tuner layers around them.
 
-import re
+PEFT has no public way to replace modules that are more than one layer. Its private names that the package overrides or
+reads:
+
+- `BaseTuner`: `_check_target_module_exists`, `_create_and_replace`, `_prepare_adapter_config`, `_prepare_model`,
+  `_remap_adapter_state_dict_for_load`, `_remove_adapter_name_from_key`, `_replace_module`,
+  `_unload_and_optionally_merge`
+- `BaseTunerLayer`: `_active_adapter`, `_disable_adapters`, `_get_base_layer_device_and_dtype`,
+  `_move_adapter_to_device_of_base_layer`
+- `PeftModel`: `_enable_peft_forward_hooks`
+- `tuners_utils`: `_ExcludedModule`
+"""
+
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,22 +23,18 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import nn
 
 from ..configs.adapter import ComCATConfig
-from ..errors import InvalidValueError, RankPlanError
-from ..modeling import Site, Targets, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
+from ..errors import InvalidValueError
+from ..modeling import Site, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
 from ..modeling.filling import fill, warn_not_finite
-from ..modeling.sites import check_disjoint
-from ..modeling.views import check_not_quantised
 from ..native import attach_plan, is_native, plan_of, watch_saving
 from .layer import ComCATLayer, CompressLayer
 from .loading import check_adapter, watch_loading
-from .residual.factors import find_residual_sites
 from .residual.layer import CustomizeLayer
 from .residual.names import Adapters, Deletion
+from .targets import meant_by, targets_of, warn_of_ignored
 
 
 __all__ = ["ComCATModel", "initialize_comcat_weights"]
-
-Ranks = dict[str, int | None]
 
 # Parts of state dict keys that are ours or PEFT's.
 _OWN_NAMES = frozenset(
@@ -57,10 +63,10 @@ class ComCATModel(BaseTuner):
         try:
             _check_adapter_name(model, adapter_name)
             with warnings.catch_warnings():
-                # PEFT looks for the entry of an MLP among its layers alone; `_warn_of_ignored` knows better.
+                # PEFT looks for the entry of an MLP among its layers alone; `warn_of_ignored` knows better.
                 warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            _warn_of_ignored(self.peft_config[adapter_name], self._sites)
+            warn_of_ignored(self.peft_config[adapter_name], self._sites)
             watch_loading(model, adapter_name)
             watch_saving(model)
             if hasattr(model, "_skip_layerwise_casting_patterns"):
@@ -98,7 +104,7 @@ class ComCATModel(BaseTuner):
         for site, ranks in targets.values():
             substitutes = site.substitutes(ranks)
             self._pending |= dict.fromkeys(substitutes, (site, substitutes))
-        self._targets, self._meant = frozenset(self._pending), _targets(peft_config, model)
+        self._targets, self._meant = frozenset(self._pending), meant_by(peft_config, model)
         other = next((layer.mode for layer in self._layers() if layer.mode != peft_config.mode), None)
         if other is not None:
             raise InvalidValueError(
@@ -206,40 +212,6 @@ class ComCATModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, ComCATLayer)]
 
 
-def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, Ranks]]:
-    """Which sites of a model a configuration gives ranks to, by path.
-
-    Raises:
-        RankPlanError: a pattern that matches nothing, ranks that do not fit, an MLP with a width and a rank for one of
-            its layers.
-        InvalidValueError: nothing is targeted.
-        UnsupportedModuleError: nothing can be, since layers are quantised.
-    """
-    meant = _targets(config, model)
-    refuse = partial(_may_refuse, config, meant)
-    sites: Mapping[str, Site]
-    if config.mode == "customize":
-        sites = find_residual_sites(model, config.core, refuse)
-    else:
-        sites = known_sites(model, width=True, refuse=refuse)
-    entries = _pattern_entries(config, sites, model)
-    targets = {}
-    for name, site in sites.items():
-        if meant.takes_site(site):
-            ranks = site.ranks(entries[name]) if name in entries else _default_ranks(config, site, sites, entries)
-            if any(rank is not None for rank in ranks.values()):
-                targets[name] = (site, ranks)
-    if not targets:
-        if not sites:
-            check_not_quantised(model)
-        raise InvalidValueError(
-            f"Target modules {config.target_modules} (excluded: {config.exclude_modules}) match nothing that has a "
-            f"rank in {type(model).__name__}. Modules that can be targeted: {', '.join(list(sites)[:6])}, ..."
-        )
-    check_disjoint([site for site, _ in targets.values()], {n: site.entry(r) for n, (site, r) in targets.items()})
-    return targets
-
-
 def initialize_comcat_weights(
     model: nn.Module, statistics: Mapping[str, Any] | None = None, adapter_name: str = "default"
 ) -> None:
@@ -276,78 +248,6 @@ def initialize_comcat_weights(
         if own and not fill(site, substitutes, (statistics or {}).get(site.moments_path)):
             unfitted.append(site.name)
     warn_not_finite(unfitted)
-
-
-def _targets(config: ComCATConfig, model: nn.Module) -> Targets:
-    # Modules that are trained as they are get no factors.
-    return Targets.of(model, config.target_modules, config.exclude_modules, config.modules_to_save)
-
-
-def _may_refuse(config: ComCATConfig, meant: Targets, path: str) -> bool:
-    """Whether attention at this path is given a rank, so that it must be known."""
-    if config.qk_rank is not None or config.vo_rank is not None:
-        return meant.takes(path)
-    entries = ((key, entry) for key, entry in config.rank_pattern.items() if isinstance(entry, Mapping))
-    return meant.takes(path) and any(_matches(key, path) and not _is_width(entry) for key, entry in entries)
-
-
-def _is_width(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and "width" in entry
-
-
-def _pattern_entries(config: ComCATConfig, sites: Mapping[str, Site], model: nn.Module) -> dict[str, Any]:
-    """The entries of the rank_pattern by the sites they are for."""
-    entries: dict[str, Any] = {}
-    unmatched = []
-    for key, entry in config.rank_pattern.items():
-        matched = [name for name in sites if _matches(key, name)]
-        # What matches the layers of an MLP may match the MLP; the entry says which of the two is meant.
-        fitting = [n for n in matched if key == n or _is_width(entry) == (sites[n].kind == "mlp")]
-        for name in fitting or matched:
-            # A module's own name goes over a pattern that happens to match it, an earlier pattern over a later one.
-            if key == name or name not in entries:
-                entries[name] = entry
-        if not matched:
-            unmatched.append(key)
-    if unmatched:
-        raise RankPlanError(
-            f"The rank_pattern names {', '.join(unmatched[:3])}, which {type(model).__name__} does not have or which "
-            f"cannot be factorised. Expected names such as {', '.join(list(sites)[:3])}. "
-            "Was the plan made for another model?"
-        )
-    return entries
-
-
-def _default_ranks(config: ComCATConfig, site: Site, sites: Mapping[str, Site], entries: Mapping[str, Any]) -> Ranks:
-    """What a site without an entry of its own gets."""
-    defaults = {"qk": config.qk_rank, "vo": config.vo_rank, "rank": config.linear_rank, "width": config.mlp_width}
-    ranks = {choice: defaults[choice] for choice in site.choices}
-    if site.kind != "attention":
-        choice = next(iter(ranks))
-        enough = ranks[choice] is not None and ranks[choice] >= site.choices[choice]
-        if enough or _yields(config, site, sites, entries):
-            return {choice: None}
-    entry = site.entry(ranks)
-    return ranks if entry is None else site.ranks(entry)
-
-
-def _yields(config: ComCATConfig, site: Site, sites: Mapping[str, Site], entries: Mapping[str, Any]) -> bool:
-    """An MLP's width to entries for its layers; the rank of a layer to its MLP's width."""
-    if site.kind == "mlp":
-        return not entries.keys().isdisjoint(site.dense_modules())
-    mlps = [mlp for mlp in sites.values() if mlp.kind == "mlp" and site.name in mlp.dense_modules()]
-    return any(config.mlp_width is not None or mlp.name in entries for mlp in mlps)
-
-
-def _warn_of_ignored(config: ComCATConfig, names: Iterable[str]) -> None:
-    ignored = sorted(key for key in config.rank_pattern if not any(_matches(key, name) for name in names))
-    if ignored:
-        message = f"The following rank_pattern keys did not match any targeted module and were ignored: {ignored}."
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-def _matches(key: str, name: str) -> bool:
-    return key == name or re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -143,6 +143,18 @@ _adapter = st.tuples(_rank, _rank, st.booleans()).filter(lambda drawn: drawn[:2]
     processor=st.sampled_from([AttnProcessor2_0, AttnProcessor, lambda: SlicedAttnProcessor(1)]),
     scales=st.lists(st.sampled_from([-0.7, 0.0, 0.3, 1.0, 2.0]), min_size=3, max_size=3),
 )
+@example(  # every gradient but that of y is zero, by cancelling
+    adapters=[(2, 3, False)],
+    heads=1,
+    head_dim=6,
+    tokens=(1, 1),
+    cross=10,
+    bias=False,
+    masked=False,
+    scale_qk=False,
+    processor=AttnProcessor2_0,
+    scales=[0.0] * 3,
+)
 def test_the_formula(adapters, heads, head_dim, tokens, cross, bias, masked, scale_qk, processor, scales):
     model = host(
         *({"qk_rank": qk, "vo_rank": vo, "core": core} for qk, vo, core in adapters),
@@ -171,7 +183,8 @@ def test_the_formula(adapters, heads, head_dim, tokens, cross, bias, masked, sca
     expected = written_out(layer, x, y, scales, scale, mask[:, None] if masked else None)
     assert near(found, expected)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
-    wanted = [x, *factors_of(model).values()]
+    # `y` among them: its gradient through the dense values says how large the terms are that cancel in the others.
+    wanted = list(dict.fromkeys([x, y, *factors_of(model).values()]))
     one, other = (
         torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True) for output in (found, expected)
     )
@@ -442,6 +455,38 @@ class TestScales:
         layer.set_adapter("b")
         layer.scale_layer(0.5)
         assert layer.scaling == {"a": 1.0, "b": 0.5}
+
+    def test_what_was_scaled_comes_back_whatever_happened_in_between(self):
+        layer = host({**FULL, "scale": 0.7}, FULL, FULL).attn
+        layer.set_adapter(["a", "b"])
+        layer.scale_layer(0.1)
+        layer.scale_layer(0.3)
+        layer.set_adapter(["b", "c"])
+        layer.set_initial_scale("b", 3.0)
+        layer.unscale_layer(0.1)
+        assert layer.scaling == {"a": 0.7 * 0.3, "b": 3.0 * 0.3, "c": 1.0}
+        layer.unscale_layer(0.3)
+        assert layer.scaling == {"a": 0.7, "b": 3.0, "c": 1.0}
+
+    def test_a_zero_is_taken_back_for_one_adapter_alone(self):
+        layer = host(FULL, FULL).attn
+        layer.set_scale("a", 0.4)
+        layer.scale_layer(0)
+        layer.set_scale("a", 1.0)
+        assert layer.scaling == {"a": 0.4, "b": 0.0}
+        layer.set_scale("b", 2.0)
+        layer.set_scale("b", 1.0)
+        assert layer.scaling == {"a": 0.4, "b": 1.0}
+
+    def test_a_merged_adapter_keeps_its_scale(self):
+        model = host(FULL)
+        model.attn.merge()
+        merged, x = model(states()), states()
+        model.attn.set_scale("a", 0.5)
+        assert torch.equal(model(x), merged) and model.attn.scaling == {"a": 0.5}
+        assert near(model.attn.get_base_layer()(x), merged)
+        model.attn.unmerge()
+        assert near(model(x), written_out(model.attn, x, x, (0.5,), HEAD_DIM**-0.5))
 
     def test_zero_is_the_dense_module(self):
         model = host(FULL, CORE)

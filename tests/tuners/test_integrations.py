@@ -1,8 +1,10 @@
 """The ways around `get_peft_model`: transformers' own adapter methods, the Auto classes, and fresh processes."""
 
+import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -21,6 +23,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import tuners_utils
 from peft.utils import PeftType
 from safetensors.torch import load_file
 from transformers import (
@@ -33,6 +36,7 @@ from transformers import (
 import comcat_hf
 from comcat_hf import ComCATConfig
 from comcat_hf.errors import CheckpointError, InvalidValueError
+from comcat_hf.tuners import model as tuner
 from tests.helpers import MODELS, classes_of, outputs
 from tests.tuners.cases import FAMILIES, LOW, disturb, equal, every_family, layers_of
 
@@ -292,6 +296,26 @@ _IMPORTS = {
         "import diffusers, transformers, peft\nfrom peft import PeftModel, LoraConfig\nimport comcat_hf, comcat_hf"
     ),
 }
+
+
+def test_the_private_names_of_peft_that_the_tuner_needs_are_there():
+    """Those that its docstring lists, which are all that the package uses."""
+    owners = {
+        "BaseTuner": tuners_utils.BaseTuner,
+        "BaseTunerLayer": tuners_utils.BaseTunerLayer,
+        "PeftModel": PeftModel,
+        "tuners_utils": tuners_utils,
+    }
+    listed = dict(re.findall(r"^- `(\w+)`: ((?:`\w+`,?\s+)+)", tuner.__doc__, re.MULTILINE))
+    listed = {owner: re.findall(r"`(\w+)`", names) for owner, names in listed.items()}
+    assert listed.keys() == owners.keys()
+    assert not [(owner, name) for owner, names in listed.items() for name in names if not hasattr(owners[owner], name)]
+    used = set()
+    for path in Path(tuner.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            used.add(getattr(node, "attr", None) or getattr(node, "name", None) or getattr(node, "id", None))
+    theirs = {name for owner in owners.values() for name in vars(owner) if re.match("_[^_]", name)}
+    assert {name for names in listed.values() for name in names} == used & theirs
 
 
 def test_registering_again_changes_nothing():

@@ -16,6 +16,7 @@ from .factors import Residual, bases_of
 from .joining import can_join, joined_input, joined_output
 from .merging import check_mergeable, merge_residuals, widened_attention
 from .names import NamedAsDense
+from .scale import Scale
 
 
 __all__ = ["CustomizeLayer"]
@@ -32,7 +33,7 @@ class CustomizeLayer(NamedAsDense):
     keep their width, the values of full factors go through heads of their own with the same queries and keys.
 
     Attributes:
-        scaling: adapter scale by adapter name; multiplies the residual product once per pair.
+        scales: by adapter name, what multiplies the residual product once per pair.
     """
 
     mode = "customize"
@@ -40,13 +41,8 @@ class CustomizeLayer(NamedAsDense):
     def __init__(self, view: AttentionView) -> None:
         super().__init__(view.module)
         self.view = view
-        self.scaling: dict[str, float] = {}
-        self._merged_scales: dict[str, float] = {}
+        self.scales: dict[str, Scale] = {}
         self._merged_beside: list[list[str]] = []
-        # Tensors, so that a compiled forward does not depend on their values.
-        self._scales: dict[str, Tensor] = {}
-        self._initial: dict[str, float] = {}
-        self._undo: list[tuple[float, dict[str, float]]] = []
         self._bases: dict[tuple[str, int], Bases] = {}
         self._stand_for(view)
 
@@ -70,7 +66,8 @@ class CustomizeLayer(NamedAsDense):
         if device.type == "meta":
             return
         with torch.inference_mode(False):
-            self._scales = {name: scale.to(device) for name, scale in self._scales.items()}
+            for scale in self.scales.values():
+                scale.tensor = scale.tensor.to(device)
             self._bases = {key: tuple(basis.to(device) for basis in found) for key, found in self._bases.items()}
 
     def update_layer(self, adapter_name: str, factors: Residual, scale: float = 1.0) -> None:
@@ -82,66 +79,47 @@ class CustomizeLayer(NamedAsDense):
             scale: what [`set_scale`] takes as 1.
         """
         super().update_layer(adapter_name, factors)
-        self._initial[adapter_name] = scale
-        self._set_scaling(adapter_name, scale)
+        self.scales[adapter_name] = Scale(scale)
         # Now, while the weights are those that the adapter belongs to; on the meta device there are none yet.
         for pair, core in {"qk": factors.qk_core, "vo": factors.vo_core}.items():
             if core is not None and not next(self.base_layer.parameters()).is_meta:
                 self.bases(pair, core.rank)
 
-    def forget(self, adapter_name: str) -> None:
-        """Drop what is kept of an adapter beside its factors."""
-        for kept in (self.scaling, self._initial, self._scales):
-            kept.pop(adapter_name, None)
+    # Scales
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """The value of each adapter's scale."""
+        return {name: scale.value for name, scale in self.scales.items()}
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scale, relative to that of its configuration."""
-        if adapter not in self.scaling:
-            return
-        if self._undo and self._undo[-1][0] == 0 and scale == 1.0:
-            # How diffusers undoes a scale of zero.
-            self._set_scaling(adapter, self._undo[-1][1].pop(adapter, self._initial[adapter]))
-            if not self._undo[-1][1]:
-                self._undo.pop()
-            return
-        self._undo.clear()
-        self._set_scaling(adapter, scale * self._initial[adapter])
+        if adapter in self.scales:
+            self.scales[adapter].set(scale)
 
     def set_initial_scale(self, adapter: str, scale: float) -> None:
         """Change what [`set_scale`] takes as 1; the scale in use changes with it."""
-        if adapter in self.scaling:
-            relative = self.scaling[adapter] / self._initial[adapter] if self._initial[adapter] else 1.0
-            self._undo.clear()
-            self._initial[adapter] = scale
-            self._set_scaling(adapter, relative * scale)
+        if adapter in self.scales:
+            self.scales[adapter].set_initial(scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scales of the active adapters."""
-        if scale == 1:
-            return
-        before = {name: self.scaling[name] for name in self.active_adapters if name in self.scaling}
-        self._undo.append((scale, before))
-        for name, value in before.items():
-            self._set_scaling(name, value * scale)
+        for found in self._active_scales():
+            found.push(scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo [`scale_layer`] exactly; without a scale, go back to those of the configurations."""
         if scale is None:
-            self._undo.clear()
-            before = {name: self._initial[name] for name in self.active_adapters if name in self.scaling}
-        elif self._undo and self._undo[-1][0] == scale:
-            before = self._undo.pop()[1]
-        else:
-            before = {name: self.scaling[name] / scale for name in self.active_adapters if name in self.scaling}
-        for name, value in before.items():
-            self._set_scaling(name, value)
+            for found in self._active_scales():
+                found.reset()
+            return
+        # Those that were active when they were scaled.
+        pushed = [found for found in self.scales.values() if scale in found.factors]
+        for found in pushed or self._active_scales():
+            found.pop(scale)
 
-    def _set_scaling(self, name: str, value: float) -> None:
-        self.scaling[name] = value
-        device = self._scales[name].device if name in self._scales else "cpu"
-        # A new one: the old may be needed for a backward that is still to come.
-        with torch.inference_mode(False):
-            self._scales[name] = torch.tensor(value, dtype=torch.float32, device=device)
+    def _active_scales(self) -> list[Scale]:
+        return [self.scales[name] for name in self.active_adapters if name in self.scales]
 
     # Running
 
@@ -272,9 +250,9 @@ class CustomizeLayer(NamedAsDense):
 
     def _active(self) -> Iterator[tuple[Residual, Tensor]]:
         for name in self._in_use():
-            fused = self._merged_scales.get(name)
-            scale = self._scales[name]
-            yield self.comcat_factors[name], scale if fused is None else torch.full_like(scale, fused)
+            scale = self.scales[name]
+            tensor = scale.tensor if scale.fused is None else torch.full_like(scale.tensor, scale.fused)
+            yield self.comcat_factors[name], tensor
 
     def _widths(self) -> tuple[int, int]:
         """How many columns the active full factors add to queries and keys, and to values."""
@@ -328,21 +306,25 @@ class CustomizeLayer(NamedAsDense):
         beside = [linear.merged_adapters[:] for linear in self.view.projections().values() if is_tuner_layer(linear)]
         if not names or (names, beside) == (self.merged_adapters, self._merged_beside):
             return
-        scales = {name: self.scaling[name] for name in names} | self._merged_scales
-        merged = merge_residuals(self.view, self.residuals(names, scales), self.bases)
+        merged = merge_residuals(self.view, self.residuals(names, merged=True), self.bases)
         if safe_merge and not all(p.isfinite().all() for p in merged.parameters()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self.merged_layer, self.comcat_factors.merged_adapters, self._merged_scales = merged, names, scales
-        self._merged_beside = beside
+        self.merged_layer, self.comcat_factors.merged_adapters, self._merged_beside = merged, names, beside
+        for name in names:
+            self.scales[name].fused = self.scales[name].in_use
 
-    def residuals(self, names: list[str], scales: dict[str, float] | None = None) -> list[tuple[Residual, float]]:
-        """Factors and scale of each adapter named."""
-        return [(self.comcat_factors[name], (scales or self.scaling)[name]) for name in names]
+    def residuals(self, names: list[str], *, merged: bool = False) -> list[tuple[Residual, float]]:
+        """Factors and scale of each adapter named; with `merged` the scale that it is merged with, if it is."""
+        scales = [self.scales[name] for name in names]
+        values = [scale.in_use if merged else scale.value for scale in scales]
+        return [(self.comcat_factors[name], value) for name, value in zip(names, values, strict=True)]
 
     def unmerge(self) -> None:
         """Undo [`merge`], to the bit."""
-        self.merged_layer, self._merged_scales = None, {}
+        self.merged_layer = None
         self.merged_adapters.clear()
+        for scale in self.scales.values():
+            scale.fused = None
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -356,7 +338,7 @@ class CustomizeLayer(NamedAsDense):
         """The module that diffusers leaves when it takes adapters away: with the fused ones in it, if any."""
         if self.merged_layer is None:
             return self.base_layer
-        residuals = self.residuals(self.merged_adapters, self._merged_scales)
+        residuals = self.residuals(self.merged_adapters, merged=True)
         return widened_attention(self.view, residuals, self.bases) or self.merged_layer
 
     # The stand-in's class is made at run time and cannot be pickled; it holds nothing of its own.

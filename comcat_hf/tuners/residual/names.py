@@ -68,7 +68,7 @@ class Adapters(nn.ModuleDict, BaseTunerLayer):
         if adapter_name in self.merged_adapters:
             raise InvalidValueError(f"The adapter {adapter_name} is fused into the model. Unfuse it first.")
         super().delete_adapter(adapter_name)
-        self._layer.forget(adapter_name)
+        self._layer.scales.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         self._layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
