@@ -56,7 +56,7 @@ START = """
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import ViTConfig, ViTForImageClassification
-from comcat_hf.transport import pull_folder, push_folder
+from comcat_hf.hub import pull_folder, push_folder
 
 pixels = torch.ones(1, 3, 32, 32)
 
