@@ -10,6 +10,7 @@ from .mlps import mlp_views
 from .sites import AttentionSite, LinearSite, MLPSite, Site, block_of
 from .targets import EVERYTHING, Targets
 from .views import (
+    Walk,
     attention_paths,
     attention_views,
     check_not_quantised,
@@ -30,35 +31,35 @@ _CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier", "head
 Refuse = Callable[[str], bool]
 
 
-def _attention_sites(model: nn.Module, refuse: Refuse) -> Iterator[AttentionSite]:
-    yield from map(AttentionSite, attention_views(model, refuse=refuse).values())
+def _attention_sites(model: nn.Module, modules: Walk, refuse: Refuse) -> Iterator[AttentionSite]:
+    yield from map(AttentionSite, attention_views(model, refuse=refuse, modules=modules).values())
 
 
-def _mlp_sites(model: nn.Module, refuse: Refuse) -> Iterator[MLPSite | LinearSite]:
+def _mlp_sites(model: nn.Module, modules: Walk, refuse: Refuse) -> Iterator[MLPSite | LinearSite]:
     """Known MLPs, and linear layers, of the blocks that hold attention, outside it."""
-    attention = attention_paths(model)
+    attention = attention_paths(modules)
     blocks = {block for name in attention if (block := block_of(name))}
     linears = {
         name: linear
-        for name, linear in _plain_linears(model)
+        for name, linear in _plain_linears(modules)
         if _lies_under(name, blocks) and not _lies_under(name, attention)
     }
-    for view in mlp_views(model):
+    for view in mlp_views(modules):
         if view.layers().keys() <= linears.keys():
             yield MLPSite(view)
     for name, linear in linears.items():
         yield LinearSite(name, linear)
 
 
-def _classifier_sites(model: nn.Module, refuse: Refuse) -> Iterator[LinearSite]:
+def _classifier_sites(model: nn.Module, modules: Walk, refuse: Refuse) -> Iterator[LinearSite]:
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    for name, linear in _plain_linears(model):
+    for name, linear in _plain_linears(modules):
         # SigLIP's text tower names its projection `head`.
         if name in _CLASSIFIERS and labels in (None, linear.out_features):
             yield LinearSite(name, linear)
 
 
-_FINDERS: dict[str, tuple[Callable[[nn.Module, Refuse], Iterator[Site]], ...]] = {
+_FINDERS: dict[str, tuple[Callable[[nn.Module, Walk, Refuse], Iterator[Site]], ...]] = {
     "attention": (_attention_sites,),
     "mlp": (_mlp_sites,),
     "model": (_attention_sites, _mlp_sites, _classifier_sites),
@@ -114,17 +115,17 @@ def known_sites(
     if scope not in _FINDERS:
         raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
     model = unwrapped(model)
-    found = (site for finder in _FINDERS[scope] for site in finder(model, refuse))
+    modules = list(named_base_modules(model))
+    found = (site for finder in _FINDERS[scope] for site in finder(model, modules, refuse))
     sites = {site.name: site for site in found if width or site.kind != "mlp"}
-    order = {name: index for index, (name, _, _) in enumerate(named_base_modules(model))}
+    order = {name: index for index, (name, _, _) in enumerate(modules)}
     # Not by the site's own name: BERT's MLP has that of its block, which also holds the attention before it.
     return dict(sorted(sites.items(), key=lambda item: order[next(iter(item[1].dense_modules()))]))
 
 
-def _plain_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _plain_linears(modules: Walk) -> Iterator[tuple[str, nn.Linear]]:
     """Plain linear layers whose weight no other module shares."""
     owners: dict[int, int] = {}
-    modules = list(named_base_modules(model))
     low_rank = [name for name, module, _ in modules if isinstance(module, LowRankLinear)]
     for _, module, _ in modules:
         for parameter in module.parameters(recurse=False):

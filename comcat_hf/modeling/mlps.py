@@ -14,7 +14,7 @@ from torch import nn
 
 from .families import MLPFamily, Registry
 from .hosts import transformers
-from .views import is_plain_linear, named_base_modules
+from .views import Walk, is_plain_linear
 from .wrappers import base_module
 
 
@@ -68,13 +68,13 @@ def register_mlp_family(family: MLPFamily) -> None:
     _registry.add(family)
 
 
-def mlp_views(model: nn.Module) -> Iterator[MLPView]:
-    """Every known MLP of a model whose layers are plain and used by it alone, in the order of the model's modules.
+def mlp_views(modules: Walk) -> Iterator[MLPView]:
+    """Every known MLP among a model's modules whose layers are plain and used by it alone, in their order.
 
     Layers that are quantised, compressed already or shared make the MLP no view.
     """
-    users = _users(model)
-    for name, layers in _hosts(model):
+    users = _users(modules)
+    for name, layers in _hosts(modules):
         *first, output = (path[-1] for path in layers.values())
         alone = all(users[id(module)] == 1 for path in layers.values() for module in path)
         if not alone or not all(is_plain_linear(linear) for linear in (*first, output)):
@@ -85,17 +85,17 @@ def mlp_views(model: nn.Module) -> Iterator[MLPView]:
             yield MLPView(name, tuple(zip(first_names, first, strict=True)), output_name, output)
 
 
-def narrowed_mlps(model: nn.Module) -> Iterator[tuple[str, int]]:
+def narrowed_mlps(modules: Walk) -> Iterator[tuple[str, int]]:
     """Path and width of every MLP that has lost hidden units."""
-    for name, layers in _hosts(model):
+    for name, layers in _hosts(modules):
         output = list(layers.values())[-1][-1]
         if getattr(output, "is_narrow", False):
             yield name, output.in_features
 
 
-def _hosts(model: nn.Module) -> Iterator[tuple[str, dict[str, list[nn.Module]]]]:
+def _hosts(modules: Walk) -> Iterator[tuple[str, dict[str, list[nn.Module]]]]:
     """Hosts by name; for the path of each layer, the output's last, the modules below the host that lead to it."""
-    for name, module, _ in named_base_modules(model):
+    for name, module, _ in modules:
         family = _registry.find(module)
         if family is None:
             continue
@@ -118,11 +118,8 @@ def _walk(module: nn.Module, path: str) -> list[nn.Module]:
     return modules
 
 
-def _users(model: nn.Module) -> Counter[int]:
+def _users(modules: Walk) -> Counter[int]:
     """In how many places a module stands, by id, adapters aside."""
     return Counter(
-        id(base_module(child))
-        for _, module, _ in named_base_modules(model)
-        for child in module._modules.values()
-        if child is not None
+        id(base_module(child)) for _, module, _ in modules for child in module._modules.values() if child is not None
     )

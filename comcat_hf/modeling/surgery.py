@@ -119,13 +119,14 @@ def substitute_module(model: nn.Module, dense: nn.Module, substitute: nn.Module)
 def read_ranks(model: nn.Module) -> dict[str, Entry]:
     """Which ranks and widths a model has, by module path; adapters are not counted."""
     ranks: dict[str, Entry] = {}
-    for name, module, _ in named_base_modules(model):
+    modules = list(named_base_modules(model))
+    for name, module, _ in modules:
         if isinstance(module, LowRankAttention):
             pairs = {"qk": module.qk_rank, "vo": module.vo_rank}
             ranks[name] = {pair: rank for pair, rank in pairs.items() if rank is not None}
         elif isinstance(module, LowRankLinear):
             ranks[name] = module.rank
-    return ranks | {name: {"width": width} for name, width in narrowed_mlps(model)}
+    return ranks | {name: {"width": width} for name, width in narrowed_mlps(modules)}
 
 
 def fit_names(ranks: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:

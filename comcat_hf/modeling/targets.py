@@ -44,6 +44,8 @@ class Targets:
     ) -> "Targets":
         """Targets within a model: a name that is the path of one of its modules means that one alone."""
         targets = cls(target_modules, exclude_modules, left_out)
+        if not any((target_modules, exclude_modules, left_out)):
+            return targets
         return replace(targets, paths=frozenset(path for path, _, _ in named_base_modules(model)))
 
     def excludes(self, path: str) -> bool:
@@ -86,11 +88,11 @@ class Targets:
         Raises:
             InvalidValueError: a pattern that names none.
         """
-        paths = [path for path, _, _ in named_base_modules(model) if path]
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name) or ()
             for pattern in [patterns] if isinstance(patterns, str) else [[item] for item in patterns]:
-                if not any(self._match(pattern, path) for path in paths):
+                if not any(self._match(pattern, path) for path in self.paths if path):
+                    paths = [path for path, _, _ in named_base_modules(model) if path]
                     shown = pattern if isinstance(pattern, str) else pattern[0]
                     raise InvalidValueError(
                         f"{name}: {shown!r} names no module of {type(model).__name__}, whose modules are "

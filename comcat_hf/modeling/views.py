@@ -6,7 +6,7 @@ module inside one model. Families are plain data: a new one is a row in `modelin
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -29,6 +29,10 @@ __all__ = [
 _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
 _LOOKS_LIKE_POOLER = re.compile(r"Attention\w*Pool|Pool\w*Attention")
+
+
+# What `named_base_modules` gives, kept: name, module and parent.
+Walk = Sequence[tuple[str, nn.Module, nn.Module | None]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,11 @@ def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def attention_views(
-    model: nn.Module, *, whole: bool = True, refuse: Callable[[str], bool] = lambda path: True
+    model: nn.Module,
+    *,
+    whole: bool = True,
+    refuse: Callable[[str], bool] = lambda path: True,
+    modules: Walk | None = None,
 ) -> dict[str, AttentionView]:
     """Find every attention module of a model, by path.
 
@@ -161,6 +169,7 @@ def attention_views(
         whole: refuse a module of which one product cannot be factorised, or whose weights are not plain. With `False`
             these are left to who asks for them.
         refuse: whether a module at this path, if it cannot be factorised, is an error; else it is passed over.
+        modules: the model's, where they have been walked already.
 
     Returns:
         views in the order of the model's modules.
@@ -171,7 +180,8 @@ def attention_views(
     """
     views: dict[str, AttentionView] = {}
     users: dict[int, str] = {}
-    for name, module, parent, family in _attention_modules(model):
+    modules = list(named_base_modules(model)) if modules is None else modules
+    for name, module, parent, family in _attention_modules(modules):
         try:
             view = _view(name, module, parent, family, whole)
             if whole:
@@ -184,10 +194,10 @@ def attention_views(
     return views
 
 
-def attention_paths(model: nn.Module) -> list[str]:
+def attention_paths(modules: Walk) -> list[str]:
     """Paths under which all attention of a model lies: known, unknown, low-rank already, or PyTorch's own."""
-    found = [(name, family) for name, _, _, family in _attention_modules(model)]
-    for name, module, _ in named_base_modules(model):
+    found = [(name, family) for name, _, _, family in _attention_modules(modules)]
+    for name, module, _ in modules:
         if is_low_rank(module):
             found.append((name, module._family))
         elif _is_pooler(module):
@@ -195,11 +205,9 @@ def attention_paths(model: nn.Module) -> list[str]:
     return [name.rpartition(".")[0] if family and family.output_in_parent else name for name, family in found]
 
 
-def _attention_modules(
-    model: nn.Module,
-) -> list[tuple[str, nn.Module, nn.Module | None, AttentionFamily | None]]:
+def _attention_modules(modules: Walk) -> list[tuple[str, nn.Module, nn.Module | None, AttentionFamily | None]]:
     found, passed_over, suspects = [], [], []
-    for name, module, parent in named_base_modules(model):
+    for name, module, parent in modules:
         family = _registry.find(module)
         if family is not None:
             found.append((name, module, parent, family))

@@ -12,7 +12,7 @@ from comcat_hf import LatencyTable, RankPlan, allocate_ranks, compress, measure_
 from comcat_hf.compression import measure_sensitivities
 from comcat_hf.compression.budget import allocation
 from comcat_hf.compression.budget.budget import TOLERANCE, sites_by_way
-from comcat_hf.compression.budget.latency import LATENCY_NAME, LatencyMetric, ShapeTimes, shape_of
+from comcat_hf.compression.budget.latency import LATENCY_NAME, LatencyMetric, ShapeTimes
 from comcat_hf.compression.budget.timing import _WHOLE, _shapes
 from comcat_hf.compression.counting import trace
 from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
@@ -53,7 +53,7 @@ def table_of(model, inputs=None, *, fixed=0.1, total=None):
         limit = next(iter(site.choices.values()))
         ranks = {max(limit * i // 6, 1) for i in range(1, 6)}
         times = {rank: round(dense * (fixed + (1 - fixed) * rank / limit)) for rank in ranks}
-        shape = shape_of(site, tokens[site.moments_path])
+        shape = site.signature(tokens[site.moments_path])
         count = shapes[shape].sites + 1 if shape in shapes else 1
         shapes[shape] = ShapeTimes(count, dense, {"+".join(site.choices): times})
     return LatencyTable(total or round(1.25 * every), shapes, "a class", "a device", "torch.float32", 2, 8)
@@ -63,7 +63,7 @@ def predicted(table, model, ranks, inputs=None):
     """Nanoseconds that a plan saves, entry by entry."""
     sites, tokens = find_sites(model, width=True), trace(model, inputs, whole=False).tokens
     return sum(
-        table.shapes[shape_of(sites[n], tokens[sites[n].moments_path])].saved(c, sites[n].choices[c])[rank]
+        table.shapes[sites[n].signature(tokens[sites[n].moments_path])].saved(c, sites[n].choices[c])[rank]
         for n, entry in ranks.items()
         for c, rank in sites[n].ranks(entry).items()
         if rank is not None
@@ -129,7 +129,7 @@ def test_uniform_lands_on_what_was_asked(scope, mlp):
 def scope_total(table, model, scope, mlp):
     tokens = trace(model).tokens
     sites = sites_by_way(find_sites(model, scope, width=True), mlp)
-    return sum(table.shapes[shape_of(site, tokens[site.moments_path])].dense for site in sites.values())
+    return sum(table.shapes[site.signature(tokens[site.moments_path])].dense for site in sites.values())
 
 
 @pytest.mark.parametrize("scope", ["model", "attention", "mlp"])
@@ -355,7 +355,7 @@ def test_without_a_table_one_is_measured_and_that_is_said(monkeypatch, caplog):
 def check_form(table, model, inputs):
     tokens = trace(model, inputs, whole=False).tokens
     sites = find_sites(model, width=True)
-    shapes = {shape_of(site, tokens[site.moments_path]) for site in sites.values()}
+    shapes = {site.signature(tokens[site.moments_path]) for site in sites.values()}
     assert set(table.shapes) == shapes
     assert sum(times.sites for times in table.shapes.values()) == len(sites)
     assert {choice for times in table.shapes.values() for choice in times.choices} == {"qk+vo", "width", "rank"}

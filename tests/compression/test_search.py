@@ -374,7 +374,7 @@ def test_a_teacher_takes_part():
 TWO_PROCESSES = """
 import sys, torch
 from accelerate import Accelerator
-from comcat_hf.compression.search import SearchState, search_ranks
+from comcat_hf.compression.search.search import SearchState, search_ranks
 from tests.compression.test_search import shuffled
 from tests.helpers import small_vit
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import BudgetError, InvalidValueError
 from ...modeling import EVERYTHING, Site, Targets, Tokens
@@ -30,6 +31,7 @@ __all__ = [
     "find_options",
     "land",
     "module_paths",
+    "prepare_sites",
     "sites_by_way",
     "sites_of",
 ]
@@ -165,6 +167,15 @@ class Option:
     def at(self, rank: int) -> int | None:
         """The rank within 1 and where nothing is saved any more; `None`, dense, from there on."""
         return None if rank >= self.end else max(rank, 1)
+
+    def discarded(self, moments: Any | None = None) -> Tensor:
+        """The share of its energy that each rank up to the limit discards; nothing at the limit, where it is dense.
+
+        Args:
+            moments: those of its site, prepared or not; without them the energy is that of the weights.
+        """
+        share = self.site.discarded(self.choice, moments)
+        return torch.cat([share[: self.limit], share.new_zeros(1)])
 
     @property
     def end(self) -> int:
@@ -352,6 +363,11 @@ def module_paths(sites: Mapping[str, Site]) -> tuple[str, ...]:
 def sites_of(options: Iterable[Option]) -> dict[str, Site]:
     """By name where there is something to choose, in order."""
     return {option.site.name: option.site for option in options}
+
+
+def prepare_sites(options: Iterable[Option], statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """By site, what all its ranks have in common, made ready once from its moments or from the weights alone."""
+    return {n: site.prepare((statistics or {}).get(site.moments_path)) for n, site in sites_of(options).items()}
 
 
 def _floor(share: float) -> float:

@@ -18,11 +18,11 @@ from torch import nn
 from ...checks import TEXT, Kind, check_fields, make_document, mapping_of, open_document, optional, whole
 from ...errors import CheckpointError, InvalidValueError
 from ...hub import read_json, resolve_file, write_json_atomic
-from ...modeling import AttentionSite, LinearSite, MLPSite, Site, Tokens, read_ranks
+from ...modeling import Site, Tokens, read_ranks
 from .budget import Saved
 
 
-__all__ = ["LATENCY_NAME", "LatencyMetric", "LatencyTable", "ShapeTimes", "shape_of"]
+__all__ = ["LATENCY_NAME", "LatencyMetric", "LatencyTable", "ShapeTimes"]
 
 LATENCY_NAME = "comcat_latency.json"
 
@@ -129,7 +129,7 @@ class LatencyTable:
             tokens: of one sample, by `Site.moments_path`; a site without them is not run and not looked at.
             whole: see that there are as many sites of every shape: what the table's total was measured with.
         """
-        shapes = {n: shape_of(s, tokens[s.moments_path]) for n, s in sites.items() if s.moments_path in tokens}
+        shapes = {n: s.signature(tokens[s.moments_path]) for n, s in sites.items() if s.moments_path in tokens}
         fix = "Measure one on this model, measure_latency(model, inputs), and pass the same inputs= here."
         for name, shape in shapes.items():
             if shape not in self.shapes:
@@ -233,7 +233,7 @@ class LatencyMetric:
     def _shape(self, site: Site) -> str | None:
         # What no sample runs through takes no time.
         tokens = self.tokens.get(site.moments_path)
-        return None if tokens is None else shape_of(site, tokens)
+        return None if tokens is None else site.signature(tokens)
 
 
 def _read_times(source: str, times: Any) -> ShapeTimes:
@@ -246,11 +246,6 @@ def _look_up(saved: tuple[int, ...], rank: int | None) -> int:
     return 0 if rank is None else saved[rank]
 
 
-def shape_of(site: Site, tokens: Tokens) -> str:
-    """All of a site that its time depends on, in words; sites that agree in it are timed once."""
-    return f"{site.kind} {_DESCRIBED[site.kind](site)}, {tokens.queries} tokens"
-
-
 def _rising(times: list[float]) -> list[float]:
     """The nearest times, in the mean square, that do not fall."""
     blocks: list[tuple[float, int]] = []
@@ -261,28 +256,3 @@ def _rising(times: list[float]) -> list[float]:
             value, size = (other * count + value * size) / (count + size), count + size
         blocks.append((value, size))
     return [value for value, size in blocks for _ in range(size)]
-
-
-def _describe_attention(site: AttentionSite) -> str:
-    view = site.view
-    kernel = getattr(getattr(view.module, "config", None), "_attn_implementation", None)
-    biases = "".join("b" if linear.bias is not None else "-" for linear in view.projections().values())
-    return f"{view.query.in_features}, {view.num_heads} heads of {view.head_dim}, biases {biases}, {kernel}"
-
-
-def _describe_linear(site: LinearSite) -> str:
-    return f"{site.linear.in_features} to {site.linear.out_features}" + ("" if site.linear.bias is None else ", bias")
-
-
-def _describe_mlp(site: MLPSite) -> str:
-    view = site.view
-    biases = "".join("b" if linear.bias is not None else "-" for linear in view.layers().values())
-    widths = view.first[0][1].in_features, view.width, view.output.out_features
-    return f"{' to '.join(map(str, widths))}, {len(view.first)} first layers, biases {biases}"
-
-
-_DESCRIBED: Mapping[str, Callable[[Any], str]] = {
-    "attention": _describe_attention,
-    "linear": _describe_linear,
-    "mlp": _describe_mlp,
-}

@@ -17,9 +17,19 @@ from ...modeling.sites import block_of
 from ...progress import progress_bar
 from ..calibration.outputs import Movement, main_output
 from ..calibration.statistics import gather, prepare_batch, read_batches, run_batch
-from .budget import METRICS, WAYS, Budget, Choice, Option, check_choice, default_step, find_options, sites_by_way
+from .budget import (
+    METRICS,
+    WAYS,
+    Budget,
+    Choice,
+    Option,
+    check_choice,
+    default_step,
+    find_options,
+    prepare_sites,
+    sites_by_way,
+)
 from .solver import ranks_of, solve
-from .spectra import discarded_energy, prepare_sites
 
 
 __all__ = ["Sensitivities", "interpolate", "measure", "measure_sensitivities", "sensitivity"]
@@ -63,7 +73,7 @@ def sensitivity(
     if sensitivities is None:
         sensitivities = measure(model, budget.options, budget.step, batches, prepared, progress=progress)
     _check_measured(budget, sensitivities)
-    energies = {option: discarded_energy(option, prepared[option.site.name]) for option in budget.options}
+    energies = {option: option.discarded(prepared[option.site.name]) for option in budget.options}
     return solve(budget, {o: interpolate(energies[o], sensitivities[o.site.name, o.choice]) for o in budget.options})
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .budget import Budget, Choice, land
+from .budget import Budget, Choice, land, prepare_sites
 from .sensitivity import sensitivity
 from .solver import solve
-from .spectra import discarded_energy, prepare_sites
 
 
 __all__ = ["INFORMED", "MEASURING", "STRATEGIES", "default_strategy"]
@@ -41,7 +40,7 @@ def _at_share(budget: Budget, share: float, step: int) -> Choice:
 def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_: Any) -> Choice:
     """The least sum of discarded energies, each relative to its own option's."""
     prepared = prepare_sites(budget.options, statistics)
-    return solve(budget, {option: discarded_energy(option, prepared[option.site.name]) for option in budget.options})
+    return solve(budget, {option: option.discarded(prepared[option.site.name]) for option in budget.options})
 
 
 STRATEGIES: Mapping[str, Callable[..., Choice]] = {

@@ -6,22 +6,20 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ...errors import InvalidValueError
-from ...modeling import AttentionSite, MLPSite, Site, find_sites, known_sites, measuring, unwrapped
+from ...modeling import Site, find_sites, known_sites, measuring, unwrapped
 from ...modeling.views import class_path
 from ...progress import progress_bar
 from ..counting import example_inputs, trace
 from .budget import METRICS, Option, default_step, find_options
-from .latency import LatencyTable, ShapeTimes, shape_of
+from .latency import LatencyTable, ShapeTimes
 
 
 __all__ = ["device_name", "measure_latency"]
@@ -83,7 +81,7 @@ def measure_latency(
         )
     sites = known_sites(model, width=True) or find_sites(model)
     tokens = trace(model, inputs, whole=False).tokens
-    shapes = {name: shape_of(s, tokens[s.moments_path]) for name, s in sites.items() if s.moments_path in tokens}
+    shapes = {name: s.signature(tokens[s.moments_path]) for name, s in sites.items() if s.moments_path in tokens}
     with measuring(model), torch.inference_mode():
         runs: dict[_Key, Callable[[], Any]] = {_WHOLE: partial(model, **_batch(model, inputs, batch_size, weight))}
         for shape, site, choices in _timed(model, sites, step or default_step(sites), shapes):
@@ -130,15 +128,13 @@ def _runs(
     size: tuple[int, int],
 ) -> dict[_Key, Callable[[], Any]]:
     """What is to be timed of one site: its dense modules, and what replaces them."""
-    chain = partial(_KINDS[site.kind].chain, model, site)
+    config = getattr(model, "config", None)
     dense = site.dense_modules()
     weight = next(next(iter(dense.values())).parameters())
     # One of its own: the global one is the user's.
     generator = torch.Generator(weight.device).manual_seed(0)
-    states = torch.randn(
-        *size, _KINDS[site.kind].width(site), generator=generator, device=weight.device, dtype=weight.dtype
-    )
-    runs: dict[_Key, Callable[[], Any]] = {(shape, "", 0): partial(chain, dense, states)}
+    states = torch.randn(*size, site.input_width, generator=generator, device=weight.device, dtype=weight.dtype)
+    runs: dict[_Key, Callable[[], Any]] = {(shape, "", 0): partial(site.run, dense, states, config)}
     # All choices of a site at once: they are timed together and have the same ranks.
     for rank in next(iter(choices.values()), ()):
         substitutes = site.substitutes(dict.fromkeys(choices, rank))
@@ -146,7 +142,7 @@ def _runs(
             for parameter in module.parameters():
                 # Whatever lies in empty memory may be slow to compute with.
                 parameter.normal_(std=0.02, generator=generator)
-        runs[shape, "+".join(choices), rank] = partial(chain, {**dense, **substitutes}, states)
+        runs[shape, "+".join(choices), rank] = partial(site.run, {**dense, **substitutes}, states, config)
     return runs
 
 
@@ -242,42 +238,3 @@ def device_name(device: torch.device) -> str:
     lines = info.read_text(errors="replace").splitlines() if device.type == "cpu" and info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else f"{device.type} ({platform.processor() or platform.machine()})"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How sites of one kind are run.
-
-    Attributes:
-        width: of a site, the width of what enters it.
-        chain: the model, the site, its modules by path (dense or not) and hidden states `(batch, tokens, width)`; runs
-            the modules.
-    """
-
-    width: Callable[[Any], int]
-    chain: Callable[[nn.Module, Any, Mapping[str, nn.Module], Tensor], Any]
-
-
-def _attend(model: nn.Module, site: AttentionSite, modules: Mapping[str, nn.Module], states: Tensor) -> Any:
-    output = modules[site.name](states)
-    # A sibling's.
-    return modules[site.view.output_name](output[0]) if site.view.output_name in modules else output
-
-
-def _run_mlp(model: nn.Module, site: MLPSite, modules: Mapping[str, nn.Module], states: Tensor) -> Tensor:
-    # The units that are cut leave the activation too.
-    named = getattr(getattr(model, "config", None), "hidden_act", None)
-    first, *others = (modules[path](states) for path, _ in site.view.first)
-    hidden = ACT2FN[named if named in ACT2FN else "gelu"](first)
-    for other in others:
-        hidden = hidden * other
-    return modules[site.view.output_name](hidden)
-
-
-_KINDS: Mapping[str, _Kind] = {
-    "attention": _Kind(lambda site: site.view.query.in_features, _attend),
-    "linear": _Kind(
-        lambda site: site.linear.in_features, lambda model, site, modules, states: modules[site.name](states)
-    ),
-    "mlp": _Kind(lambda site: site.view.first[0][1].in_features, _run_mlp),
-}

@@ -15,7 +15,7 @@ from ...checks import TEXT, check, listed, make_document, mapping_of, open_docum
 from ...closed_forms.attention import AttentionMoments, LinearMoments
 from ...errors import CheckpointError, InvalidValueError
 from ...hub import push_folder, resolve_file, write_bytes_atomic
-from ...modeling import AttentionSite, LinearSite, MLPSite, known_sites
+from ...modeling import known_sites
 from ...modeling.views import class_path
 from ...tensor_files import read_safetensors
 
@@ -165,7 +165,7 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
         expected: dict[str, list[tuple[int, ...]]] = {}
         for site in sites.values():
             # At a layer that reads hidden units: of the MLP and of the layer, whose statistics older files hold.
-            expected.setdefault(site.moments_path, []).append(_SHAPES[type(site)](site))
+            expected.setdefault(site.moments_path, []).append(site.moments_shape)
         for name, sums in self.sums.items():
             shapes = expected.get(name, [])
             if sums.shape not in shapes:
@@ -260,24 +260,3 @@ def _check_sums(where: str, sums: Sums) -> None:
 def _signature(statistics: Statistics, name: str) -> tuple[str, tuple[int, ...]] | None:
     sums = statistics.sums.get(name)
     return None if sums is None else (sums.side, sums.shape)
-
-
-def _attention_shape(site: AttentionSite) -> tuple[int, ...]:
-    p = site.view.head_dim
-    return (site.view.num_heads, p, p)
-
-
-def _linear_shape(site: LinearSite) -> tuple[int, ...]:
-    n = min(site.linear.in_features, site.linear.out_features)
-    return (n, n)
-
-
-def _mlp_shape(site: MLPSite) -> tuple[int, ...]:
-    return (site.view.width, site.view.width)
-
-
-_SHAPES: Mapping[type, Callable[[Any], tuple[int, ...]]] = {
-    AttentionSite: _attention_shape,
-    LinearSite: _linear_shape,
-    MLPSite: _mlp_shape,
-}

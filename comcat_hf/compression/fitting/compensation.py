@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...modeling import LinearSite, LowRankLinear, Site, apply_ranks, eval_mode
+from ...modeling import LowRankLinear, Site, apply_ranks, eval_mode
 from ...modeling.filling import fill, warn_not_finite
 from ...modeling.sites import block_of
 from ...modeling.surgery import sites_for, substitute_module
@@ -139,7 +139,7 @@ class _Block:
     def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> list[str]:
         """Compress these sites of the block; returns those whose weights the batches give no finite values."""
         unfitted = []
-        outputs = {name: _output_of(site) for name, site in sites.items()}
+        outputs = {name: site.output_layer for name, site in sites.items()}
         residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()})
         for name, site in sites.items():
             with collecting(site, self.mask) as collector:
@@ -297,11 +297,6 @@ def _find_residual(seen: Mapping[str, Tensor], name: str) -> _Residual | None:
 
 def _scale(added: Tensor, output: Tensor, energy: Tensor) -> Tensor:
     return (added * output).flatten(0, -2).sum(0) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
-
-
-def _output_of(site: Site) -> tuple[str, nn.Module]:
-    """Path and module of the linear layer that a site ends in."""
-    return (site.name, site.linear) if isinstance(site, LinearSite) else (site.view.output_name, site.view.output)
 
 
 def _rest_moments(

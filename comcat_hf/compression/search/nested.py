@@ -7,23 +7,20 @@ query, value and inner channels are then scaled (docs/method.md).
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...closed_forms.attention import factorize_linear, factorize_qk, factorize_vo
-from ...modeling import AttentionSite, LinearSite, apply_ranks, known_sites
+from ...modeling import known_sites
+from ...modeling.surgery import substitute_module
+from ...modeling.views import check_no_adapter
 from ..budget.budget import Budget, Choice, Option, land
 
 
 __all__ = ["Candidates", "Key", "NestedModel"]
-
-# What `factorize_qk` and `factorize_vo` take by default, as `apply_ranks` calls them.
-_RIDGE = 1e-6
 
 # A site's path, and which of its ranks.
 Key = tuple[str, str]
@@ -52,8 +49,12 @@ class NestedModel:
         sites = known_sites(self.model)
         with torch.no_grad():
             for name, choice in keys:
-                order = _ORDERS[choice]
-                module, self.sizes[name, choice] = order(self.model, sites[name], (statistics or {}).get(name))
+                site = sites[name]
+                dense, self.sizes[name, choice] = site.dense_modules(), site.full_ranks[choice]
+                module, substitutes = site.to_singular_basis(choice, (statistics or {}).get(name))
+                for path, substitute in substitutes.items():
+                    check_no_adapter(path, self.model.get_submodule(path))
+                    substitute_module(self.model, dense[path], substitute)
                 module.register_forward_hook(partial(self._scale, (name, choice)))
 
     def __call__(self, scales: Mapping[Key, Tensor], **inputs: Any) -> Any:
@@ -68,101 +69,6 @@ class NestedModel:
         # One factor of each pair, so that the product is scaled once; the same for all heads.
         scale = self._scales[key].to(output)
         return output * scale.repeat(output.shape[-1] // len(scale))
-
-
-def _order_qk(model: nn.Module, site: AttentionSite, moments: Any | None) -> tuple[nn.Module, int]:
-    view, p = site.view, site.view.head_dim
-    # At full rank the closed form returns the weights as they are; one dead channel more, and it orders them.
-    factors = factorize_qk(
-        _widen(_heads(view, view.query.weight)),
-        None if view.query.bias is None else _widen(_heads(view, view.query.bias), -1),
-        _widen(_heads(view, view.key.weight)),
-        p,
-        moments=_widen_moments(moments),
-        ridge=_RIDGE * (p + 1) / p,
-    )
-    view.query.weight.copy_(factors.query_weight.flatten(0, 1))
-    view.key.weight.copy_(factors.key_weight.flatten(0, 1))
-    if view.query.bias is not None:
-        view.query.bias.copy_(factors.query_bias.flatten())
-    if view.key.bias is not None:
-        view.key.bias.zero_()
-    return view.query, p
-
-
-def _order_vo(model: nn.Module, site: AttentionSite, moments: Any | None) -> tuple[nn.Module, int]:
-    view, p = site.view, site.view.head_dim
-    weight, bias = _heads(view, view.value.weight), view.value.bias
-    shift = weight.new_zeros(weight.shape[:-1]) if bias is None else _heads(view, bias)
-    if moments is not None:
-        # What is truncated is centred: the values less their mean. Moments replace the rows, so a column is free.
-        shift = shift - moments.attended_mean.to(shift)
-        weight = torch.cat([weight, shift.unsqueeze(-1)], -1)
-    output = view.output.weight.unflatten(1, (view.num_heads, p)).transpose(0, 1)
-    factors = factorize_vo(
-        _widen(weight),
-        None if bias is None else _widen(_heads(view, bias), -1),
-        _widen(output, -1),
-        view.output.bias,
-        p,
-        moments=_widen_moments(moments),
-        ridge=_RIDGE * (p + 1) / p,
-    )
-    value, constant = factors.value_weight, factors.output_bias
-    if moments is not None:
-        value, shift = value[..., :-1], value[..., -1]
-        constant = constant - torch.einsum("hor,hr->o", factors.output_weight, shift)
-    view.value.weight.copy_(value.flatten(0, 1))
-    view.output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
-    _set_bias(view.value, shift.flatten() if moments is not None else torch.zeros_like(shift).flatten())
-    _set_bias(view.output, constant)
-    return view.value, p
-
-
-def _order_linear(model: nn.Module, site: LinearSite, moments: Any | None) -> tuple[nn.Module, int]:
-    linear, size = site.linear, min(site.linear.weight.shape)
-    if moments is not None:
-        sides = (0, 1, 0, 1)
-        mean = F.pad(moments.mean, (0, 1))
-        moments = type(moments)(F.pad(moments.covariance, sides), mean, moments.side)
-    bias = None if linear.bias is None else F.pad(linear.bias, (0, 1))
-    factors = factorize_linear(F.pad(linear.weight, (0, 1, 0, 1)), bias, size, moments=moments)
-    apply_ranks(model, {site.name: size}, initialize=False)
-    module = model.get_submodule(site.name)
-    module.first_factor.weight.copy_(factors.first_weight[:, :-1])
-    module.weight.copy_(factors.second_weight[:-1])
-    module.bias.copy_(torch.zeros_like(module.bias) if factors.bias is None else factors.bias[:-1])
-    if moments is not None:
-        mean = factors.first_weight @ moments.mean.to(factors.first_weight)
-        _set_bias(module.first_factor, -mean)
-        module.bias.add_(factors.second_weight[:-1] @ mean)
-    return module.first_factor, size
-
-
-_ORDERS: Mapping[str, Callable[[nn.Module, Any, Any | None], tuple[nn.Module, int]]] = {
-    "qk": _order_qk,
-    "vo": _order_vo,
-    "rank": _order_linear,
-}
-
-
-def _heads(view: Any, tensor: Tensor) -> Tensor:
-    return tensor.unflatten(0, (view.num_heads, view.head_dim))
-
-
-def _widen(tensor: Tensor, dimension: int = -2) -> Tensor:
-    return F.pad(tensor, (0, 1) if dimension == -1 else (0, 0, 0, 1))
-
-
-def _widen_moments(moments: Any | None) -> Any | None:
-    if moments is None:
-        return None
-    square = {name: F.pad(getattr(moments, name), (0, 1, 0, 1)) for name in ("query", "key", "attended")}
-    return type(moments)(**square, attended_mean=F.pad(moments.attended_mean, (0, 1)))
-
-
-def _set_bias(linear: nn.Linear, bias: Tensor) -> None:
-    linear.bias = nn.Parameter(bias.to(linear.weight).clone(), requires_grad=False)
 
 
 class Candidates:

@@ -1,15 +1,14 @@
 """Tables behind the plots: ranks by layer, and spectra by head."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...closed_forms.attention import AttentionMoments, qk_spectrum, vo_spectrum
 from ...configs import RankPlan
-from ...modeling import AttentionSite, Site, known_sites
+from ...modeling import Site, known_sites
 
 
 __all__ = ["PAIRS", "RankTable", "head_spectra", "rank_table"]
@@ -38,14 +37,14 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
     # Not by its own name: an MLP may have the name of its block.
     places = {name: _place(site.moments_path) for name, site in sites.items()}
     stacks = list(dict.fromkeys(stack for stack, _, _ in places.values() if stack is not None))
-    attentions = {site for name, (_, _, site) in places.items() if isinstance(sites[name], AttentionSite)}
+    attentions = {place for name, (_, _, place) in places.items() if sites[name].kind == "attention"}
     table: RankTable = {}
     for name, site in sites.items():
         stack, layer, place = places[name]
         row = layer if stack is None or len(stacks) == 1 else f"{_short(stack, stacks)} {layer}"
         ranks = site.ranks(plan.ranks[name]) if name in plan.ranks else {}
-        for choice, full in _full_ranks(site).items():
-            if isinstance(site, AttentionSite):
+        for choice, full in site.full_ranks.items():
+            if site.kind == "attention":
                 column = PAIRS[choice] if len(attentions) == 1 else f"{place} {PAIRS[choice]}"
             elif choice == "width":
                 column = _WIDTH
@@ -76,25 +75,11 @@ def head_spectra(dense: nn.Module, statistics: Mapping[str, Any] | None = None) 
     Returns:
         by attention module and pair (`qk`, `vo`), values of shape `(H, p)`, in descending order.
     """
-    spectra: dict[str, dict[str, Tensor]] = {}
-    for name, site in known_sites(dense).items():
-        if isinstance(site, AttentionSite):
-            moments = None if statistics is None else statistics.get(name)
-            spectra[name] = {pair: _shares(values) for pair, values in _site_spectra(site, moments)}
-    return spectra
-
-
-def _site_spectra(site: AttentionSite, moments: AttentionMoments | None) -> Iterator[tuple[str, Tensor]]:
-    view = site.view
-    heads = (view.num_heads, view.head_dim)
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.unflatten(0, heads)
-
-    query, key, value = view.query, view.key, view.value
-    yield "qk", qk_spectrum(rows(query.weight), rows(query.bias), rows(key.weight), moments=moments)
-    output = view.output.weight.unflatten(1, heads).transpose(0, 1)
-    yield "vo", vo_spectrum(rows(value.weight), rows(value.bias), output, view.output.bias, moments=moments)
+    return {
+        name: {pair: _shares(site.spectrum(pair, (statistics or {}).get(name))) for pair in PAIRS}
+        for name, site in known_sites(dense).items()
+        if site.kind == "attention"
+    }
 
 
 def _shares(values: Tensor) -> Tensor:
@@ -114,10 +99,3 @@ def _short(stack: str, stacks: list[str]) -> str:
     parts = stack.split(".")
     shared = set.intersection(*(set(other.split(".")) for other in stacks))
     return ".".join(part for part in parts if part not in shared) or stack
-
-
-def _full_ranks(site: Site) -> dict[str, int]:
-    """The rank of the dense weights; for a linear layer it is larger than the break-even rank."""
-    if site.kind == "linear":
-        return {"rank": min(site.linear.in_features, site.linear.out_features)}
-    return site.choices

@@ -1,0 +1,215 @@
+"""The site of an attention module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...closed_forms.attention import AttentionMoments, factorize_qk, factorize_vo, qk_spectrum, vo_spectrum
+from ...errors import RankPlanError
+from ..lowrank import LowRankAttention, empty_linear
+from ..views import AttentionView
+from .base import Ranks, Site, Tokens, biases_of, check_rank, errors_name
+
+
+__all__ = ["AttentionSite"]
+
+# What `factorize_qk` and `factorize_vo` take by default.
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class AttentionSite(Site):
+    """An attention module: the choices `qk` and `vo` are ranks per head."""
+
+    view: AttentionView
+    kind: ClassVar[str] = "attention"
+    replacement: ClassVar[type[nn.Module]] = LowRankAttention
+
+    @property
+    def name(self) -> str:
+        return self.view.name
+
+    @property
+    def moments_shape(self) -> tuple[int, ...]:
+        return (self.view.num_heads, self.view.head_dim, self.view.head_dim)
+
+    @property
+    def choices(self) -> dict[str, int]:
+        return {"qk": self.view.head_dim, "vo": self.view.head_dim}
+
+    @property
+    def input_width(self) -> int:
+        return self.view.query.in_features
+
+    @property
+    def output_layer(self) -> tuple[str, nn.Linear]:
+        return self.view.output_name, self.view.output
+
+    def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
+        chosen = isinstance(entry, Mapping) and any(rank is not None for rank in entry.values())
+        if not chosen or set(entry) - set(self.choices):
+            raise RankPlanError(
+                f"{self.name} is an attention module: its ranks must be {{'qk': r, 'vo': r}} (one may be left out), "
+                f"got {entry!r}."
+            )
+        for choice, rank in entry.items():
+            if rank is not None:
+                limit = self.view.query.in_features if wider else self.view.head_dim
+                check_rank(f"{self.name}, {choice}", rank, limit, "the head dimension")
+        return {choice: entry.get(choice) for choice in self.choices}
+
+    def saved_parameters(self, choice: str, rank: int | None) -> int:
+        if rank is None:
+            return 0
+        view, heads = self.view, self.view.num_heads
+        cut = heads * (view.head_dim - rank)
+        if choice == "qk":
+            biases = (cut if view.query.bias is not None else 0) + _numel(view.key.bias)
+            return cut * (view.query.in_features + view.key.in_features) + biases
+        new_bias = view.output.out_features if view.output.bias is None else 0
+        return cut * (view.value.in_features + view.output.out_features) + _numel(view.value.bias) - new_bias
+
+    def saved_macs(self, choice: str, rank: int | None, tokens: Tokens) -> int:
+        if rank is None:
+            return 0
+        view = self.view
+        cut = tokens.calls * view.num_heads * (view.head_dim - rank)
+        product = tokens.queries * tokens.keys
+        if choice == "qk":
+            return cut * (tokens.queries * view.query.in_features + tokens.keys * view.key.in_features + product)
+        return cut * (tokens.keys * view.value.in_features + tokens.queries * view.output.out_features + product)
+
+    def signature(self, tokens: Tokens) -> str:
+        view = self.view
+        kernel = getattr(getattr(view.module, "config", None), "_attn_implementation", None)
+        return (
+            f"attention {view.query.in_features}, {view.num_heads} heads of {view.head_dim}, biases "
+            f"{biases_of(view.projections().values())}, {kernel}, {tokens.queries} tokens"
+        )
+
+    def dense_modules(self) -> dict[str, nn.Module]:
+        outside = {self.view.output_name: self.view.output} if self.view.family.output_in_parent else {}
+        return {self.name: self.view.module, **outside}
+
+    def substitutes(self, ranks: Ranks) -> dict[str, nn.Module]:
+        view = self.view
+        modules: dict[str, nn.Module] = {view.name: LowRankAttention.from_view(view, ranks.get("qk"), ranks.get("vo"))}
+        if view.family.output_in_parent and ranks.get("vo") is not None:
+            width = view.num_heads * ranks["vo"]
+            modules[view.output_name] = empty_linear(view.output, view.output.out_features, width, True)
+        return modules
+
+    def run(self, modules: Mapping[str, nn.Module], states: Tensor, config: Any = None) -> Any:
+        output = modules[self.name](states)
+        # A sibling's.
+        return modules[self.view.output_name](output[0]) if self.view.output_name in modules else output
+
+    @torch.no_grad()
+    def initialize(self, substitutes: Mapping[str, nn.Module], moments: AttentionMoments | None = None) -> None:
+        view, family = self.view, self.view.family
+        attention = substitutes[view.name]
+        if attention.qk_rank is not None:
+            with errors_name(f"{self.name}, qk"):
+                factors = factorize_qk(*self._query_key(), attention.qk_rank, moments=moments)
+            _fill(getattr(attention, family.query), factors.query_weight, factors.query_bias)
+            _fill(getattr(attention, family.key), factors.key_weight, None)
+        if attention.vo_rank is not None:
+            with errors_name(f"{self.name}, vo"):
+                factors = factorize_vo(*self._value_output(), attention.vo_rank, moments=moments)
+            _fill(getattr(attention, family.value), factors.value_weight, None)
+            output = substitutes[view.output_name] if family.output_in_parent else family.output_of(attention)
+            output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
+            output.bias.copy_(factors.output_bias)
+
+    def spectrum(self, choice: str, moments: AttentionMoments | None = None) -> Tensor:
+        if choice == "qk":
+            return qk_spectrum(*self._query_key(), moments=moments)
+        return vo_spectrum(*self._value_output(), moments=moments)
+
+    def to_singular_basis(
+        self, choice: str, moments: AttentionMoments | None = None
+    ) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        return (self._order_qk if choice == "qk" else self._order_vo)(moments), {}
+
+    def _order_qk(self, moments: AttentionMoments | None) -> nn.Module:
+        view, p = self.view, self.view.head_dim
+        query, bias, key = self._query_key()
+        # At full rank the closed form returns the weights as they are; padded by a channel of zeros, it orders them.
+        factors = factorize_qk(
+            _pad_rows(query),
+            None if bias is None else F.pad(bias, (0, 1)),
+            _pad_rows(key),
+            p,
+            moments=_padded(moments),
+            ridge=_RIDGE * (p + 1) / p,
+        )
+        _fill(view.query, factors.query_weight, factors.query_bias)
+        _fill(view.key, factors.key_weight, None)
+        return view.query
+
+    def _order_vo(self, moments: AttentionMoments | None) -> nn.Module:
+        view, p = self.view, self.view.head_dim
+        weight, bias, output, output_bias = self._value_output()
+        shift = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
+        if moments is not None:
+            # What is truncated is centred: the values less their mean. Moments replace the rows, so a column is free.
+            shift = shift - moments.attended_mean.to(shift)
+            weight = torch.cat([weight, shift.unsqueeze(-1)], -1)
+        factors = factorize_vo(
+            _pad_rows(weight),
+            None if bias is None else F.pad(bias, (0, 1)),
+            F.pad(output, (0, 1)),
+            output_bias,
+            p,
+            moments=_padded(moments),
+            ridge=_RIDGE * (p + 1) / p,
+        )
+        value, constant, shift = factors.value_weight, factors.output_bias, torch.zeros_like(shift)
+        if moments is not None:
+            value, shift = value[..., :-1], value[..., -1]
+            constant = constant - torch.einsum("hor,hr->o", factors.output_weight, shift)
+        view.value.weight.copy_(value.flatten(0, 1))
+        view.output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
+        for linear, constant_of in ((view.value, shift.flatten()), (view.output, constant)):
+            linear.bias = nn.Parameter(constant_of.to(linear.weight).clone(), requires_grad=False)
+        return view.value
+
+    def _query_key(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the closed forms take of the pair, by head."""
+        query, key = self.view.query, self.view.key
+        return self._rows(query.weight), self._rows(query.bias), self._rows(key.weight)
+
+    def _value_output(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        value, output, heads = self.view.value, self.view.output, (self.view.num_heads, self.view.head_dim)
+        columns = output.weight.unflatten(1, heads).transpose(0, 1)
+        return self._rows(value.weight), self._rows(value.bias), columns, output.bias
+
+    def _rows(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.unflatten(0, (self.view.num_heads, self.view.head_dim))
+
+
+def _numel(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()
+
+
+def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.copy_(weight.flatten(0, 1))
+    if linear.bias is not None and bias is None:
+        linear.bias.zero_()
+    elif linear.bias is not None:
+        linear.bias.copy_(bias.flatten())
+
+
+def _pad_rows(tensor: Tensor) -> Tensor:
+    return F.pad(tensor, (0, 0, 0, 1))
+
+
+def _padded(moments: AttentionMoments | None) -> AttentionMoments | None:
+    if moments is None:
+        return None
+    square = {name: F.pad(getattr(moments, name), (0, 1, 0, 1)) for name in ("query", "key", "attended")}
+    return AttentionMoments(**square, attended_mean=F.pad(moments.attended_mean, (0, 1)))
