@@ -49,7 +49,8 @@ class DistillationTrainer(Trainer):
         InvalidValueError: no teacher where the loss needs one, or an argument that distillation replaces.
 
     Example:
-        >>> trainer = DistillationTrainer(model=small, teacher=vit, args=TrainingArguments("out"), train_dataset=images)
+        >>> args = TrainingArguments("out")
+        >>> trainer = DistillationTrainer(model=small, teacher=vit, args=args, train_dataset=images)
         >>> trainer.train()
     """
 
@@ -233,8 +234,8 @@ class DistillationTrainer(Trainer):
         return isinstance(self.model, PreTrainedModel) and not engines
 
     def _load_weights(self, folder: Path) -> None:
-        # Checkpoints of several classes, ViT among them, have other names than the modules; `Trainer` loads them by the
-        # modules' names and passes over those that differ.
+        # Checkpoints of several classes, ViT among them, have other names than the modules; `Trainer` loads them by
+        # the modules' names and passes over those that differ.
         saved = type(self.model).from_pretrained(folder, device_map="cpu")
         self.model.load_state_dict(saved.state_dict(), strict=True)
 
