@@ -16,8 +16,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ...compression.distillation import DistillationLoss, LossParts, OwnBase
 from ...errors import ComCATError, InvalidValueError
+from ..checkpoints import Progress, last_checkpoint, written_last
 from .callbacks import WeightAverageCallback
-from .whole import check_whole, last_whole, mark_whole, unmark
 
 
 __all__ = ["DistillationTrainer"]
@@ -33,8 +33,9 @@ class DistillationTrainer(Trainer):
     - The loss of a training step is `distillation`; the loss of an evaluation is the cross entropy with the labels.
       Logs also hold the parts of the loss: `task`, `teacher` and `alignment`.
     - Matrices decay; vectors (biases, norms) do not.
-    - A checkpoint is read whole or not at all: its marker is written last, and `resume_from_checkpoint=True` takes the
-      last checkpoint that has one. Weights are loaded by the model's own conversion of names, every tensor of them.
+    - A checkpoint is read whole or not at all: `training_state.json`, with the digests of its files, is written last,
+      and `resume_from_checkpoint=True` takes the last checkpoint that has one. Weights are loaded by the model's own
+      conversion of names, every tensor of them.
     - A loss or weights that are not finite end the training; the last checkpoint is as it was.
 
     Args:
@@ -91,10 +92,10 @@ class DistillationTrainer(Trainer):
             ComCATError: the loss or the weights are not finite.
         """
         if resume_from_checkpoint is True:
-            found = last_whole(Path(self.args.output_dir))
-            resume_from_checkpoint = None if found is None else str(found)
-        elif resume_from_checkpoint:
-            check_whole(Path(resume_from_checkpoint))
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            Progress.read(Path(resume_from_checkpoint))
         average = self.average
         if average is not None:
             average.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -188,19 +189,16 @@ class DistillationTrainer(Trainer):
         self._check_finite()
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            unmark(folder)
         # Older checkpoints go when the new one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with written_last(self.accelerator, folder, Progress(self.state.global_step, self.args.seed)):
+                super()._save_checkpoint(model, trial)
+                if self.average is not None and self.args.should_save:
+                    self.average.save(folder)
         finally:
             self.args.save_total_limit = limit
-        if self.average is not None and self.args.should_save:
-            self.average.save(folder)
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_whole(folder)
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=limit,

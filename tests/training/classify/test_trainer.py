@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import comcat_hf
-from comcat_hf import ComCATConfig
+from comcat_hf import ComCATConfig, DistillationTrainer
 from comcat_hf.compression.distillation import DistillationLoss
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
+from comcat_hf.training.checkpoints import Progress
 from comcat_hf.training.classify.callbacks import JSONLogCallback, StopOnSignal, WeightAverageCallback
-from comcat_hf.training.classify.trainer import DistillationTrainer
 from comcat_hf.training.interruption import Interruption
 
 
@@ -167,6 +167,7 @@ def test_dropout_goes_on_where_it_was(tmp_path):
     other = torch.load(checkpoint / "rng_state.pth", weights_only=False)
     torch.manual_seed(99)
     torch.save(other | {"cpu": torch.random.get_rng_state()}, checkpoint / "rng_state.pth")
+    Progress(3, 42).write(checkpoint)
     resumed = make(tmp_path, save_steps=3)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert not same(state(resumed), state(whole))
@@ -227,6 +228,15 @@ def test_the_average_is_evaluated_and_kept_in_place_of_the_weights(tmp_path):
     assert lines(tmp_path / "0.9")[1]["eval_loss"] != lines(tmp_path / "None")[1]["eval_loss"]
 
 
+def test_it_is_public_and_imported_on_first_use():
+    code = "import sys, comcat_hf; assert 'transformers.trainer' not in sys.modules, 'slow'; "
+    code += "assert 'DistillationTrainer' in dir(comcat_hf); print(comcat_hf.DistillationTrainer.__mro__[1].__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "Trainer\n", done.stderr
+    with pytest.raises(AttributeError, match=r"comcat_hf.*no attribute 'Trainer'"):
+        comcat_hf.Trainer  # noqa: B018
+
+
 # Checkpoints
 
 
@@ -237,18 +247,18 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
     # A pickle with the token of the Hub in it.
     assert not list(tmp_path.rglob("training_args.bin"))
     last = tmp_path / "checkpoint-6"
-    (last / "comcat_whole.json").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint-6: expected a checkpoint that was written to the end"):
+    for name in ("rng_state.pth", "weight_average.safetensors", "model.safetensors"):
+        content = (last / name).read_bytes()
+        (last / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=rf"{name}: expected the file that was written with this checkpoint"):
+            make(tmp_path).train(resume_from_checkpoint=True)
+        (last / name).write_bytes(content)
+    (last / "training_state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-6.training_state.json: expected"):
         make(tmp_path).train(resume_from_checkpoint=str(last))
     resumed = make(tmp_path, save_steps=2, save_total_limit=2)
     resumed.train(resume_from_checkpoint=True)
     assert same(state(resumed), state(trainer))
-    for name in ("rng_state.pth", "weight_average.safetensors", "model.safetensors"):
-        content = (last / name).read_bytes()
-        (last / name).write_bytes(content[:-1])
-        with pytest.raises(CheckpointError, match=rf"{name}: expected a file of {len(content)} bytes, found"):
-            make(tmp_path).train(resume_from_checkpoint=str(last))
-        (last / name).write_bytes(content)
 
 
 def test_an_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
