@@ -166,13 +166,18 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
 
     Args:
         accelerator: whose processes they are.
-        folder: of the checkpoint; until the end it is none, whatever was there before.
+        folder: of the checkpoint; until the end it is none, whatever was there before, and after an error it is gone.
         progress: where the training is.
     """
     if accelerator.is_main_process:
         (folder / _STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    yield
+    try:
+        yield
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         progress.write(folder)
