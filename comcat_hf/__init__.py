@@ -3,6 +3,8 @@
 Importing the package registers PEFT type `COMCAT` and native loading of compressed models.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .compression import LatencyTable as LatencyTable
 from .compression import Statistics as Statistics
 from .compression import allocate_ranks as allocate_ranks
@@ -31,5 +33,22 @@ from .tuners import register as _register
 from .version import __version__ as __version__
 
 
+if TYPE_CHECKING:
+    from .training.classify.trainer import DistillationTrainer as DistillationTrainer
+
+
 _register()
 _register_diffusers()
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: transformers' Trainer takes long to import.
+    if name == "DistillationTrainer":
+        from .training.classify.trainer import DistillationTrainer
+
+        return DistillationTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "DistillationTrainer"])

@@ -24,12 +24,14 @@ __all__ = [
     "OPTIMIZER",
     "Progress",
     "find_checkpoint",
+    "last_checkpoint",
     "list_checkpoints",
     "new_checkpoint",
     "remove_checkpoints",
     "restore_random_states",
     "restore_states",
     "write_states",
+    "written_last",
 ]
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ class Progress:
 
     def write(self, folder: Path) -> None:
         """Write the state into a checkpoint's folder, as the last file there."""
-        others = sorted(path for path in folder.rglob("*") if path.is_file())
+        others = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _STATE)
         files = {path.relative_to(folder).as_posix(): _digest(path) for path in others}
         write_json_atomic(folder / _STATE, make_document(_FORMAT, _VERSION, {**asdict(self), "files": files}))
 
@@ -121,6 +123,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(found[path][1]))
 
 
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The last checkpoint in a folder that was written to its end, if there is one."""
+    return next((path for path in reversed(list_checkpoints(output_dir)) if (path / _STATE).is_file()), None)
+
+
 def find_checkpoint(output_dir: Path, asked: str | None, overwrite: bool = False) -> Path | None:
     """The checkpoint to resume from, if one is asked for.
 
@@ -143,7 +150,7 @@ def find_checkpoint(output_dir: Path, asked: str | None, overwrite: bool = False
             )
         return None
     if asked == "latest":
-        return present[-1] if present else None
+        return last_checkpoint(output_dir)
     for path in (Path(asked).expanduser(), output_dir / asked):
         if (path / _STATE).is_file():
             return path
@@ -151,6 +158,30 @@ def find_checkpoint(output_dir: Path, asked: str | None, overwrite: bool = False
         f"--resume_from_checkpoint {asked}: expected a checkpoint, found none there or in {output_dir}, which has "
         f"{', '.join(path.name for path in present) or 'no checkpoints'}. Give one of these, or latest."
     )
+
+
+@contextmanager
+def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> Iterator[None]:
+    """Mark a checkpoint that the block writes in its place as whole when all processes have left the block.
+
+    Args:
+        accelerator: whose processes they are.
+        folder: of the checkpoint; until the end it is none, whatever was there before, and after an error it is gone.
+        progress: where the training is.
+    """
+    if accelerator.is_main_process:
+        (folder / _STATE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    try:
+        yield
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        progress.write(folder)
+    accelerator.wait_for_everyone()
 
 
 @contextmanager

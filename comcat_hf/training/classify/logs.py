@@ -65,8 +65,8 @@ class LossMeter:
         first = int(finite.int().argmin())
         since_first = -(-(len(rows) - first) // self._batches)
         raise ComCATError(
-            f"The loss of step {step - since_first + 1} is not finite. Take a lower --learning_rate, or "
-            "--mixed_precision no or bf16 if it was fp16; the last checkpoint is as it was."
+            f"The loss of step {step - since_first + 1} is not finite. Take a lower learning_rate, or full "
+            "precision or bf16 if it was fp16; the last checkpoint is as it was."
         )
 
     def read(self, step: int) -> dict[str, float]:
@@ -152,10 +152,11 @@ class TrainingLog:
             raise cannot_write(self._path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> ComCATError:
+def cannot_write(path: Path, error: Exception) -> ComCATError:
     """The error that says that a file or folder of a training cannot be written."""
+    reason = getattr(error, "strerror", None) or error
     return ComCATError(
-        f"{path}: expected to write there, found that it cannot be done ({error.strerror or error}). Free or allow "
+        f"{path}: expected to write there, found that it cannot be done ({reason}). Free or allow "
         "the space and go on with --resume_from_checkpoint latest; finished checkpoints are as they were."
     )
 

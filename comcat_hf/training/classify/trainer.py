@@ -1,28 +1,31 @@
 """`DistillationTrainer`: transformers' `Trainer` for a compressed classifier that learns from its dense model."""
 
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from ...compression.distillation import DistillationLoss, LossParts, OwnBase
+from ...compression.distillation import DistillationLoss, OwnBase
 from ...errors import ComCATError, InvalidValueError
+from ...tensor_files import check_shapes
+from ..checkpoints import Progress, last_checkpoint, written_last
 from .callbacks import WeightAverageCallback
-from .whole import check_whole, last_whole, mark_whole, unmark
+from .logs import LossMeter, cannot_write
 
 
 __all__ = ["DistillationTrainer"]
 
-_PARTS = tuple(field.name for field in fields(LossParts) if field.name != "total")
+_LOSSES = "losses.safetensors"
 
 
 class DistillationTrainer(Trainer):
@@ -31,17 +34,18 @@ class DistillationTrainer(Trainer):
     All arguments of `Trainer` keep their meaning. What differs:
 
     - The loss of a training step is `distillation`; the loss of an evaluation is the cross entropy with the labels.
-      Logs also hold the parts of the loss: `task`, `teacher` and `alignment`.
+      Logs also hold the parts of the loss, `task`, `teacher` and `alignment`, and `images_per_second`.
     - Matrices decay; vectors (biases, norms) do not.
-    - A checkpoint is read whole or not at all: its marker is written last, and `resume_from_checkpoint=True` takes the
-      last checkpoint that has one. Weights are loaded by the model's own conversion of names, every tensor of them.
+    - A checkpoint is read whole or not at all: `training_state.json`, with the digests of its files, is written last,
+      and `resume_from_checkpoint=True` takes the last checkpoint that has one. Weights are loaded by the model's own
+      conversion of names, every tensor of them.
     - A loss or weights that are not finite end the training; the last checkpoint is as it was.
 
     Args:
         model: the student: a compressed model, or a PEFT model with a ComCAT adapter of mode `"compress"`.
         args: the training arguments. A non-zero `label_smoothing_factor` smooths the labels of training steps.
-        teacher: the dense model; it is frozen and put into eval mode. `None` takes a PEFT student's own base with its
-            adapters switched off, so that no second model is in memory.
+        teacher: the dense model; it is put into eval mode and learns nothing. `None` takes a PEFT student's own base
+            with its adapters switched off, so that no second model is in memory.
         distillation: the loss; default `DistillationLoss(alignment=1.0)`.
         **kwargs: those of `Trainer`: `train_dataset`, `eval_dataset`, `callbacks`, `compute_metrics`, ...
 
@@ -49,7 +53,8 @@ class DistillationTrainer(Trainer):
         InvalidValueError: no teacher where the loss needs one, or an argument that distillation replaces.
 
     Example:
-        >>> trainer = DistillationTrainer(model=small, teacher=vit, args=TrainingArguments("out"), train_dataset=images)
+        >>> args = TrainingArguments("out")
+        >>> trainer = DistillationTrainer(model=small, teacher=vit, args=args, train_dataset=images)
         >>> trainer.train()
     """
 
@@ -71,10 +76,9 @@ class DistillationTrainer(Trainer):
         self.label_smoother = None
         # It replaces losses that are not finite, and waits for the device at every step; `log` raises instead.
         self.args.logging_nan_inf_filter = False
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
+        self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
         self._own_base: OwnBase | None = None
-        self._parts: Tensor | None = None
-        self._batches = 0
+        self.meter = LossMeter(self.accelerator, self.args.gradient_accumulation_steps)
 
     @property
     def average(self) -> WeightAverageCallback | None:
@@ -90,10 +94,10 @@ class DistillationTrainer(Trainer):
             ComCATError: the loss or the weights are not finite.
         """
         if resume_from_checkpoint is True:
-            found = last_whole(Path(self.args.output_dir))
-            resume_from_checkpoint = None if found is None else str(found)
-        elif resume_from_checkpoint:
-            check_whole(Path(resume_from_checkpoint))
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            Progress.read(Path(resume_from_checkpoint))
         average = self.average
         if average is not None:
             average.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -125,7 +129,7 @@ class DistillationTrainer(Trainer):
         output = model(**inputs)
         progress = self.state.global_step / max(self.state.max_steps, 1)
         parts = self.distillation(output, taught, self._smooth(labels, output.logits.shape[-1]), progress)
-        self._note(parts)
+        self.meter.add(parts, len(labels))
         return (parts.total, output) if return_outputs else parts.total
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -138,25 +142,20 @@ class DistillationTrainer(Trainer):
         Raises:
             ComCATError: the loss is not finite, on any process.
         """
-        if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise ComCATError(
-                    f"The loss up to step {self.state.global_step} is not finite. Take a lower learning_rate, or full "
-                    "precision or bf16 if it was fp16; the last checkpoint is as it was."
-                )
-            logs = self._read_parts() | logs
-        super().log(logs, start_time)
+        super().log(logs | self.meter.read(self.state.global_step) if "loss" in logs else logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict with the moving average of the weights, if there is one."""
         with nullcontext() if self.average is None else self.average.applied():
-            return super().evaluation_loop(*args, **kwargs)
+            found = super().evaluation_loop(*args, **kwargs)
+        self.meter.restart_clock()
+        return found
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Any:
         if not self.distillation.needs_teacher:
             return None
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 return self.teacher(**inputs)
         if self._own_base is None:
             # Past DistributedDataParallel, which would wait for gradients.
@@ -170,42 +169,49 @@ class DistillationTrainer(Trainer):
         hard = labels if labels.ndim == 2 else F.one_hot(labels, classes)
         return hard * (1 - share) + share / classes
 
-    def _note(self, parts: LossParts) -> None:
-        values = torch.stack([getattr(parts, name).detach().float() for name in _PARTS])
-        self._parts = values if self._parts is None else self._parts + values
-        self._batches += 1
-
-    def _read_parts(self) -> dict[str, float]:
-        """The means of the parts since they were read last, over all processes."""
-        if self._parts is None:
-            return {}
-        means = self.accelerator.reduce(self._parts / self._batches, reduction="mean").tolist()
-        self._parts, self._batches = None, 0
-        return dict(zip(_PARTS, means, strict=True))
+    def progress(self) -> Progress:
+        """Where the training is, as a checkpoint records it."""
+        return Progress(self.state.global_step, self.args.seed)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        self.meter.check(step)
         self._check_finite()
         run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            unmark(folder)
+        folder = run / f"checkpoint-{step}"
         # Older checkpoints go when the new one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with written_last(self.accelerator, folder, self.progress()):
+                super()._save_checkpoint(model, trial)
+                self._save_own(folder)
+        # What torch's writer says of a full disk is a RuntimeError.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise cannot_write(folder, error) from error
         finally:
             self.args.save_total_limit = limit
-        if self.average is not None and self.args.should_save:
-            self.average.save(folder)
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_whole(folder)
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+        self.meter.restart_clock()
+
+    def _save_own(self, folder: Path) -> None:
+        # On all processes: of a sharded model the average is gathered.
+        average = None if self.average is None else self.average.state_dict()
+        if self.args.should_save:
+            if average is not None:
+                self.average.save(folder, average)
+            if losses := self.meter.state_dict():
+                save_file(losses, folder / _LOSSES)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (file := Path(checkpoint, _LOSSES)).is_file():
+            self.meter.load_state_dict(load_file(file))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -233,14 +239,15 @@ class DistillationTrainer(Trainer):
         return isinstance(self.model, PreTrainedModel) and not engines
 
     def _load_weights(self, folder: Path) -> None:
-        # Checkpoints of several classes, ViT among them, have other names than the modules; `Trainer` loads them by the
-        # modules' names and passes over those that differ.
-        saved = type(self.model).from_pretrained(folder, device_map="cpu")
-        self.model.load_state_dict(saved.state_dict(), strict=True)
+        # Checkpoints of several classes, ViT among them, have other names than the modules; `Trainer` loads them by
+        # the modules' names and passes over those that differ.
+        saved = type(self.model).from_pretrained(folder, device_map="cpu").state_dict()
+        check_shapes(saved, self.model.state_dict(), folder, "Give a checkpoint of this model.")
+        self.model.load_state_dict(saved, strict=True)
 
     @torch.no_grad()
     def _check_finite(self) -> None:
-        weights = [p for p in self.model.parameters() if p.requires_grad]
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters() if p.requires_grad]
         bad = (~torch.stack([weight.isfinite().all() for weight in weights]).all()).float()
         if self.accelerator.reduce(bad, reduction="sum").item():
             raise ComCATError(
