@@ -5,17 +5,19 @@ import sys
 import time
 from contextlib import suppress
 
+from comcat_hf.hub import without_secrets
+
 
 # Seconds that a launcher gets to report that one of its processes failed.
 _PATIENCE = 20
 
 
 def say_error(error: Exception) -> None:
-    """Print an error on one line and, where a launcher waits for this process, again when that has ended.
+    """Print an error without secrets on one line and, where a launcher waits for this process, again when that has ended.
 
     `accelerate launch` ends in a traceback of its own, which says only that the script failed.
     """
-    line = f"error: {error}"
+    line = without_secrets(f"error: {error}")
     print(line, file=sys.stderr, flush=True)
     if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ) or not hasattr(os, "fork"):
         return

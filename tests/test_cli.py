@@ -2,6 +2,7 @@
 
 import copy
 import re
+import runpy
 import subprocess
 import sys
 
@@ -109,6 +110,22 @@ def test_typer_refuses_what_the_demo_of_customizing_does_not_allow(arguments):
     result = run("demo-customize", *arguments)
     assert result.exit_code == 2
     assert arguments[0] in result.stderr
+
+
+SECRET = "hf_aVeryLongSecretOfATest"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("push", "a", "b", SECRET), (SECRET,), ("ranks", SECRET), ("info", SECRET), ("push", SECRET, "a/b")]
+)
+def test_a_token_in_the_place_of_a_name_is_not_repeated(arguments):
+    result = run(*arguments)
+    assert result.exit_code and "***" in result.stderr and SECRET not in result.output
+
+
+def test_the_error_line_of_a_script_holds_no_token(capfd):
+    runpy.run_path("scripts/launched.py")["say_error"](InvalidValueError(f"{SECRET}: expected a recipe"))
+    assert capfd.readouterr().err == "error: ***: expected a recipe\n"
 
 
 def test_the_demo_of_customizing_is_run_with_its_options(tmp_path, monkeypatch):

@@ -8,13 +8,29 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ComCATError
+from ..hub import without_secrets
 from ..version import __version__
 
 
 __all__ = ["app", "command", "commands", "main", "table"]
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, whose usage errors repeat no token that stands where a name belongs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        # typer keeps its usage errors in a private module.
+        except Exception as error:
+            if isinstance(getattr(error, "message", None), str):
+                error.message = without_secrets(error.message)
+            raise
+
+
 app = typer.Typer(
     name="comcat",
+    cls=_Commands,
     help="Compress and customize attention-based vision models with low-rank attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -60,7 +76,7 @@ def command(group: typer.Typer, *, light: bool = False) -> Callable[[Callable[..
                     _run_package()
                 function(*args, **kwargs)
             except ComCATError as error:
-                typer.echo(f"comcat {called}: {error}", err=True)
+                typer.echo(without_secrets(f"comcat {called}: {error}"), err=True)
                 raise typer.Exit(1) from None
 
         group.command()(guarded)
