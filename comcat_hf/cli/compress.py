@@ -56,8 +56,8 @@ def compress(
 ) -> None:
     """Compress a model of transformers or diffusers; an image classifier with data is fitted to images and measured.
 
-    Everything else, such as augmentation, several processes and checkpoints, is for compress_vit.py of the source,
-    which goes on in the same folder.
+    Everything else, such as augmentation, several processes and checkpoints, is for `accelerate launch -m
+    comcat_hf.training.classify`, which goes on in the same folder.
     """
     from ..native import class_name, is_image_classifier
 

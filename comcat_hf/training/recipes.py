@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
@@ -53,7 +54,7 @@ def parse_settings(
         InvalidValueError: an unknown flag or key, a value of the wrong kind, a recipe that cannot be read.
     """
     recipe, flags = _split_recipe(list(arguments))
-    parser = _Parser(cls, description=f"{description} {_DESCRIPTION}", allow_abbrev=False)
+    parser = _Parser(cls, prog=_called(), description=f"{description} {_DESCRIPTION}", allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="A recipe, if it is not the first argument.")
     joint = joint or {}
     for name, members in joint.items():
@@ -89,6 +90,12 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = without_secrets(message)
         raise InvalidValueError(f"The command line cannot be read: {message}. `--help` lists the flags.")
+
+
+def _called() -> str | None:
+    """How the program was called; `None` for argparse's own guess, which of `python -m` would be `__main__.py`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def _split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -21,6 +21,7 @@ from ...errors import InvalidValueError, UnsupportedModuleError
 from ...hub import write_json_atomic
 from ...reporting.cards import shown_base
 from ..flags import NOTHING, flag
+from ..machine import make_accelerator
 from ..recipes import parse_settings
 from .augmentation import ImagePreparation
 from .data import BrokenImages, open_splits
@@ -235,9 +236,7 @@ def evaluate_models(
         CheckpointError: a model that cannot be found or read.
     """
     settings.check()
-    if accelerator is None:
-        # Not told, accelerate takes several processes without a GPU for so many unconnected ones.
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = make_accelerator(mixed_precision="no") if accelerator is None else accelerator
     main = accelerator.is_main_process
     say = report if report is not None and main else lambda text: None
     sources = {_MODEL: settings.model_name_or_path} | ({_DENSE: settings.dense} if settings.dense else {})

@@ -4,24 +4,20 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import nn
 
 from ...compression.calibration.statistics import Statistics
 from ...configs import RankPlan
-from ...errors import InvalidValueError
 from ..checkpoints import Progress, find_checkpoint, remove_checkpoints
 from ..interruption import Interrupted, Interruption, on_main, until_stopped
 from ..locks import locked
+from ..machine import make_accelerator
 from ..seeds import choose_seed
-from ..trackers import tracker_of
 from .artefacts import Artefacts, digest_of
 from .augmentation import ImagePreparation, Mixing
 from .data import BrokenImages, open_splits
@@ -41,9 +37,6 @@ from .sweep import SweepPoint, measure_sweep
 __all__ = ["CompressResult", "compress_vit"]
 
 logger = logging.getLogger(__name__)
-
-# One process may measure sensitivities for hours while the others wait.
-_PATIENCE = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -155,8 +148,13 @@ def _prepare(
     stack: ExitStack,
 ) -> _Prepared:
     """Read what the stages need. The folder is locked first, so that what is found there stays as it is."""
-    tracker = tracker_of(settings.report_to)
-    accelerator = _make_accelerator(settings, tracker) if accelerator is None else accelerator
+    if accelerator is None:
+        accelerator = make_accelerator(
+            settings.output_path,
+            logging_dir=settings.logging_dir,
+            report_to=settings.report_to,
+            mixed_precision=settings.mixed_precision,
+        )
     accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
     artefacts = Artefacts(settings.output_path)
     if not settings.dry_run:
@@ -370,28 +368,3 @@ def _is_over(artefacts: Artefacts) -> bool:
 def _clear(artefacts: Artefacts) -> None:
     artefacts.clear()
     remove_checkpoints(artefacts.folder)
-
-
-def _make_accelerator(settings: CompressSettings, tracker: str | None) -> Accelerator:
-    folder = settings.output_path
-    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / settings.logging_dir))
-    try:
-        accelerator = Accelerator(
-            # Not told, accelerate takes several processes without a GPU for so many unconnected ones.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=settings.mixed_precision,
-            log_with=tracker,
-            project_config=project,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
-        )
-    except ValueError as error:
-        raise InvalidValueError(
-            f"--mixed_precision {settings.mixed_precision}: expected a precision that this machine has, found that "
-            f"accelerate refuses it ({error}). Take another, or no."
-        ) from error
-    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
-        raise InvalidValueError(
-            f"--mixed_precision fp16: expected a precision that this machine has, found {accelerator.device.type}, "
-            "which trains in bf16 or no. Take one."
-        )
-    return accelerator

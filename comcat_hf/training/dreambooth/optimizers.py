@@ -16,7 +16,7 @@ __all__ = ["check_extras", "make_optimizer", "make_scheduler"]
 
 
 def check_extras(settings: CustomizeSettings) -> None:
-    """See whether the packages that the flags ask for are installed.
+    """See whether the packages that the training and its flags need are installed.
 
     Raises:
         InvalidValueError: one is not.
@@ -25,6 +25,11 @@ def check_extras(settings: CustomizeSettings) -> None:
         raise InvalidValueError(
             "--use_8bit_adam needs the package bitsandbytes, which is not installed. Run `pip install bitsandbytes`, "
             "or leave the flag out."
+        )
+    if importlib.util.find_spec("diffusers") is None:
+        raise InvalidValueError(
+            "Training an adapter needs the package diffusers, which is not installed. Run `pip install "
+            "comcat_hf[diffusers]`."
         )
     tracker_of(settings.report_to)
 

@@ -9,15 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    ProjectConfiguration,
-    set_seed,
-)
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 
 from ...errors import InvalidValueError
+from .. import machine
 from ..checkpoints import Progress
 from ..flags import values_deciding
 from ..interruption import Interruption, end_if_stopped, on_main, until_stopped
@@ -190,26 +186,14 @@ def make_accelerator(settings: CustomizeSettings) -> Accelerator:
     Raises:
         InvalidValueError: the machine or the accelerate configuration does not suit the training.
     """
-    folder = Path(settings.output_dir).expanduser()
-    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / settings.logging_dir))
-    # The first text encoder of SDXL is read before its last layer, which so gets no gradient.
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=settings.train_text_encoder)
-    refused = f"--mixed_precision {settings.mixed_precision}: expected a precision that this machine has"
-    try:
-        accelerator = Accelerator(
-            # Not told, accelerate takes several processes without a GPU for so many unconnected ones.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=settings.mixed_precision,
-            log_with=None if settings.report_to == "none" else settings.report_to,
-            project_config=project,
-            kwargs_handlers=[parallel],
-        )
-    except ValueError as error:
-        raise InvalidValueError(
-            f"{refused}, found that accelerate refuses it ({error}). Take another, or no."
-        ) from error
-    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
-        raise InvalidValueError(f"{refused}, found {accelerator.device.type}, which trains in bf16 or no. Take one.")
+    accelerator = machine.make_accelerator(
+        settings.output_dir,
+        logging_dir=settings.logging_dir,
+        report_to=settings.report_to,
+        mixed_precision=settings.mixed_precision,
+        # The first text encoder of SDXL is read before its last layer, which so gets no gradient.
+        handlers=(DistributedDataParallelKwargs(find_unused_parameters=settings.train_text_encoder),),
+    )
     if accelerator.distributed_type not in _PROCESSES:
         raise InvalidValueError(
             f"The accelerate configuration: expected one process, or several that each hold the model, found "

@@ -1,4 +1,4 @@
-"""Accuracy by hand and by many processes, the metric for `evaluate`, and scripts/evaluate_vit.py."""
+"""Accuracy by hand and by many processes, the metric for `evaluate`, and the program that evaluates."""
 
 import io
 import json
@@ -28,7 +28,6 @@ from tests.helpers import randomize, small_deit_distilled, small_vit
 
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / "scripts" / "evaluate_vit.py"
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "scripts" / "accelerate" / "cpu.yaml")]
 LAUNCH += ["--main_process_port=0"]
 CLASSES = ("red", "green", "blue", "grey", "white", "black", "pink")
@@ -260,9 +259,9 @@ def flags(case, **changes):
     return [f"--{name}={value}" for name, value in (given | changes).items() if value is not None]
 
 
-def run_script(arguments, launcher=()):
+def run_program(arguments, launcher=()):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, str(SCRIPT), *arguments]
+    command = [sys.executable, *launcher, "-m", "comcat_hf.training.classify.evaluate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
 
@@ -300,7 +299,7 @@ def test_a_compressed_model_beside_its_dense_one(case, tmp_path):
 def test_one_and_two_processes_count_the_same(case, tmp_path):
     """43 images in batches of 8: with two processes the last rows are filled up."""
     given = {"validation_file": case / "broken.parquet", "max_broken_images": 3, "output": tmp_path / "two.json"}
-    done = run_script(flags(case, **given), LAUNCH)
+    done = run_program(flags(case, **given), LAUNCH)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("top-1") == 1
     two = json.loads((tmp_path / "two.json").read_text())["models"]["model"]
@@ -312,7 +311,7 @@ def test_one_and_two_processes_count_the_same(case, tmp_path):
 
 
 def test_bad_input_ends_in_one_line(case, tmp_path):
-    done = run_script(flags(case, validation_file=tmp_path / "nothing.parquet"))
+    done = run_program(flags(case, validation_file=tmp_path / "nothing.parquet"))
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "nothing.parquet" in line and "expected a data set" in line

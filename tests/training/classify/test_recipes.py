@@ -162,27 +162,29 @@ def known_flags():
     return flags_of(CompressSettings, EvaluateSettings, CustomizeSettings) | launcher_flags()
 
 
-# A command that names one of the scripts: to the end of its code block or code span.
-COMMAND = re.compile(r"accelerate launch[^`]*?scripts/(\w+)\.py[^`]*")
-SCRIPTS = {
-    "compress_vit": CompressSettings,
-    "evaluate_vit": EvaluateSettings,
-    "customize_diffusion": CustomizeSettings,
+# A command that starts a program: to the end of its code block or code span.
+COMMAND = re.compile(r"(accelerate launch[^`]*? )(-m comcat_hf\.training\.[\w.]+|scripts/\w+\.py)([^`]*)")
+PROGRAMS = {
+    "-m comcat_hf.training.classify": CompressSettings,
+    "-m comcat_hf.training.classify.evaluate": EvaluateSettings,
+    "-m comcat_hf.training.dreambooth": CustomizeSettings,
+    "scripts/compress_vit.py": CompressSettings,
+    "scripts/evaluate_vit.py": EvaluateSettings,
+    "scripts/customize_diffusion.py": CustomizeSettings,
 }
 
 
 def wrong_flags(text):
-    """Flags in commands that the script of the command does not have."""
+    """Flags in commands that the program of the command does not have."""
     wrong = set()
-    for command in COMMAND.finditer(text):
-        launcher, own = command[0].split(f"scripts/{command[1]}.py")
+    for launcher, program, own in COMMAND.findall(text):
         wrong |= set(FLAG.findall(launcher)) - launcher_flags()
-        wrong |= set(FLAG.findall(own)) - flags_of(SCRIPTS[command[1]])
+        wrong |= set(FLAG.findall(own)) - flags_of(PROGRAMS[program])
     return wrong
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
-def test_commands_in_the_docs_name_flags_of_their_scripts(path):
+def test_commands_in_the_docs_name_flags_of_their_programs(path):
     text = path.read_text(encoding="utf-8")
     assert len(COMMAND.findall(text)) >= 3
     assert wrong_flags(text) == set()
@@ -204,7 +206,7 @@ def test_every_flag_of_the_release_has_its_line():
 
 
 def test_the_checker_of_flags_sees_what_is_wrong():
-    said = "`accelerate launch --num_processes 2 scripts/compress_vit.py deit_small --reduction 0.5 --use_env`"
+    said = "`accelerate launch --num_processes 2 -m comcat_hf.training.classify deit_small --reduction 0.5 --use_env`"
     assert wrong_flags(said) == {"--use_env"}
     assert wrong_flags(
         "```\naccelerate launch --reduction 1 scripts/evaluate_vit.py \\\n  --dense x --plan y\n```"

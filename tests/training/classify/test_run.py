@@ -98,7 +98,7 @@ def command(base: Path, output: Path, *further: str, processes: int = 1, **chang
     # As one would type it for a CPU; the file is for two processes.
     how = ["--cpu", "--num_processes=1"] if processes == 1 else ["--config_file", str(TWO)]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *how]
-    return [*launch, str(ROOT / "scripts" / "compress_vit.py"), *given, *further]
+    return [*launch, "-m", "comcat_hf.training.classify", *given, *further]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -462,8 +462,8 @@ class TestDryRun:
         assert seeds == [42, 1]
 
 
-class TestScript:
-    """The script as a process: killed wherever it is, and resumed."""
+class TestProgram:
+    """The program as a process: killed wherever it is, and resumed."""
 
     def _until(self, arguments: list[str], folder: Path, step: int, number: int) -> None:
         process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -525,11 +525,11 @@ class TestScript:
 
     @pytest.mark.parametrize("processes", [None, 1, 2])
     def test_a_user_error_is_the_last_line(self, base, tmp_path, processes):
-        """In a script of its own, and behind what the launcher of one or two processes has to say."""
+        """In a process of its own, and behind what the launcher of one or two processes has to say."""
         arguments = command(base, tmp_path / "out", reduction=1.0, processes=processes or 1)
         if processes is None:
             arguments = [sys.executable, *arguments[5:]]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == (2 if processes is None else 1)
         *before, last = done.stderr.splitlines()
         assert last == "error: --reduction must be a number from 0 to below 1, got 1.0."

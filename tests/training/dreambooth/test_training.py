@@ -32,7 +32,6 @@ from comcat_hf.training.seeds import choose_seed, seeded
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
 
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "customize_diffusion.py"
 TEST = {"resolution": 16, "train_batch_size": 2, "num_inference_steps": 2, "seed": 7, "instance_prompt": "a sks 3"}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a 3", "num_class_images": 3}
 
@@ -71,7 +70,7 @@ def flags(given):
 
 
 def start(arguments, launcher=(), **environment):
-    command = [sys.executable, *launcher, str(SCRIPT), *arguments]
+    command = [sys.executable, *launcher, "-m", "comcat_hf.training.dreambooth", *arguments]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
