@@ -2,7 +2,6 @@
 
 import copy
 import re
-import runpy
 import subprocess
 import sys
 
@@ -121,11 +120,6 @@ SECRET = "hf_aVeryLongSecretOfATest"
 def test_a_token_in_the_place_of_a_name_is_not_repeated(arguments):
     result = run(*arguments)
     assert result.exit_code and "***" in result.stderr and SECRET not in result.output
-
-
-def test_the_error_line_of_a_script_holds_no_token(capfd):
-    runpy.run_path("scripts/launched.py")["say_error"](InvalidValueError(f"{SECRET}: expected a recipe"))
-    assert capfd.readouterr().err == "error: ***: expected a recipe\n"
 
 
 def test_the_demo_of_customizing_is_run_with_its_options(tmp_path, monkeypatch):

@@ -52,6 +52,11 @@ def test_module_and_script_are_one_program(module, script, start, monkeypatch, t
         assert said.startswith("error: The command line cannot be read: ") and said.count("\n") == 1
 
 
+def test_the_error_line_holds_no_token(start, tmp_path):
+    code, _, said = start("comcat_hf.training.classify", str(tmp_path / "hf_aVeryLongSecretOfATest"))
+    assert code == 2 and "hf_aVeryLong" not in said and "***" in said
+
+
 def test_help_names_the_command(start):
     code, out, _ = start("comcat_hf.training.dreambooth", "--help")
     assert code == 0 and out.startswith("usage: python -m comcat_hf.training.dreambooth [-h]")
