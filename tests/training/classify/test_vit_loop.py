@@ -571,11 +571,11 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(folder, tmp_path, caplo
     train(folder, tmp_path / "other", checkpoint=checkpoint, learning_rate=1e-2)
     assert "learning_rate was 0.003 and is 0.01 now" in caplog.text
     caplog.clear()
-    train(folder, tmp_path / "two", checkpoint=edit_state(earlier(checkpoint), lambda c: c["facts"].update(TWO)))
+    train(folder, tmp_path / "two", checkpoint=edit_state(earlier(checkpoint), lambda c: c["facts"].update(SPREAD)))
     assert "num_processes was 2 and is 1 now" in caplog.text
 
 
-TWO = {"num_processes": 2}
+SPREAD = {"num_processes": 2}
 FILES = ("optimizer.pt", "random_states_0.pt", "student.safetensors")
 
 
