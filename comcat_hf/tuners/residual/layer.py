@@ -124,6 +124,7 @@ class CustomizeLayer(NamedAsDense):
     # Running
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._take_in()
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
