@@ -321,9 +321,8 @@ class CustomizeLayer(NamedAsDense):
         return [(self.comcat_factors[name], value) for name, value in zip(names, values, strict=True)]
 
     def unmerge(self) -> None:
-        """Undo [`merge`], to the bit."""
+        super().unmerge()
         self.merged_layer = None
-        self.merged_adapters.clear()
         for scale in self.scales.values():
             scale.fused = None
 
