@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import comcat_hf
 from comcat_hf import ComCATConfig, compress, plan_of
-from comcat_hf.errors import InvalidValueError
+from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from comcat_hf.modeling import read_ranks
 from tests.helpers import image_inputs, outputs, small_bert, small_vit
 
@@ -228,3 +228,10 @@ def test_adapters_customize_int8_weights(torchao):
     for core in (False, True):
         effect, error = torchao[1][f"customize {core}"]
         assert effect > 1e-2 and error < 1e-3 * effect, core
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+def test_adapters_come_before_dynamic_quantisation():
+    model = quantize_dynamic(small_vit()[0], {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UnsupportedModuleError, match=r"attention: .*dynamic.*Put the adapter in before you quantise"):
+        get_peft_model(model, ComCATConfig(mode="customize", qk_rank=2))

@@ -24,6 +24,7 @@ from comcat_hf import (
 )
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, read_ranks
+from comcat_hf.tuners import ComCATLayer
 from tests.helpers import (
     _TEXT,
     _VISION,
@@ -171,7 +172,7 @@ class TestATower:
         expected = outputs(model, inputs)
         targets = {"target_modules": [path]} if mode == "compress" else {"target_modules": rf"{path}\..*"}
         model = get_peft_model(model, ComCATConfig(mode=mode, qk_rank=4, vo_rank=4, **targets))
-        layers = {n for n, m in model.named_modules() if hasattr(m, "comcat_factors")}
+        layers = {n for n, m in model.named_modules() if isinstance(m, ComCATLayer)}
         assert len(layers) == 2 and all(n.startswith(f"base_model.model.{path}.") for n in layers)
         if mode == "customize":
             assert_close(outputs(model, inputs), expected)
@@ -319,8 +320,17 @@ def test_targets_that_cannot_be_used(call, targets, words):
         call(small_vit()[0], 0.1, **targets)
 
 
+def test_attention_alone_cannot_be_exchanged():
+    attention = small_vit()[0].vit.layers[0].attention
+    for how in ({"reduction": 0.4}, {"plan": RankPlan({"": {"qk": 3}})}):
+        with pytest.raises(UnsupportedModuleError, match=r"ViTAttention is attention itself.*Give a model that holds"):
+            compress(attention, **how)
+
+
 def test_a_plan_has_its_targets_already():
     model, _ = small_vit()
+    with pytest.raises(InvalidValueError, match="plan: expected modules and their ranks, found none"):
+        compress(model, plan=RankPlan({}))
     with pytest.raises(InvalidValueError, match=r"With a plan.*target_modules, step cannot be used"):
         compress(model, plan=RankPlan({"classifier": 2}), target_modules=["classifier"], step=2)
     with pytest.raises(TypeError, match="'ratio'"):
@@ -350,7 +360,7 @@ def test_poolers_stay_dense(name, settings):
     pooler = next(n for n, m in model.named_modules() if "Pool" in type(m).__name__)
     try:
         sites = get_peft_model(model, ComCATConfig(mode="customize", vo_rank=2)).base_model.model
-        layers = {n for n, m in sites.named_modules() if hasattr(m, "comcat_factors")}
+        layers = {n for n, m in sites.named_modules() if isinstance(m, ComCATLayer)}
         assert layers and not any(n.startswith(pooler) for n in layers)
     except UnsupportedModuleError as error:
         assert name.startswith("Mochi") and pooler not in str(error)

@@ -140,6 +140,8 @@ def _check_request(model: nn.Module, reduction: float | None, plan: RankPlan | N
             f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
             "model = model.merge_and_unload(), or load the model again without them."
         )
+    if plan is not None and not plan.ranks:
+        raise InvalidValueError("plan: expected modules and their ranks, found none, so nothing would be compressed.")
     chosen = [name for name, value in how.items() if value is not None]
     if plan is not None and chosen:
         raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(chosen)} cannot be used.")

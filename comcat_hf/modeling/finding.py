@@ -110,7 +110,7 @@ def known_sites(
 
     Raises:
         InvalidValueError: unknown scope.
-        UnsupportedModuleError: attention for which `refuse` says so.
+        UnsupportedModuleError: attention for which `refuse` says so; attention that is the whole model.
     """
     if scope not in _FINDERS:
         raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
@@ -118,6 +118,11 @@ def known_sites(
     modules = list(named_base_modules(model))
     found = (site for finder in _FINDERS[scope] for site in finder(model, modules, refuse))
     sites = {site.name: site for site in found if width or site.kind != "mlp"}
+    if "" in sites:
+        raise UnsupportedModuleError(
+            f"{class_path(type(model))} is attention itself, in whose place nothing can be put. Give a model that "
+            "holds it, with its path in target_modules."
+        )
     order = {name: index for index, (name, _, _) in enumerate(modules)}
     # Not by the site's own name: BERT's MLP has that of its block, which also holds the attention before it.
     return dict(sorted(sites.items(), key=lambda item: order[next(iter(item[1].dense_modules()))]))

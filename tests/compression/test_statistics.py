@@ -1,12 +1,14 @@
 """Moments against plain loops over captured activations, and what may go wrong with batches."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding, BatchFeature
 
 import comcat_hf
-from comcat_hf import collect_statistics
+from comcat_hf import collect_statistics, compress, measure_sensitivities
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import AttentionSite, find_sites
 from tests.helpers import MODELS, assert_unchanged, classes_of, images, small_bert, small_clip, small_vit, state_of
@@ -256,3 +258,10 @@ def test_statistics_of_another_model_are_refused():
     with pytest.raises(InvalidValueError, match="scope='attention'"):
         comcat_hf.compress(model, 0.3, statistics=attention)
     assert comcat_hf.compress(model, 0.3, scope="attention", statistics=statistics)
+
+
+@pytest.mark.parametrize("use", [collect_statistics, partial(compress, reduction=0.3), measure_sensitivities])
+@pytest.mark.parametrize("batch", [images(), {"pixel_values": images()}], ids=["tensor", "mapping"])
+def test_one_batch_in_place_of_several_is_refused(use, batch):
+    with pytest.raises(InvalidValueError, match=r"^batches: expected several, such as a DataLoader or \[batch\]"):
+        use(small_vit()[0], batches=batch)

@@ -90,7 +90,7 @@ def gather(
         mask = stack.enter_context(token_mask(model))
         collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
         try:
-            for index, batch in enumerate(progress_bar(batches, desc="Statistics", progress=progress)):
+            for index, batch in enumerate(progress_bar(_several(batches), desc="Statistics", progress=progress)):
                 samples += _run(model, batch, index)
         except Exception as caught:
             if accelerator is None:
@@ -122,9 +122,18 @@ def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
 
 def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
     """Keep batches that are gone through more than once; raises InvalidValueError where there are none."""
-    kept = list(batches or ())
+    kept = [] if batches is None else list(_several(batches))
     _check_any(len(kept))
     return kept
+
+
+def _several(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The batches, after a check that they are not a single one, whose rows or names would be taken for batches."""
+    if isinstance(batches, (Tensor, Mapping)):
+        raise InvalidValueError(
+            f"batches: expected several, such as a DataLoader or [batch], found one {type(batches).__name__}."
+        )
+    return batches
 
 
 def _check_any(count: int) -> None:

@@ -12,7 +12,7 @@ from ...closed_forms.bases import head_basis
 from ...errors import InvalidValueError, UnsupportedModuleError
 from ...modeling.sites import AttentionSite
 from ...modeling.views import AttentionView, attention_views, known_attention_classes
-from ...modeling.weights import compute_dtype, float_weight
+from ...modeling.weights import class_path, compute_dtype, float_weight
 from ...modeling.wrappers import base_module
 
 
@@ -67,6 +67,11 @@ class Residual(nn.Module):
         super().__init__()
         self.num_heads = heads = view.num_heads
         query = base_module(view.query)
+        if not isinstance(query.weight, Tensor):
+            raise UnsupportedModuleError(
+                f"{view.name}: expected projections whose weights are tensors, found a {class_path(type(query))}. Put "
+                "the adapter in before you quantise the model."
+            )
         options = {"device": query.weight.device, "dtype": compute_dtype(query)}
 
         def linear(rank: int | None, layer: nn.Linear, *, out: bool = False) -> nn.Linear | None:

@@ -124,6 +124,7 @@ class CustomizeLayer(NamedAsDense):
     # Running
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._take_in()
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -320,9 +321,8 @@ class CustomizeLayer(NamedAsDense):
         return [(self.comcat_factors[name], value) for name, value in zip(names, values, strict=True)]
 
     def unmerge(self) -> None:
-        """Undo [`merge`], to the bit."""
+        super().unmerge()
         self.merged_layer = None
-        self.merged_adapters.clear()
         for scale in self.scales.values():
             scale.fused = None
 

@@ -137,6 +137,7 @@ class _Shown(nn.Module):
         cls = _shown_class(type(dense))
         shown = cls.__new__(cls)
         nn.Module.__init__(shown)
+        shown.__dict__["dense"] = dense
         shown.__dict__["register_forward_hook"] = dense.register_forward_hook
         return shown
 
@@ -164,6 +165,7 @@ class NamedAsDense(ComCATLayer):
         memo = set() if memo is None else memo
         if self in memo:
             return
+        self._take_in()
         if remove_duplicate:
             memo.add(self)
         yield prefix, self
@@ -186,11 +188,25 @@ class NamedAsDense(ComCATLayer):
     def children(self) -> Iterator[nn.Module]:
         return iter([module for module in self._modules.values() if module is not None])
 
+    def _take_in(self) -> None:
+        """Hand on to the dense module what was put into this one by the names shown.
+
+        torch.ao.quantization converts named children and writes them into `_modules`, past `__setattr__`.
+        """
+        modules = self._modules
+        for name in _WHOLE:
+            if isinstance(modules.get(name), _Shown):
+                modules[name] = modules[name].dense
+        dense = modules["base_layer"]
+        for name in [name for name in modules if name in dense._modules]:
+            dense._modules[name] = modules.pop(name)
+
     def _own_children(self) -> Iterator[tuple[str, nn.Module]]:
         found = list(self._modules.items())
         return ((name, module) for name, module in found if name not in _WHOLE)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        self._take_in()
         own = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars)
         for key in [key for key in own if key.startswith(f"{prefix}merged_layer.")]:
             del own[key]
