@@ -1,17 +1,11 @@
-"""Where the app's models run, and waiting for them."""
+"""Where the app's models run."""
 
 import torch
 
 
-__all__ = ["best_device", "wait_for"]
+__all__ = ["best_device"]
 
 
 def best_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def wait_for(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

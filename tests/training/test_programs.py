@@ -80,9 +80,7 @@ def test_only_the_main_process_speaks(monkeypatch, capsys):
 def test_an_error_is_repeated_as_soon_as_the_launcher_has_ended():
     """Also where nobody has read the launcher's exit code yet, as those do not who read its output to the end."""
     fails = f"{LIGHT}; from comcat_hf.training.programs import _repeat; _repeat('error: bad')"
-    launcher = (
-        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {fails!r}]); sys.exit('its own report')"
-    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {fails!r}]); sys.exit('its own report')"
     environment = os.environ | {"ACCELERATE_DYNAMO_MODE": "default"}
     done = subprocess.run(
         [sys.executable, "-c", launcher], capture_output=True, text=True, env=environment, timeout=19, check=False
