@@ -1,6 +1,5 @@
 """Compares a dense and a compressed image classifier on one image: labels and latency."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from ..compression.clock import in_turns
 from ..compression.counting import count_macs, count_parameters
 from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..native import plan_of
@@ -19,7 +19,7 @@ from ..training.classify.augmentation import process_image
 from ..training.classify.labels import model_labels
 from ..training.classify.models import load_classifier
 from ..training.images import read_image
-from .devices import best_device, wait_for
+from .devices import best_device
 from .sources import expanded, needed
 
 
@@ -30,7 +30,6 @@ __all__ = ["MOST_REPEATS", "Answer", "Classifier", "Pair", "classify", "load_pai
 
 MOST_REPEATS = 200
 _SHOWN = 5
-_WARM_UP = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +131,10 @@ def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int
     runs = [lambda c=c, x=x: c.model(x).logits for c, x in zip(both, inputs, strict=True)]
     with torch.inference_mode():
         logits = [_logits(classifier, run) for classifier, run in zip(both, runs, strict=True)]
-        latencies = _latencies(runs, [x.device for x in inputs], repeats)
+        taken = in_turns(dict(enumerate(runs)), inputs[0].device, range(repeats))
     return tuple(
-        Answer(_most_probable(classifier.model, scores), latency)
-        for classifier, scores, latency in zip(both, logits, latencies, strict=True)
+        Answer(_most_probable(classifier.model, scores), median(seconds))
+        for classifier, scores, seconds in zip(both, logits, taken.values(), strict=True)
     )
 
 
@@ -153,19 +152,6 @@ def _logits(classifier: Classifier, run: Callable[[], Tensor]) -> Tensor:
             f"{classifier.source}: expected a model that takes what its image processor makes, found an error "
             f"({error}). Save the processor that it was trained with beside it."
         ) from error
-
-
-def _latencies(runs: list[Callable[[], Tensor]], devices: list[torch.device], repeats: int) -> list[float]:
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(-_WARM_UP, repeats):
-        for place, (run, device) in enumerate(zip(runs, devices, strict=True)):
-            wait_for(device)
-            started = time.perf_counter()
-            run()
-            wait_for(device)
-            if turn >= 0:
-                times[place].append(time.perf_counter() - started)
-    return [median(values) for values in times]
 
 
 def _most_probable(model: nn.Module, scores: Tensor) -> tuple[tuple[str, float], ...]:

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..compression.clock import wait_for
 from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError
-from .devices import best_device, wait_for
+from .devices import best_device
 from .sources import expanded, needed
 
 

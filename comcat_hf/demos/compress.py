@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,10 +19,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PrinterCallback, TrainingArguments, ViTConfig, ViTForImageClassification
-from transformers.utils import logging
 
 from ..compression.budget.allocation import allocate_ranks
 from ..compression.calibration.statistics import collect_statistics
+from ..compression.clock import in_turns
 from ..compression.compress import compress
 from ..compression.counting import count_macs, count_parameters
 from ..compression.distillation import DistillationLoss
@@ -32,12 +33,12 @@ from ..reporting.plots import plot_compression
 from ..training.classify.callbacks import ProgressBar
 from ..training.classify.trainer import DistillationTrainer
 from ..training.seeds import random_states, set_random_states
+from .shared import check_settings, missing, quiet, threads
 
 
 __all__ = ["DemoResult", "DemoSettings", "Row", "run_demo", "train_classifier"]
 
 BATCH = 64
-_MISSING = "The demo needs {}, which is not installed. Install what it needs with: pip install 'comcat_hf[demo]'"
 
 # What the new process runs: folder, file with images and logits, number of threads.
 _RELOAD = """
@@ -155,7 +156,7 @@ def run_demo(
     _check(settings, output)
     started = time.perf_counter()
     processor, data = image_processor(), load_digits()
-    with _quiet_transformers(), _threads(settings.threads), _own_random_state():
+    with quiet("transformers"), threads(settings.threads), _own_random_state():
         torch.manual_seed(settings.seed)
         models, statistics = _make_models(data, settings, report, progress)
         report("Measuring latency")
@@ -179,13 +180,9 @@ def run_demo(
 
 
 def _check(settings: DemoSettings, output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise InvalidValueError(f"{output}: expected a folder for the results, found a file; give another --output.")
+    check_settings(settings, dict.fromkeys(("epochs", "finetune_epochs", "repeats", "threads", "layers"), 1), output)
     if not 0 < settings.reduction < 1:
         raise InvalidValueError(f"reduction must be a share between 0 and 1, got {settings.reduction!r}.")
-    for name in ("epochs", "finetune_epochs", "repeats", "threads", "layers"):
-        if getattr(settings, name) < 1:
-            raise InvalidValueError(f"{name} must be a whole number from 1, got {getattr(settings, name)!r}.")
     if settings.width < 16 or settings.width % 16:
         raise InvalidValueError(f"width must be a multiple of 16, the width of a head, got {settings.width!r}.")
 
@@ -196,7 +193,7 @@ def load_digits() -> Digits:
         from sklearn.datasets import load_digits as load
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ComCATError(_MISSING.format("scikit-learn")) from error
+        raise missing("scikit-learn") from error
     bunch = load()
     images = _as_inputs(torch.from_numpy(bunch.images))
     labels = torch.from_numpy(bunch.target).long()
@@ -215,7 +212,7 @@ def image_processor() -> Any:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise ComCATError(_MISSING.format("Pillow")) from error
+        raise missing("Pillow") from error
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -369,15 +366,9 @@ def _measure(models: Mapping[str, nn.Module], data: Digits, repeats: int) -> tup
 
 @torch.inference_mode()
 def _latencies(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds for a batch; the models take turns, so that a busy machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(-2, repeats):
-        for name, model in models.items():
-            started = time.perf_counter()
-            model(batch)
-            if turn >= 0:
-                times[name].append(time.perf_counter() - started)
-    return {name: median(values) for name, values in times.items()}
+    """Median seconds for a batch."""
+    calls = {name: partial(model, batch) for name, model in models.items()}
+    return {name: median(times) for name, times in in_turns(calls, batch.device, range(repeats)).items()}
 
 
 def _write_image(pixels: Tensor, path: Path) -> None:
@@ -390,16 +381,6 @@ def _write_image(pixels: Tensor, path: Path) -> None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _own_random_state() -> Iterator[None]:
     device = torch.device("cpu")
     before = random_states(device)
@@ -407,15 +388,3 @@ def _own_random_state() -> Iterator[None]:
         yield
     finally:
         set_random_states(before, device)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bar for the writing of one small file."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -400,7 +400,8 @@ def test_equal_blocks_are_timed_once_and_drift_cancels():
         ("a", "rank", 8): [5.0, 15.0, 5.0],
         ("b", "", 0): [20.0, 60.0, 20.0],
     }
-    assert _shapes(rounds, {"a": 12, "b": 1}) == {
+    seconds = {key: [time / 1e9 for time in times] for key, times in rounds.items()}
+    assert _shapes(seconds, {"a": 12, "b": 1}) == {
         "a": ShapeTimes(12, 10, {"rank": {8: 5}}),
         "b": ShapeTimes(1, 20, {}),
     }

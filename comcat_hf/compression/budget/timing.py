@@ -3,7 +3,6 @@
 import logging
 import platform
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -17,6 +16,7 @@ from ...errors import InvalidValueError
 from ...modeling import Site, find_sites, known_sites, measuring, unwrapped
 from ...modeling.views import class_path
 from ...progress import progress_bar
+from ..clock import in_turns, time_call
 from ..counting import example_inputs, trace
 from .budget import METRICS, Option, default_step, find_options
 from .latency import LatencyTable, ShapeTimes
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 # Ranks that are timed per choice; those between are interpolated.
 _TIMED = 6
 
-# Nanoseconds. What takes less is called several times in a row: clocks, and waiting for a device, take time too.
-_SHORTEST = 2_000_000
+# Seconds. What takes less is called several times in a row: clocks, and waiting for a device, take time too.
+_SHORTEST = 2e-3
 
 # A run: the whole model, or a shape, a choice (`""` is dense) and a rank.
 _Key = tuple[str, str, int]
@@ -149,20 +149,11 @@ def _runs(
 def _rounds(
     runs: Mapping[_Key, Callable[[], Any]], repeats: int, device: torch.device, progress: bool | None
 ) -> dict[_Key, list[float]]:
-    """Nanoseconds of one call, by run and round."""
-
-    def taken(call: Callable[[], Any], times: int) -> float:
-        _wait(device)
-        start = time.perf_counter_ns()
-        for _ in range(times):
-            call()
-        _wait(device)
-        return max(time.perf_counter_ns() - start, 1) / times
-
+    """Seconds of one call, by run and round."""
     # The first call makes buffers and picks kernels; the second says how many a timing needs.
-    once = {key: min(taken(call, 1) for _ in range(2)) for key, call in runs.items()}
+    once = {key: min(time_call(call, device) for _ in range(2)) for key, call in runs.items()}
     calls = {key: max(1, round(_SHORTEST / least)) for key, least in once.items()}
-    seconds = repeats * sum(least * calls[key] for key, least in once.items()) / 1e9
+    seconds = repeats * sum(least * calls[key] for key, least in once.items())
     shapes = len({shape for shape, _, _ in runs} - {""})
     logger.info(
         "Latency: %d times of %d shapes on %s, %d rounds: about %.0f seconds.",
@@ -172,18 +163,8 @@ def _rounds(
         repeats,
         seconds,
     )
-    rounds: dict[_Key, list[float]] = {key: [] for key in runs}
-    for index in progress_bar(range(repeats), desc="Latency", progress=progress):
-        # There and back, so that nothing always finds the caches of the same neighbour.
-        for key in list(runs)[:: 1 if index % 2 else -1]:
-            rounds[key].append(taken(runs[key], calls[key]))
-    return rounds
-
-
-def _wait(device: torch.device) -> None:
-    # A CPU is done when it returns.
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    turns = progress_bar(range(repeats), desc="Latency", progress=progress)
+    return in_turns(runs, device, turns, times=calls, warm_up=0)
 
 
 def _shapes(rounds: Mapping[_Key, list[float]], sites: Mapping[str, int]) -> dict[str, ShapeTimes]:
@@ -205,8 +186,8 @@ def _ratio(times: Iterable[float], others: Iterable[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
-def _nanoseconds(value: float) -> int:
-    return max(round(value), 1)
+def _nanoseconds(seconds: float) -> int:
+    return max(round(seconds * 1e9), 1)
 
 
 def _batch(

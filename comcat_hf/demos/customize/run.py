@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...errors import ComCATError, InvalidValueError
+from ...errors import InvalidValueError
 from ...hub import write_json_atomic
 from ...reporting.plots import plot_image_grid
 from ..compress import Digits, load_digits
+from ..shared import check_settings, missing, quiet, threads
 from .base import BASE_FOLDER, HELD_OUT, NAMES, NEW, OLD, Bar, build_pipeline, embed, encode, train_base, upsample
 from .judge import Judge, train_judge
 from .methods import METHODS, Lesson, Method, teach
@@ -28,9 +28,6 @@ BASE = "base, untouched"
 _OLD_DIGITS = tuple(digit for digit in range(len(NAMES)) if digit != HELD_OUT)
 _SHOWN_NEW = 6
 _BATCH = 64  # images drawn at once
-_MISSING = (
-    "This demo needs {}, which is not installed. Install what it needs with: pip install 'comcat_hf[demo,diffusers]'"
-)
 # Noise of the images that a learning rate is chosen by, of those reported, and of those that every method sees.
 _CHOICE, _REPORT, _PRIOR = 1, 2, 3
 
@@ -137,7 +134,7 @@ def run_customize_demo(
     settings, output = settings or CustomizeDemoSettings(), Path(output)
     _check(settings, output)
     started, data = time.perf_counter(), load_digits()
-    with _quiet(), _threads(settings.threads), torch.random.fork_rng(devices=[]):
+    with quiet("transformers", "diffusers"), threads(settings.threads), torch.random.fork_rng(devices=[]):
         studio = _open_studio(data, output / BASE_FOLDER, settings, report, progress)
         rows, grid = [], {}
         for name, row, images in _rows(studio, data, output, report):
@@ -319,50 +316,9 @@ def _folder(method: Method) -> str:
 def _check(settings: CustomizeDemoSettings, output: Path) -> None:
     for package in ("diffusers", "matplotlib"):  # scikit-learn is missed before anything is trained
         if importlib.util.find_spec(package) is None:
-            raise ComCATError(_MISSING.format(package))
-    if output.exists() and not output.is_dir():
-        raise InvalidValueError(f"{output}: expected a folder for the results, found a file; give another --output.")
-    least = {"samples": _SHOWN_NEW, "base_steps": 2, "vae_steps": 2, "seed": 0}
-    for name in (field.name for field in fields(settings) if field.name != "guidance"):
-        if getattr(settings, name) < least.get(name, 1):
-            raise InvalidValueError(
-                f"{name} must be a whole number from {least.get(name, 1)}, got {getattr(settings, name)!r}."
-            )
+            raise missing(package, "demo,diffusers")
+    least = {field.name: 1 for field in fields(settings) if field.name != "guidance"}
+    least |= {"samples": _SHOWN_NEW, "base_steps": 2, "vae_steps": 2, "seed": 0}
+    check_settings(settings, least, output)
     if not settings.guidance > 1:
         raise InvalidValueError(f"guidance must be a number above 1, got {settings.guidance!r}.")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars for the reading and writing of small files, and no word of what the libraries do without."""
-    from transformers.utils import logging as of_transformers
-
-    with _hushed(of_transformers):
-        # Only now: its import makes transformers warn that torchvision is missing.
-        from diffusers.utils import logging as of_diffusers
-
-        with _hushed(of_diffusers):
-            yield
-
-
-@contextmanager
-def _hushed(logging: Any) -> Iterator[None]:
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

@@ -3,7 +3,6 @@
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -16,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...compression.budget.timing import device_name
+from ...compression.clock import for_seconds, in_turns
 from ...compression.counting import count_macs, count_parameters, example_inputs
 from ...errors import InvalidValueError, UnsupportedModuleError
 from ...hub import write_json_atomic
@@ -315,16 +315,17 @@ def _throughput(
                 made = dtype
             calls = {name: _call(model, size, dtype, device) for name, model in copies.items()}
             try:
-                rounds = _in_turns(calls, settings.throughput_seconds, device)
+                taken = in_turns(calls, device, for_seconds(settings.throughput_seconds, _FEWEST, _MOST))
             except RuntimeError as error:
                 raise InvalidValueError(
                     f"A batch of {size} in {named} cannot be run on {device}: {error}. Give other --batch_sizes or "
                     "--dtypes."
                 ) from error
-            speeds = {name: size / statistics.median(taken[name] for taken in rounds) for name in calls}
-            row = {"batch_size": size, "dtype": named, "rounds": len(rounds), "images_per_second": speeds}
+            speeds = {name: size / statistics.median(seconds) for name, seconds in taken.items()}
+            row = {"batch_size": size, "dtype": named, "rounds": len(taken[_MODEL]), "images_per_second": speeds}
             if _DENSE in calls:
-                row["faster"] = statistics.median(taken[_DENSE] / taken[_MODEL] for taken in rounds)
+                pairs = zip(taken[_DENSE], taken[_MODEL], strict=True)
+                row["faster"] = statistics.median(dense / model for dense, model in pairs)
             rows.append(row)
     return tuple(rows)
 
@@ -333,29 +334,3 @@ def _call(model: nn.Module, size: int, dtype: torch.dtype, device: torch.device)
     shape = example_inputs(model)["pixel_values"].shape[1:]
     pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     return lambda: model(pixel_values=pixels)
-
-
-def _in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device) -> list[dict[str, float]]:
-    """Seconds of one call of each, by round."""
-
-    def taken(call: Callable[[], Any]) -> float:
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        return time.perf_counter() - start
-
-    for call in calls.values():
-        taken(call)
-    rounds: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
-    while len(rounds) < _FEWEST or (len(rounds) < _MOST and time.perf_counter() < end):
-        # There and back, so that none always finds the caches of the same neighbour.
-        order = list(calls)[:: 1 if len(rounds) % 2 else -1]
-        rounds.append({name: taken(calls[name]) for name in order})
-    return rounds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
