@@ -1,6 +1,7 @@
 """Mode "customize" in models of transformers and diffusers, through PEFT."""
 
 import copy
+import functools
 import json
 import pickle
 
@@ -191,9 +192,8 @@ class TestHosts:
                 assert equal(outputs(plain, inputs), outputs(merged, inputs))
         assert_unchanged(model.unload(), state, classes)
 
-    @pytest.mark.parametrize("kind", ["full", "core"])
     @pytest.mark.parametrize("family", list(ADAPTERS))
-    @pytest.mark.parametrize("asked_before", [False, True])
+    @pytest.mark.parametrize(("asked_before", "kind"), [(False, "full"), (True, "core")])
     def test_attentions_are_recorded(self, family, asked_before, kind):
         model, inputs = MODELS[family](attn_implementation="eager")
 
@@ -227,9 +227,10 @@ class TestHosts:
         model.unmerge_adapter()
         assert len(model(**inputs, output_attentions=True).attentions) == 2
 
-    @every_kind
-    @pytest.mark.parametrize("reentrant", [False, True])
-    @pytest.mark.parametrize("family", ["vit", "clip_text"])
+    @pytest.mark.parametrize(
+        ("family", "reentrant", "adapter"),
+        [("vit", False, FULL), ("vit", True, CORE), ("clip_text", False, CORE), ("clip_text", True, FULL)],
+    )
     def test_gradient_checkpointing(self, family, reentrant, adapter):
         gradients = []
         for checkpointing in (False, True):
@@ -511,13 +512,19 @@ class TestAdapters:
         assert (fields["mode"], fields["core"], fields["scale"]) == ("customize", True, 0.5)
 
 
-def _unet(*adapters: dict) -> tuple[UNet2DConditionModel, dict]:
+@functools.cache
+def _built(*adapters: tuple) -> UNet2DConditionModel:
     torch.manual_seed(0)
     unet = tiny_unet(attention_head_dim=4).eval()
     for name, adapter in zip("ab", adapters, strict=False):
-        unet.add_adapter(random_config(adapter), name)
+        unet.add_adapter(random_config(dict(adapter)), name)
     if len(adapters) > 1:
         unet.set_adapter(["a", "b"])
+    return unet
+
+
+def _unet(*adapters: dict) -> tuple[UNet2DConditionModel, dict]:
+    unet = copy.deepcopy(_built(*(tuple(adapter.items()) for adapter in adapters)))
     inputs = {
         "sample": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
         "timestep": torch.tensor([3, 500]),
@@ -546,22 +553,23 @@ class TestUNet:
         assert all("attn" in name for name in layers_of(unet))
         assert_close(outputs(unet, inputs), base)
 
-    @pytest.mark.parametrize("scale", [0, 0.4, 1.0, 2.5])
-    def test_the_scale_of_a_call(self, scale):
+    def test_the_scale_of_a_call(self):
         unet, inputs = _unet(FULL, CORE)
         unet.set_adapters(["a", "b"], [0.7, 1.2])
         before = outputs(unet, inputs)
-        found = outputs(unet, inputs, cross_attention_kwargs={"scale": scale})
-        assert equal(outputs(unet, inputs), before)
-        unet.set_adapters(["a", "b"], [0.7 * scale, 1.2 * scale])
-        assert_close(found, outputs(unet, inputs))
-        if scale == 0:
-            unet.disable_adapters()
-            assert_close(found, outputs(unet, inputs))
+        found = {}
+        for scale in (0.4, 0, 2.5):
+            found[scale] = outputs(unet, inputs, cross_attention_kwargs={"scale": scale})
+            assert equal(outputs(unet, inputs), before)
+        for scale, given in found.items():
+            unet.set_adapters(["a", "b"], [0.7 * scale, 1.2 * scale])
+            assert_close(given, outputs(unet, inputs))
+        unet.disable_adapters()
+        assert_close(found[0], outputs(unet, inputs))
 
     def test_fusing(self):
+        unet, inputs = _unet(FULL, CORE)
         for scale in (1.0, 0.5):
-            unet, inputs = _unet(FULL, CORE)
             unet.set_adapters(["a", "b"], [0.7, 1.2])
             before, state = outputs(unet, inputs), state_of(unet)
             expected = outputs(unet, inputs, cross_attention_kwargs={"scale": scale})
@@ -664,13 +672,12 @@ class TestUNet:
     def test_compiled_once(self):
         torch._dynamo.reset()
         unet, inputs = _unet(FULL)
-        attention = unet.mid_block
+        block = unet.mid_block.attentions[0].transformer_blocks[0]
         counter = CompileCounter()
-        x, temb = torch.randn(1, 32, 4, 4), torch.randn(1, 64)
-        text = inputs["encoder_hidden_states"][:1]
+        x, text = torch.randn(1, 16, 32), inputs["encoder_hidden_states"][:1]
 
         def run(states):
-            return attention(states, temb, encoder_hidden_states=text)
+            return block(states, encoder_hidden_states=text)
 
         compiled = torch.compile(run, backend=counter, fullgraph=True)
         for scale in (1.0, 0.3, 0.0):
