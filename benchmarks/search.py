@@ -31,6 +31,7 @@ from transformers import DeiTConfig, DeiTForImageClassification
 
 from comcat_hf.closed_forms.attention import factorize_linear, factorize_qk, factorize_vo
 from comcat_hf.compression.budget.budget import METRICS, find_budget, sites_of
+from comcat_hf.compression.request import Request
 from comcat_hf.compression.search.nested import NestedModel
 from comcat_hf.compression.search.search import Candidates
 from comcat_hf.modeling import find_sites
@@ -102,7 +103,7 @@ def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, Candidates]:
     config = DeiTConfig(**MODELS[name], num_hidden_layers=args.layers, num_labels=1000, attn_implementation="sdpa")
     model = DeiTForImageClassification(config).eval().requires_grad_(False).to(args.device)
     sites = find_sites(model)
-    budget, _ = find_budget(model, sites, 0.5, METRICS["params"])
+    budget, _ = find_budget(model, sites, 0.5, METRICS["params"], Request())
     return model, Candidates(budget)
 
 

@@ -12,12 +12,12 @@ from ..errors import InvalidValueError
 from ..modeling import apply_ranks, unwrapped
 from ..modeling.surgery import sites_for
 from ..native import attach_plan, is_native
-from .budget.allocation import allocate_ranks, count_again
+from .budget.allocation import allocate, check_allocation, count_again
 from .budget.latency import LatencyTable
 from .budget.sensitivity import Sensitivities
-from .budget.strategies import INFORMED, MEASURING, default_strategy
-from .calibration.statistics import Statistics, collect_statistics, gather, read_batches
+from .calibration.statistics import Statistics, gather, read_batches
 from .fitting.compensation import compress_in_order
+from .request import Request
 
 
 __all__ = ["compress"]
@@ -61,7 +61,8 @@ def compress(
         scope: `"model"`, `"attention"` or `"mlp"`.
         metric: `"params"`, `"macs"` or `"latency"` (by a table of times, `latency=`); see [`allocate_ranks`].
         strategy: how ranks and widths are chosen: `"uniform"`, `"spectrum"` or `"sensitivity"`; see
-            [`allocate_ranks`]. By default `"sensitivity"` where there are batches to measure on, else `"uniform"`.
+            [`allocate_ranks`]. By default `"sensitivity"` where there are batches to measure on, or sensitivities and
+            statistics; else `"uniform"`.
         mlp: how MLPs shrink: `"width"` (by default where there are batches or statistics), `"rank"` (else) or
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
@@ -84,7 +85,7 @@ def compress(
         UnsupportedModuleError: an attention module that is not known.
     """
     model = unwrapped(model)
-    how = {
+    chosen_by = {
         "mlp": mlp,
         "target_modules": target_modules,
         "exclude_modules": exclude_modules,
@@ -93,37 +94,45 @@ def compress(
         "step": step,
         "inputs": inputs,
     }
-    _check_request(model, reduction, plan, how)
-    measured = batches is not None
-    strategy = strategy or default_strategy(measured)
-    compensate = measured if compensate is None else compensate
-    measures = plan is None and strategy in MEASURING
-    if compensate and not measured:
-        raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
-    if measured and (measures or compensate):
-        batches = read_batches(batches)
+    _check_ways(model, reduction, plan, chosen_by)
+    request = Request.of(
+        model,
+        target_modules,
+        exclude_modules,
+        scope=scope,
+        metric=metric,
+        strategy=strategy,
+        mlp=mlp,
+        compensate=compensate,
+        step=step,
+        batches=batches is not None,
+        statistics=statistics is not None,
+        sensitivities=sensitivities is not None,
+    )
     given = plan is not None
     if given:
         plan.check_model(model)
-    how |= {"scope": scope, "metric": metric, "strategy": strategy, "batches": batches, "progress": progress}
-    allocate = partial(allocate_ranks, model, reduction, **how)
+        sites = sites_for(plan.ranks, model)
+    else:
+        check_allocation(request, reduction, latency)
+        sites = request.find_sites(model)
+    if batches is not None and (request.compensate or (request.measures and not given)):
+        batches = read_batches(batches)
+    data = {"batches": batches, "sensitivities": sensitivities, "latency": latency}
+    choose = partial(allocate, model, sites, reduction, request, **data, inputs=inputs, progress=progress)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
-    if plan is None and strategy not in INFORMED:
-        plan = allocate(statistics=statistics)
-    informed = plan is None or not compensate
-    if batches is not None and statistics is None and informed:
-        if plan is None:
-            targets = {"target_modules": target_modules, "exclude_modules": exclude_modules}
-            statistics = collect_statistics(model, batches, scope=scope, progress=progress, **targets)
-        else:
-            sites = sites_for(plan.ranks, model)
-            statistics = gather(model, batches, [sites[name] for name in plan.ranks], plan.scope, progress=progress)
+    if plan is None and not request.informed:
+        plan = choose(statistics=statistics)
+    if request.gathers(planned=given):
+        needed = sites if plan is None else {name: sites[name] for name in plan.ranks}
+        scope = scope if plan is None else plan.scope
+        statistics = gather(model, batches, needed.values(), scope, progress=progress)
     if plan is None:
-        plan = allocate(statistics=statistics)
+        plan = choose(statistics=statistics)
     if statistics is not None:
-        statistics.check_model(model, plan.ranks)
+        statistics.check_model(model, plan.ranks, sites)
     small = copy.deepcopy(model)
-    if compensate:
+    if request.compensate:
         compress_in_order(small, plan.ranks, batches, progress=progress)
     else:
         apply_ranks(small, plan.ranks, statistics=statistics)
@@ -132,7 +141,7 @@ def compress(
     return attach_plan(small, count_again(plan, model, small) if given else plan)
 
 
-def _check_request(model: nn.Module, reduction: float | None, plan: RankPlan | None, how: Mapping[str, Any]) -> None:
+def _check_ways(model: nn.Module, reduction: float | None, plan: RankPlan | None, how: Mapping[str, Any]) -> None:
     if (reduction is None) == (plan is None):
         raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
     if getattr(model, "peft_config", None):

@@ -21,6 +21,7 @@ from transformers import (
 from comcat_hf import allocate_ranks, compress, count_macs, count_parameters, plan_of
 from comcat_hf.compression.budget.allocation import TOLERANCE
 from comcat_hf.compression.budget.budget import METRICS, find_budget, find_options
+from comcat_hf.compression.request import Request
 from comcat_hf.errors import BudgetError, InvalidValueError
 from comcat_hf.modeling import find_sites
 from tests.helpers import assert_unchanged, classes_of, small_vit, state_of
@@ -218,7 +219,9 @@ def test_every_rank_to_choose_saves_something():
 def test_rounding_asks_for_nothing():
     model = demo_vit()
     sites, total = find_sites(model), count_parameters(model)
-    found = [find_budget(model, sites, asked / total, METRICS["params"])[0].asked for asked in range(1, 2000)]
+    found = [
+        find_budget(model, sites, asked / total, METRICS["params"], Request())[0].asked for asked in range(1, 2000)
+    ]
     assert found == list(range(1, 2000))
 
 

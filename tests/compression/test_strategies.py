@@ -13,6 +13,7 @@ from comcat_hf.compression.budget.budget import METRICS, TOLERANCE, find_budget
 from comcat_hf.compression.budget.sensitivity import interpolate, measure
 from comcat_hf.compression.calibration.outputs import Movement, main_output
 from comcat_hf.compression.counting import count_parameters
+from comcat_hf.compression.request import Request
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import LowRankAttention, NarrowLinear, find_sites
 from tests.compression.test_allocation import _deit_small, all_ranks, demo_vit, without_weights
@@ -24,7 +25,7 @@ LOW = "vit.layers.1.mlp.fc1"
 
 
 def budget_of(model, reduction=0.4):
-    return find_budget(model, find_sites(model), reduction, METRICS["params"])[0]
+    return find_budget(model, find_sites(model), reduction, METRICS["params"], Request())[0]
 
 
 def movement(model, small, inputs):

@@ -10,16 +10,15 @@ from torch import nn
 
 from ...configs import RankPlan
 from ...errors import BudgetError, InvalidValueError
-from ...modeling import Targets, apply_ranks, find_sites, known_sites, meta_copy, unwrapped
+from ...modeling import Site, Targets, apply_ranks, known_sites, meta_copy, unwrapped
 from ..calibration.moments import Statistics
 from ..calibration.statistics import gather
 from ..counting import trace
+from ..request import Request, check_choice
 from .budget import (
     METRICS,
     TOLERANCE,
-    WAYS,
     Metric,
-    check_choice,
     counted_paths,
     entries,
     find_budget,
@@ -28,7 +27,7 @@ from .budget import (
 )
 from .latency import LatencyMetric, LatencyTable
 from .sensitivity import Sensitivities
-from .strategies import INFORMED, MEASURING, STRATEGIES, default_strategy
+from .strategies import STRATEGIES
 from .timing import measure_latency
 
 
@@ -101,41 +100,65 @@ def allocate_ranks(
         BudgetError: a reduction out of reach; the message says what is reachable.
     """
     model = unwrapped(model)
-    mlp = mlp or ("rank" if statistics is None and batches is None else "width")
-    measured = batches is not None or (sensitivities is not None and statistics is not None)
-    strategy = strategy or default_strategy(measured)
-    _check_arguments(reduction, metric, strategy, mlp, measured, step, latency)
-    targets = Targets.of(model, target_modules, exclude_modules).check(model)
-    found = find_sites(model, scope, width=True, targets=targets)
-    sites = sites_by_way(found, mlp)
-    whole = scope == "model" and target_modules is None
-    measure = _READY[metric](model, found, sites, latency, inputs, progress, whole)
-    budget, count = find_budget(
-        model, sites, reduction, measure, scope=scope, step=step, inputs=inputs, targets=targets
+    request = Request.of(
+        model,
+        target_modules,
+        exclude_modules,
+        scope=scope,
+        metric=metric,
+        strategy=strategy,
+        mlp=mlp,
+        step=step,
+        compensate=False,
+        batches=batches is not None,
+        statistics=statistics is not None,
+        sensitivities=sensitivities is not None,
     )
-    if isinstance(statistics, Statistics) and strategy in INFORMED:
-        statistics.check_model(model, sites_of(budget.options))
-    chosen = STRATEGIES[strategy](
+    check_allocation(request, reduction, latency)
+    sites = request.find_sites(model)
+    data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities, "latency": latency}
+    return allocate(model, sites, reduction, request, **data, inputs=inputs, progress=progress)
+
+
+def allocate(
+    model: nn.Module,
+    found: Mapping[str, Site],
+    reduction: float,
+    request: Request,
+    *,
+    statistics: Mapping[str, Any] | None,
+    batches: Iterable[Any] | None,
+    sensitivities: Sensitivities | None,
+    latency: LatencyTable | None,
+    inputs: Mapping[str, Any] | None,
+    progress: bool | None,
+) -> RankPlan:
+    """[`allocate_ranks`] of a request that was checked, at the sites that it means."""
+    sites = sites_by_way(found, request.mlp)
+    measure = _READY[request.metric](model, found, sites, latency, inputs, progress, request)
+    budget, count = find_budget(model, sites, reduction, measure, request, inputs)
+    if isinstance(statistics, Statistics) and request.informed:
+        statistics.check_model(model, sites_of(budget.options), found)
+    chosen = STRATEGIES[request.strategy](
         budget,
         model=model,
-        collect=partial(gather, sites=found.values(), scope=scope, progress=progress),
+        collect=partial(gather, sites=found.values(), scope=request.scope, progress=progress),
         statistics=statistics,
         batches=batches,
         sensitivities=sensitivities,
         progress=progress,
     )
-    how = {"scope": scope, "metric": metric, "strategy": strategy, "targets": targets}
-    return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, **how)
+    return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, request)
 
 
 def _timed(
     model: nn.Module,
-    found: Mapping[str, Any],
-    sites: Mapping[str, Any],
+    found: Mapping[str, Site],
+    sites: Mapping[str, Site],
     table: LatencyTable | None,
     inputs: Mapping[str, Any] | None,
     progress: bool | None,
-    whole: bool,
+    request: Request,
 ) -> Metric:
     """What a table says of these sites; the table is measured where none is given."""
     if table is None:
@@ -143,7 +166,7 @@ def _timed(
         table = measure_latency(model, inputs, progress=progress)
     tokens = trace(model, inputs, whole=False).tokens
     # All sites, not those of one way alone: a whole model has as many of each shape as the table's.
-    table.check_model(known_sites(model, width=True) if whole else found, tokens, whole=whole)
+    table.check_model(known_sites(model, width=True) if request.whole else found, tokens, whole=request.whole)
     return LatencyMetric(table, sites, tokens)
 
 
@@ -160,11 +183,7 @@ def finish_plan(
     count: Callable[[nn.Module], int],
     total: int,
     reduction: float,
-    *,
-    scope: str,
-    metric: str,
-    strategy: str,
-    targets: Targets,
+    request: Request,
 ) -> RankPlan:
     """The plan of chosen ranks, with the reduction that it reaches counted on the built model.
 
@@ -172,7 +191,7 @@ def finish_plan(
         model: the dense model; it is not changed.
         ranks: entries by module path.
         count: counts a model in units of the metric; `total` is what it says of the dense one.
-        reduction: what was asked; `scope`, `metric`, `strategy`, `targets`: how.
+        reduction: what was asked; `request`: how.
 
     Raises:
         BudgetError: the built model is not within the budget.
@@ -182,7 +201,7 @@ def finish_plan(
     reached = 1 - count(skeleton) / total
     if not reduction - 1e-12 <= reached <= reduction + TOLERANCE + 1e-12:
         raise BudgetError(
-            f"The plan removes {reached:.4f} of {type(model).__name__}'s {metric}, asked were {reduction} to "
+            f"The plan removes {reached:.4f} of {type(model).__name__}'s {request.metric}, asked were {reduction} to "
             f"{reduction + TOLERANCE}: its modules share weights in a way that cannot be budgeted."
         )
     return RankPlan(
@@ -190,10 +209,10 @@ def finish_plan(
         architecture=type(model).__name__,
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
         revision=getattr(getattr(model, "config", None), "_commit_hash", None),
-        scope=scope,
-        target_modules=targets.listed(),
-        metric=metric,
-        strategy=strategy,
+        scope=request.scope,
+        target_modules=request.targets.listed(),
+        metric=request.metric,
+        strategy=request.strategy,
         reduction=float(reduction),
         reached=reached,
     )
@@ -208,12 +227,11 @@ def count_again(plan: RankPlan, model: nn.Module, small: nn.Module) -> RankPlan:
     """
     if plan.metric not in METRICS:
         return plan
-    targets = Targets.of(model, plan.target_modules, None)
+    request = Request(plan.scope, targets=Targets.of(model, plan.target_modules, None))
     # Nothing that the plan does not name is refused.
-    sites = {
-        name: site for name, site in known_sites(model, plan.scope, width=True).items() if targets.takes_site(site)
-    }
-    names = counted_paths(model, sites, plan.scope, targets)
+    known = {} if request.whole else known_sites(model, plan.scope, width=True)
+    sites = {name: site for name, site in known.items() if request.targets.takes_site(site)}
+    names = counted_paths(model, sites, request)
     try:
         dense, kept = (METRICS[plan.metric](each, names) for each in (model, small))
     except InvalidValueError:
@@ -239,24 +257,13 @@ def check_ask(reduction: Any, metric: Any, step: Any, metrics: Iterable[str] = t
         raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
 
 
-def _check_arguments(
-    reduction: Any, metric: str, strategy: str, mlp: str, measured: bool, step: Any, table: Any
-) -> None:
-    check_ask(reduction, metric, step, tuple(_READY))
-    if table is not None and (metric != "latency" or not isinstance(table, LatencyTable)):
+def check_allocation(request: Request, reduction: Any, table: Any) -> None:
+    """Raise InvalidValueError for what [`allocate_ranks`] cannot be asked for."""
+    check_ask(reduction, request.metric, request.step, tuple(_READY))
+    if table is not None and (request.metric != "latency" or not isinstance(table, LatencyTable)):
         raise InvalidValueError(
             f"latency must be a LatencyTable beside metric='latency', got {type(table).__name__} beside "
-            f"metric={metric!r}. Pass what measure_latency returned, or leave it out."
+            f"metric={request.metric!r}. Pass what measure_latency returned, or leave it out."
         )
-    check_choice("mlp", mlp, WAYS)
-    if mlp == "mixed" and strategy == "uniform":
-        raise InvalidValueError(
-            "mlp='mixed' compares what width and rank cost, which strategy='uniform' does not look at: choose "
-            "mlp='width' or 'rank', or strategy='spectrum' or 'sensitivity'."
-        )
-    check_choice("strategy", strategy, STRATEGIES)
-    if strategy in MEASURING and not measured:
-        raise InvalidValueError(
-            f"strategy={strategy!r} measures on calibration inputs: pass batches=, mappings or tensors of the main "
-            "input, or choose strategy='spectrum', which needs none."
-        )
+    check_choice("strategy", request.strategy, STRATEGIES)
+    request.check()

@@ -10,21 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...errors import BudgetError, InvalidValueError
-from ...modeling import EVERYTHING, Site, Targets, Tokens
+from ...errors import BudgetError
+from ...modeling import Site, Tokens
 from ..counting import count_macs, count_parameters, trace
+from ..request import Request
 
 
 __all__ = [
     "METRICS",
     "TOLERANCE",
-    "WAYS",
     "Budget",
     "Choice",
     "Metric",
     "Option",
     "Saved",
-    "check_choice",
     "default_step",
     "entries",
     "find_budget",
@@ -41,9 +40,6 @@ TOLERANCE = 0.005
 
 # Of a count, far below one.
 _ROUNDING = 1e-4
-
-# How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
-WAYS = ("width", "rank", "mixed")
 
 # Break-even rank from which on a linear layer takes part.
 _FEWEST = 12
@@ -305,23 +301,20 @@ def find_budget(
     sites: Mapping[str, Site],
     reduction: float,
     metric: Metric,
-    *,
-    scope: str = "model",
-    step: int | None = None,
+    request: Request,
     inputs: Mapping[str, Any] | None = None,
-    targets: Targets = EVERYTHING,
 ) -> tuple[Budget, Callable[[nn.Module], int]]:
     """The budget of a reduction, and what counts a model, dense or with ranks, in its units.
 
     Raises:
         BudgetError: a reduction out of reach.
     """
-    count = partial(metric, names=counted_paths(model, sites, scope, targets), inputs=inputs)
+    count = partial(metric, names=counted_paths(model, sites, request), inputs=inputs)
     total = count(model)
     options = find_options(model, sites, metric, inputs)
     # What rounding adds or takes is not asked for.
     asked, most = math.ceil(reduction * total - _ROUNDING), math.floor((reduction + TOLERANCE) * total + _ROUNDING)
-    budget = Budget(options, total, asked, most, step or default_step(sites))
+    budget = Budget(options, total, asked, most, request.step or default_step(sites))
     reach = budget.saved(budget.smallest())
     if reach < asked:
         reachable = f"at rank 1 everywhere {_floor(reach / total)} would be removed. Ask for no more than that"
@@ -333,18 +326,13 @@ def find_budget(
     return budget, count
 
 
-def counted_paths(model: nn.Module, sites: Mapping[str, Site], scope: str, targets: Targets) -> tuple[str, ...] | None:
+def counted_paths(model: nn.Module, sites: Mapping[str, Site], request: Request) -> tuple[str, ...] | None:
     """Paths of the modules that a reduction is of; `None` is the whole model."""
-    if scope != "model":
-        return module_paths(sites)
+    if request.whole:
+        return None
     # The modules named as a whole: the reduction of a tower is that of the tower alone.
-    return None if targets.target_modules is None else (*targets.roots(model), *module_paths(sites))
-
-
-def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raise InvalidValueError if an argument is none of the values allowed."""
-    if value not in allowed:
-        raise InvalidValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    roots = request.targets.roots(model) if request.scope == "model" else ()
+    return (*roots, *module_paths(sites))
 
 
 def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:

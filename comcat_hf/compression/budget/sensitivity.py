@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InvalidValueError
-from ...modeling import Site, Targets, find_sites, measuring, replace_module, unwrapped
+from ...modeling import Site, measuring, replace_module, unwrapped
 from ...modeling.filling import fill
 from ...modeling.sites import block_of
 from ...progress import progress_bar
 from ..calibration.outputs import Movement, main_output
 from ..calibration.statistics import gather, prepare_batch, read_batches, run_batch
+from ..request import WAYS, Request, check_choice
 from .budget import (
     METRICS,
-    WAYS,
     Budget,
     Choice,
     Option,
-    check_choice,
     default_step,
     find_options,
     prepare_sites,
@@ -110,8 +109,7 @@ def measure_sensitivities(
     """
     check_choice("mlp", mlp, WAYS)
     model = unwrapped(model)
-    targets = Targets.of(model, target_modules, exclude_modules).check(model)
-    found = find_sites(model, scope, width=True, targets=targets)
+    found = Request.of(model, target_modules, exclude_modules, scope=scope).find_sites(model)
     sites = sites_by_way(found, mlp)
     batches = read_batches(batches)
     if statistics is None:

@@ -8,7 +8,7 @@ from .sensitivity import sensitivity
 from .solver import solve
 
 
-__all__ = ["INFORMED", "MEASURING", "STRATEGIES", "default_strategy"]
+__all__ = ["STRATEGIES"]
 
 
 def uniform(budget: Budget, **_: Any) -> Choice:
@@ -48,14 +48,3 @@ STRATEGIES: Mapping[str, Callable[..., Choice]] = {
     "spectrum": spectrum,
     "sensitivity": sensitivity,
 }
-
-# These look at statistics.
-INFORMED = frozenset({"spectrum", "sensitivity"})
-
-# These need batches.
-MEASURING = frozenset({"sensitivity"})
-
-
-def default_strategy(measured: bool) -> str:
-    """The strategy where none is named, by whether there is something to measure on."""
-    return "sensitivity" if measured else "uniform"

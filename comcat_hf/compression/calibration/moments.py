@@ -15,7 +15,7 @@ from ...checks import TEXT, check, listed, make_document, mapping_of, open_docum
 from ...closed_forms.attention import AttentionMoments, LinearMoments
 from ...errors import CheckpointError, InvalidValueError
 from ...hub import push_folder, resolve_file, write_bytes_atomic
-from ...modeling import known_sites
+from ...modeling import Site, known_sites
 from ...modeling.views import class_path
 from ...tensor_files import read_safetensors
 
@@ -154,14 +154,20 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
         }
         return Statistics(sums, self.architecture, self.samples + other.samples, self.scope)
 
-    def check_model(self, model: nn.Module, names: Iterable[str] = ()) -> None:
-        """Raise InvalidValueError if these are the statistics of another model, or lack those of a site named."""
+    def check_model(
+        self, model: nn.Module, names: Iterable[str] = (), sites: Mapping[str, Site] | None = None
+    ) -> None:
+        """Raise InvalidValueError if these are the statistics of another model, or lack those of a site named.
+
+        `sites`: those of the model that were found already; they are found anew where these statistics hold others.
+        """
         if class_path(type(model)) != self.architecture:
             raise InvalidValueError(
                 f"The statistics were gathered on {self.architecture}, the model is {class_path(type(model))}. "
                 "Gather them again with collect_statistics(model, batches)."
             )
-        sites = known_sites(model, self.scope, width=True)
+        if sites is None or not self.sums.keys() <= {site.moments_path for site in sites.values()}:
+            sites = known_sites(model, self.scope, width=True)
         expected: dict[str, list[tuple[int, ...]]] = {}
         for site in sites.values():
             # At a layer that reads hidden units: of the MLP and of the layer, whose statistics older files hold.

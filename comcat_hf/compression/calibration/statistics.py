@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from ...closed_forms.attention import AttentionMoments, LinearMoments
 from ...errors import InvalidValueError
-from ...modeling import AttentionSite, LinearSite, MLPSite, Site, Targets, find_sites, measuring, unwrapped
+from ...modeling import AttentionSite, LinearSite, MLPSite, Site, measuring, unwrapped
 from ...modeling.views import class_path
 from ...progress import progress_bar
+from ..request import Request
 from .moments import Statistics, Sums, sum_names
 
 
@@ -66,8 +67,7 @@ def collect_statistics(
         model = accelerator.unwrap_model(model)
         progress = progress if accelerator.is_main_process else False
     model = unwrapped(model)
-    targets = Targets.of(model, target_modules, exclude_modules).check(model)
-    sites = find_sites(model, scope, width=True, targets=targets)
+    sites = Request.of(model, target_modules, exclude_modules, scope=scope).find_sites(model)
     return gather(model, batches, sites.values(), scope, progress=progress, accelerator=accelerator)
 
 

@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ...checks import TEXT, Kind, check_fields, list_of, optional, shown, whole
 from ...configs import RankPlan
 from ...errors import CheckpointError, ComCATError, InvalidValueError
-from ...modeling import Targets, find_sites, unwrapped
+from ...modeling import unwrapped
 from ...progress import progress_bar
 from ...tensor_files import read_saved, write_saved
 from ..budget.allocation import check_ask, finish_plan
-from ..budget.budget import METRICS, Budget, entries, find_budget
+from ..budget.budget import METRICS, Budget, entries, find_budget, sites_by_way
 from ..distillation import DistillationLoss, ask_teacher
+from ..request import Request
 from .nested import Candidates, Key, NestedModel
 
 
@@ -233,11 +234,10 @@ def search_ranks(
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
     model = unwrapped(model)
-    targets = Targets.of(model, target_modules, exclude_modules).check(model)
-    sites = find_sites(model, scope, targets=targets)
-    budget, count = find_budget(
-        model, sites, reduction, METRICS[metric], scope=scope, step=step, inputs=inputs, targets=targets
-    )
+    asked = {"scope": scope, "metric": metric, "strategy": "search", "step": step}
+    request = Request.of(model, target_modules, exclude_modules, **asked)
+    sites = sites_by_way(request.find_sites(model), request.mlp)
+    budget, count = find_budget(model, sites, reduction, METRICS[metric], request, inputs)
     candidates = Candidates(budget)
 
     accelerator = accelerator or Accelerator()
@@ -251,9 +251,7 @@ def search_ranks(
     teacher = None if teacher is None else teacher.to(accelerator.device)
     search = _Search(accelerator, nested, candidates, budget, loss, teacher, beta, temperature, steps)
     search.run(loader, state, learning_rate, weight_decay, seed, progress)
-    ranks = entries(sites, candidates.choose(state.logits))
-    how = {"scope": scope, "metric": metric, "strategy": "search", "targets": targets}
-    return finish_plan(model, ranks, count, budget.total, reduction, **how)
+    return finish_plan(model, entries(sites, candidates.choose(state.logits)), count, budget.total, reduction, request)
 
 
 @dataclass(frozen=True)

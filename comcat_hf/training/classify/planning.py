@@ -7,6 +7,7 @@ from torch import nn
 
 from ...compression.budget.allocation import allocate_ranks, count_again
 from ...compression.counting import count_macs, count_parameters
+from ...compression.request import Request
 from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ...hub import readable_size
@@ -16,7 +17,21 @@ from .artefacts import Artefacts
 from .settings import CompressSettings
 
 
-__all__ = ["CompressPlan", "Steps", "describe_run", "plan_steps"]
+__all__ = ["CompressPlan", "Steps", "describe_run", "plan_steps", "request_of"]
+
+
+def request_of(settings: CompressSettings) -> Request:
+    """What a run asks of a compression; it has training images."""
+    return Request(
+        scope=settings.scope,
+        metric=settings.metric,
+        strategy=settings.strategy,
+        mlp=settings.mlp,
+        compensate=None if settings.compensate else False,
+        step=settings.rank_step,
+        batches=True,
+        weights_only=settings.weights_only,
+    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ def describe_run(
     plan = plan if plan is not None else _known_plan(settings, artefacts)
     exact = plan is not None
     if plan is None:
-        mlp = settings.mlp or ("rank" if settings.weights_only or settings.strategy == "search" else "width")
+        mlp = request_of(settings).mlp
         mlp = "width" if mlp == "mixed" else mlp
         even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
         # Nothing is timed only to be described.

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from ...compression.budget.allocation import allocate_ranks
 from ...compression.budget.latency import LatencyTable
 from ...compression.budget.sensitivity import Sensitivities, measure_sensitivities
-from ...compression.budget.strategies import MEASURING
 from ...compression.budget.timing import measure_latency
 from ...compression.calibration.statistics import Statistics, collect_statistics
 from ...compression.compress import compress
@@ -27,6 +26,7 @@ from .artefacts import Artefacts, digest_of, whole_folder
 from .augmentation import ImagePreparation
 from .data import BrokenImages, Split, Splits
 from .models import load_teacher
+from .planning import request_of
 from .settings import CompressSettings
 from .stream import calibration_batches
 
@@ -81,7 +81,7 @@ class Setting:
                 self.dense,
                 self.calibration_batches(),
                 **self.settings.where,
-                mlp=self.settings.mlp or ("rank" if self.settings.weights_only else "width"),
+                mlp=request_of(self.settings).mlp,
                 statistics=statistics,
                 step=self.settings.rank_step,
                 progress=True,
@@ -202,7 +202,7 @@ def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> N
 
 def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
     """A small model as the settings make it, on the CPU; by this process alone."""
-    compensate = run.settings.compensate and not run.settings.weights_only
+    compensate = request_of(run.settings).compensate
     batches = run.calibration_batches() if compensate else None
     run.dense.to(run.accelerator.device)
     how = {"batches": batches, "statistics": statistics, "compensate": compensate, "progress": True}
@@ -211,11 +211,10 @@ def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> n
 
 def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> RankPlan:
     """A plan as the settings make it, for any reduction; by this process alone."""
-    settings = run.settings
+    settings, request = run.settings, request_of(run.settings)
     run.dense.to(run.accelerator.device)
-    measures = settings.strategy in MEASURING
     # One reduction measures what it needs by itself; several share it.
-    shared = {"sensitivities": run.sensitivities(statistics)} if measures and settings.sweep_reductions else {}
+    shared = {"sensitivities": run.sensitivities(statistics)} if request.measures and settings.sweep_reductions else {}
     if settings.metric == "latency":
         shared["latency"] = run.latency()
     return allocate_ranks(
@@ -224,9 +223,9 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
         **settings.where,
         metric=settings.metric,
         strategy=settings.strategy,
-        mlp=settings.mlp or ("rank" if settings.weights_only else None),
+        mlp=request.mlp,
         statistics=statistics,
-        batches=run.calibration_batches() if measures else None,
+        batches=run.calibration_batches() if request.measures else None,
         step=settings.rank_step,
         progress=True,
         **shared,

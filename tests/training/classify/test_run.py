@@ -125,6 +125,13 @@ def swept(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, C
     return folder, run(base, folder, stages=stages, sweep="0.2, 0.6")
 
 
+@pytest.mark.parametrize("mlp", [None, "rank"])
+def test_a_dry_run_foretells_even_ranks(base, tmp_path, mlp):
+    given = {"stages": "allocate,initialize,export", "strategy": "uniform", "mlp": mlp}
+    foretold = run(base, tmp_path / "dry", dry_run=True, **given).plan
+    assert foretold.plan.ranks == run(base, tmp_path / "out", **given).plan.plan.ranks
+
+
 class TestASweep:
     def test_measures_what_a_run_of_that_reduction_measures(self, base, swept, tmp_path):
         folder, result = swept

@@ -1,0 +1,112 @@
+"""What is asked of a compression: every default is decided here, and nowhere else."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import InvalidValueError
+from ..modeling import EVERYTHING, Site, Targets, find_sites
+
+
+__all__ = ["WAYS", "Request", "check_choice"]
+
+# How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
+WAYS = ("width", "rank", "mixed")
+
+# Strategies that look at statistics, and those that measure on batches.
+_INFORMED = ("spectrum", "sensitivity")
+_MEASURING = ("sensitivity",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a model shall be compressed.
+
+    Attributes:
+        scope, metric, step: see [`allocate_ranks`].
+        strategy, mlp, compensate: see [`compress`]; `None` is decided by the data that there is.
+        targets: which modules are meant.
+        batches, statistics, sensitivities: whether there are any.
+        weights_only: the factors are fitted to no data, whatever the ranks are chosen by.
+    """
+
+    scope: str = "model"
+    metric: str = "params"
+    strategy: str | None = None
+    mlp: str | None = None
+    compensate: bool | None = None
+    targets: Targets = EVERYTHING
+    step: int | None = None
+    batches: bool = False
+    statistics: bool = False
+    sensitivities: bool = False
+    weights_only: bool = False
+
+    def __post_init__(self) -> None:
+        fitted = (self.batches or self.statistics) and not self.weights_only
+        decided = {
+            "strategy": "sensitivity" if self._can_measure else "uniform",
+            # Without data nothing makes up for the units that are cut, and a search chooses ranks alone.
+            "mlp": "width" if fitted and self.strategy != "search" else "rank",
+            "compensate": self.batches and not self.weights_only,
+        }
+        for name, value in decided.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.compensate and not self.batches:
+            raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
+
+    @classmethod
+    def of(cls, model: nn.Module, target_modules: Any = None, exclude_modules: Any = None, **how: Any) -> "Request":
+        """A request for this model; raises InvalidValueError for modules that it does not have."""
+        return cls(targets=Targets.of(model, target_modules, exclude_modules).check(model), **how)
+
+    @property
+    def informed(self) -> bool:
+        """Whether the strategy looks at statistics."""
+        return self.strategy in _INFORMED
+
+    @property
+    def measures(self) -> bool:
+        """Whether the strategy measures on batches."""
+        return self.strategy in _MEASURING
+
+    @property
+    def whole(self) -> bool:
+        """Whether the reduction is of the whole model."""
+        return self.scope == "model" and self.targets.target_modules is None
+
+    def gathers(self, planned: bool) -> bool:
+        """Whether statistics must be gathered from the batches; `planned`: the ranks are given."""
+        needed = not self.compensate or (self.informed and not planned)
+        return needed and self.batches and not self.statistics
+
+    def find_sites(self, model: nn.Module) -> dict[str, Site]:
+        """The sites of a model that are meant, MLPs as wholes among them."""
+        return find_sites(model, self.scope, width=True, targets=self.targets)
+
+    def check(self) -> None:
+        """Raise InvalidValueError for a strategy that does not go together with what there is."""
+        check_choice("mlp", self.mlp, WAYS)
+        if self.mlp == "mixed" and self.strategy == "uniform":
+            raise InvalidValueError(
+                "mlp='mixed' compares what width and rank cost, which strategy='uniform' does not look at: choose "
+                "mlp='width' or 'rank', or strategy='spectrum' or 'sensitivity'."
+            )
+        if self.measures and not self._can_measure:
+            raise InvalidValueError(
+                f"strategy={self.strategy!r} measures on calibration inputs: pass batches=, mappings or tensors of "
+                "the main input, or choose strategy='spectrum', which needs none."
+            )
+
+    @property
+    def _can_measure(self) -> bool:
+        return self.batches or (self.sensitivities and self.statistics)
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise InvalidValueError if an argument is none of the values allowed."""
+    if value not in allowed:
+        raise InvalidValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
