@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ __all__ = [
     "optional",
     "parse_json",
     "shown",
+    "some_of",
     "whole",
 ]
 
@@ -108,6 +109,13 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:
         return "a number of thousands of digits"
+
+
+def some_of(names: Iterable[str], most: int = 3, comma: str = ", ") -> str:
+    """The first of some names as an error shows them, and how many more there are."""
+    names = list(names)
+    more = len(names) - most
+    return comma.join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def check(

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from ..checks import some_of
 from ..errors import CheckpointError, ComCATError
 from .failures import asking, detail_of, without_secrets
 from .files import read_json
@@ -280,8 +281,7 @@ def _file_in_folder(folder: Path, filename: str) -> Path:
     names = sorted(entry.name for entry in folder.iterdir())
     if filename in _MARKS and (kind := kind_of(names, lambda name: read_json(folder / name))):
         raise CheckpointError(f"{folder}: expected the file {filename}, found {_said(kind)}")
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     raise CheckpointError(
-        f"{folder}: expected the file {filename}, found {shown or 'an empty folder'}; "
+        f"{folder}: expected the file {filename}, found {some_of(names, 12) or 'an empty folder'}; "
         "give the folder that comcat_hf wrote, or a `subfolder`"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import some_of
 from ..errors import InvalidValueError
 from .sites import Site
 
@@ -52,9 +53,8 @@ def warn_not_finite(names: Iterable[str]) -> None:
     """Say once at which modules calibration data gave nothing finite, if there are any."""
     names = list(dict.fromkeys(names))
     if names:
-        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         logger.warning(
             "Fitted to the calibration data, the weights of %s would not be finite; they have their closed form "
             "without that data. Check the batches and the scales of these modules.",
-            shown,
+            some_of(names, 6),
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import some_of
 from ..errors import RankPlanError
 from .filling import fill, warn_not_finite
 from .finding import known_sites
@@ -151,10 +152,9 @@ def sites_for(ranks: Mapping[str, Entry], model: nn.Module) -> Mapping[str, Site
     if unknown:
         # Attention that is refused says why; what the plan does not name need not be known.
         attention_views(model, refuse=Targets(unknown).takes)
-        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise RankPlanError(
-            f"The plan names {shown}, which {type(model).__name__} does not have or which cannot be factorised. "
-            f"Expected names such as {', '.join(list(sites)[:3])}. Was the plan made for another model?"
+            f"The plan names {some_of(unknown)}, which {type(model).__name__} does not have or which cannot be "
+            f"factorised. Expected names such as {', '.join(list(sites)[:3])}. Was the plan made for another model?"
         )
     check_disjoint([sites[name] for name in ranks], ranks)
     return sites

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import some_of
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..hub import hub_id
@@ -207,8 +208,7 @@ def _check_missing(model: nn.Module, missing: list[str]) -> None:
     modules = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     factors = sorted(key for key in missing if any(key.startswith(f"{name}.") for name in modules))
     if factors:
-        shown = ", ".join(factors[:3]) + (f" and {len(factors) - 3} more" if len(factors) > 3 else "")
         raise CheckpointError(
-            f"By the rank plan in config.json expected {shown}, found none. The files do not belong together or were "
-            "damaged; download or save the model again."
+            f"By the rank plan in config.json expected {some_of(factors)}, found none. The files do not belong "
+            "together or were damaged; download or save the model again."
         )

@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checks import some_of
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
@@ -185,10 +186,9 @@ def _check_factors(model: PreTrainedModel, loading_info: Any) -> None:
     if problems:
         # Else transformers raises its own error over this one.
         loading_info.mismatched_keys.clear()
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise CheckpointError(
-            f"{model.name_or_path}: by the rank plan in config.json expected {shown}. The files do not belong "
-            "together or were damaged; download or save the model again."
+            f"{model.name_or_path}: by the rank plan in config.json expected {some_of(problems, comma='; ')}. "
+            "The files do not belong together or were damaged; download or save the model again."
         )
     for name in relabelled:
         # Dense, so that transformers initialises it as it does any new head.

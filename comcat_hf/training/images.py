@@ -7,11 +7,12 @@ from io import BytesIO
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ComCATError, InvalidValueError
 
 
-__all__ = ["SUFFIXES", "BrokenImageError", "read_image"]
+__all__ = ["SUFFIXES", "BrokenImageError", "read_image", "to_tensor"]
 
 SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -79,6 +80,14 @@ def read_image(source: Any, place: str) -> Any:
     # Damaged files end in errors of many kinds.
     except Exception as error:
         raise BrokenImageError(place, f"{type(error).__name__}: {error}") from error
+
+
+def to_tensor(image: Any) -> Tensor:
+    """A Pillow image as `(3, h, w)`, 0 to 1."""
+    # A bytearray, for a tensor over bytes that cannot be written draws a warning.
+    values = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    channels_first = values.view(image.height, image.width, 3).permute(2, 0, 1)
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _opened(source: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from ...checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, whole
+from ...checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, some_of, whole
 from ...closed_forms.attention import AttentionMoments, LinearMoments
 from ...errors import CheckpointError, InvalidValueError
 from ...hub import push_folder, resolve_file, write_bytes_atomic
@@ -183,9 +183,8 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
         missing = [name for name in names if (sites[name].moments_path if name in sites else name) not in self]
         if missing:
             raise InvalidValueError(
-                f"The statistics, gathered with scope={self.scope!r}, lack {', '.join(missing[:3])}"
-                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-                + ", which the plan factorises. Gather them for the scope and the modules of the plan."
+                f"The statistics, gathered with scope={self.scope!r}, lack {some_of(missing)}, which the plan "
+                "factorises. Gather them for the scope and the modules of the plan."
             )
 
     def save_pretrained(self, save_directory: str | Path) -> None:

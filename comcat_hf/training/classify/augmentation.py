@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InvalidValueError
+from ..images import to_tensor
 from ..seeds import MAX_SEED
 from .settings import CompressSettings
 
@@ -114,7 +115,7 @@ class ImagePreparation:
         """
         flip, first, second = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
         if self.crop_scale < 1:
-            pixels = _to_tensor(self._crop(image, generator))
+            pixels = to_tensor(self._crop(image, generator))
         elif not self.coloring:
             pixels = self.evaluate(image)
         else:
@@ -268,15 +269,6 @@ def _resample(processor: Any) -> int:
         return int(Image.Resampling(getattr(processor, "resample", None)))
     except ValueError:
         return int(Image.Resampling.BILINEAR)
-
-
-def _to_tensor(image: Any) -> Tensor:
-    """`(3, H, W)`, 0 to 1."""
-    width, height = image.size
-    # A bytearray, for a tensor over bytes that cannot be written draws a warning.
-    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    channels_first = values.view(height, width, 3).permute(2, 0, 1)
-    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _crop_box(size: tuple[int, int], least: float, generator: torch.Generator) -> tuple[float, float, float, float]:

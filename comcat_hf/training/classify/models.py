@@ -8,14 +8,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ...checks import some_of
 from ...errors import CheckpointError, ComCATError, InvalidValueError
 from .labels import model_labels, shown
 from .settings import CompressSettings
 
 
 __all__ = ["load_classifier", "load_dense", "load_image_processor", "load_teacher"]
-
-_SHOWN = 3
 
 
 def load_classifier(
@@ -123,8 +122,7 @@ def _check_whole(model: nn.Module, loading: Mapping[str, Any], place: str) -> No
         for name, found, wanted in sorted(loading["mismatched_keys"])
     ]
     if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
             f"{place}: expected all weights of {type(model).__name__}, found none that fit for "
-            f"{', '.join(problems[:_SHOWN])}{more}. Give a checkpoint that was trained as an image classifier."
+            f"{some_of(problems)}. Give a checkpoint that was trained as an image classifier."
         )

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from ...checks import some_of
 from ...compression.counting import example_inputs
 from ...compression.distillation import DistillationLoss
 from ...configs import RankPlan
@@ -173,11 +174,13 @@ def _copy_weights(small: nn.Module, base: nn.Module, folder: Path) -> None:
 def _check_names(found: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: set[str], folder: Path) -> None:
     again = "Make it again: the stage initialize, with --overwrite_output_dir or another --output_dir."
     if missing := trained - found.keys():
-        raise CheckpointError(f"{folder}: expected a small model with {_some(missing)}, found it without. {again}")
+        raise CheckpointError(
+            f"{folder}: expected a small model with {some_of(sorted(missing))}, found it without. {again}"
+        )
     if extra := found.keys() - own.keys():
         raise CheckpointError(
             f"{folder}: expected a small model with the dense model's weights and the factors of its plan, found also "
-            f"{_some(extra)}. {again}"
+            f"{some_of(sorted(extra))}. {again}"
         )
     for name in found:
         if found[name].shape != own[name].shape:
@@ -185,10 +188,6 @@ def _check_names(found: Mapping[str, Tensor], own: Mapping[str, Tensor], trained
                 f"{folder}: expected {name} of shape {tuple(own[name].shape)}, found {tuple(found[name].shape)}. "
                 f"{again}"
             )
-
-
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _targets(base: nn.Module) -> tuple[dict[str, Tensor], set[str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...checks import some_of
 from ...errors import InvalidValueError
 from ..images import SUFFIXES
 from .settings import CompressSettings
@@ -17,7 +18,6 @@ __all__ = ["Source", "open_sources"]
 logger = logging.getLogger(__name__)
 
 _SAVED = ("dataset_dict.json", "state.json")
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,7 @@ def _list_classes(folder: Path, place: str) -> dict[str, list[Path]]:
     if not any(found.values()):
         others = sorted(path.name for path in folder.iterdir() if _counts(path.name))
         raise InvalidValueError(
-            f"{place}: expected a folder of images per class, found "
-            f"{', '.join(others[:_SHOWN]) if others else 'an empty folder'}{', …' if len(others) > _SHOWN else ''} "
+            f"{place}: expected a folder of images per class, found {some_of(others, 5) or 'an empty folder'} "
             f"and no images ({', '.join(sorted(SUFFIXES))}) one folder further down. Put the images of each class "
             "into a folder named as the class."
         )

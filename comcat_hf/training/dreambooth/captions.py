@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...checks import some_of
 from ...errors import InvalidValueError
 from .metadata import METADATA, NAME, read_metadata, read_text
 
@@ -69,7 +70,7 @@ def folder_captions(
         raise InvalidValueError(
             f"{unmatched[0].place}: expected the name of an image in {folder} under {NAME!r}, found "
             f"{unmatched[0].name!r}, and no other of the {len(unmatched)} captions has an image. The images are "
-            f"{_listed([path.name for path in images])}."
+            f"{some_of([path.name for path in images])}."
         )
     texts, _ = finder.assign(_file_captions(beside, finder))
     overruled = [one.place for path, one in texts.items() if one.text != written.get(path, one).text]
@@ -81,7 +82,7 @@ def folder_captions(
         "files not read, because they belong to no image": strays,
         "files not used, because a metadata file has another caption": overruled,
     }
-    found = [f"{what}: {len(names)} ({_listed(names)})" for what, names in facts.items() if names]
+    found = [f"{what}: {len(names)} ({some_of(names)})" for what, names in facts.items() if names]
     if found:
         logger.warning("%s: %s.", folder, "; ".join(found))
     return captions
@@ -102,12 +103,12 @@ def column_captions(rows: Any, column: str | None, place: str) -> list[str | Non
     if column is None:
         if text_columns:
             unnamed = "%s: no --caption_column is given, so all images get the instance prompt; texts are in %s."
-            logger.warning(unnamed, place, _listed(text_columns))
+            logger.warning(unnamed, place, some_of(text_columns, 5))
         return [None] * len(rows)
     if column not in text_columns:
         raise InvalidValueError(
             f"{place}: expected texts in --caption_column {column!r}, found {rows.features[column]}. "
-            f"{f'Name one of {_listed(text_columns)}' if text_columns else 'No column holds texts: leave it out'}."
+            f"{f'Name one of {some_of(text_columns, 5)}' if text_columns else 'No column holds texts: leave it out'}."
         )
     captions = [clean_caption(text, f"{place}, row {row}") for row, text in enumerate(rows[column])]
     bare = [f"row {row}" for row, text in enumerate(captions) if text is None]
@@ -118,7 +119,7 @@ def column_captions(rows: Any, column: str | None, place: str) -> list[str | Non
         )
     if bare:
         counted = "%s: of %d images, those without a caption get the instance prompt: %d (%s)."
-        logger.warning(counted, place, len(captions), len(bare), _listed(bare))
+        logger.warning(counted, place, len(captions), len(bare), some_of(bare))
     return captions
 
 
@@ -132,7 +133,7 @@ def warn_of_unread_captions(folder: Path, suffixes: Collection[str], reason: str
     """
     files = _visible(folder) if folder.is_dir() else []
     if found := [path.name for path in files if path.suffix.lower() in suffixes]:
-        logger.warning("%s: %s; files not read: %d (%s).", folder, reason, len(found), _listed(found))
+        logger.warning("%s: %s; files not read: %d (%s).", folder, reason, len(found), some_of(found))
 
 
 def clean_caption(value: Any, place: str) -> str | None:
@@ -257,7 +258,7 @@ def _metadata_captions(path: Path, column: str | None) -> list[_Caption]:
     if not captions and (texts or column is not None):
         raise InvalidValueError(
             f"{path}: expected captions under {' or '.join(map(repr, keys))}, found none in {len(rows)} rows. "
-            f"Name their key with --caption_column (texts are under {_listed(list(texts)) or 'none'}), or remove the "
+            f"Name their key with --caption_column (texts are under {some_of(texts, 5) or 'none'}), or remove the "
             "file."
         )
     return captions
@@ -284,7 +285,3 @@ def _composed(name: str) -> str:
 
 def _folded(name: str) -> str:
     return _composed(_composed(name).casefold())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

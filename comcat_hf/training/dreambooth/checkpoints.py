@@ -9,10 +9,11 @@ from accelerate import Accelerator
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ...customization.pipelines import WEIGHTS, save_comcat_weights
+from ...customization.pipelines import WEIGHTS
 from ...tensor_files import check_shapes, read_safetensors
 from ..checkpoints import Progress, new_checkpoint, restore_random_states, restore_states, write_states
 from ..flags import fixed_flags
+from .outputs import save_adapter
 from .settings import CustomizeSettings
 
 
@@ -44,13 +45,7 @@ def save_checkpoint(
     output_dir = Path(settings.output_dir).expanduser()
     with new_checkpoint(accelerator, output_dir, progress, settings.checkpoints_total_limit) as folder:
         if accelerator.is_main_process:
-            save_comcat_weights(
-                pipeline,
-                folder,
-                settings.adapter_name,
-                base_model_name_or_path=settings.pretrained_model_name_or_path,
-                revision=settings.revision,
-            )
+            save_adapter(settings, pipeline, folder)
             write_states(folder, states)
     return output_dir / f"checkpoint-{progress.step}"
 

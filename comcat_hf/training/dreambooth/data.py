@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checks import some_of
 from ...errors import InvalidValueError
 from ..images import SUFFIXES, BrokenImageError, read_image
 from .captions import BESIDE, column_captions, folder_captions, warn_of_unread_captions
@@ -159,8 +160,7 @@ def _read_folder(settings: CustomizeSettings) -> list[Example]:
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         raise InvalidValueError(
             f"--instance_data_dir {folder}: expected images ({', '.join(sorted(SUFFIXES))}), found "
-            f"{', '.join(others[:5]) if others else 'an empty folder'}{', …' if len(others) > 5 else ''}. Put images "
-            "of the subject directly into it."
+            f"{some_of(others, 5) or 'an empty folder'}. Put images of the subject directly into it."
         )
     captions = folder_captions(folder, images, settings.caption_column, SUFFIXES)
     return [Example(str(path), captions.get(path, settings.instance_prompt), path) for path in images]

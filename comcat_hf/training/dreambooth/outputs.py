@@ -14,7 +14,7 @@ from .sampling import BEFORE_AFTER
 from .settings import CustomizeSettings
 
 
-__all__ = ["push_outputs", "write_outputs"]
+__all__ = ["push_outputs", "save_adapter", "write_outputs"]
 
 _SNIPPET = """
 import comcat_hf
@@ -27,6 +27,17 @@ image = pipe({prompt}).images[0]
 """
 
 
+def save_adapter(settings: CustomizeSettings, pipeline: Any, folder: Path) -> None:
+    """Write the adapter into a folder."""
+    save_comcat_weights(
+        pipeline,
+        folder,
+        settings.adapter_name,
+        base_model_name_or_path=settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+    )
+
+
 def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePlan) -> Path:
     """Write the adapter and its card into the output folder.
 
@@ -36,13 +47,7 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
         plan: what the card tells.
     """
     folder = Path(settings.output_dir).expanduser()
-    save_comcat_weights(
-        pipeline,
-        folder,
-        settings.adapter_name,
-        base_model_name_or_path=settings.pretrained_model_name_or_path,
-        revision=settings.revision,
-    )
+    save_adapter(settings, pipeline, folder)
     base, prompt = shown_base(settings.pretrained_model_name_or_path), settings.instance_prompt
     repository = settings.hub_model_id or folder.resolve().name
     compared = folder / BEFORE_AFTER

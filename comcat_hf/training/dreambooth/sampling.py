@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ...hub import write_bytes_atomic
 from ...modeling import eval_mode
 from ...reporting.plots import plot_image_grid
+from ..images import to_tensor
 from ..seeds import seeded
 from .settings import CustomizeSettings
 from .sources import from_latents
@@ -140,16 +141,10 @@ def compare(
     with eval_mode(denoiser), _without_adapters(pipeline):
         before = _draw(pipeline, settings, seed)
     rows = {"before": before, "after": after}
-    shown = {name: torch.stack([_as_tensor(image) for image in images[:_COMPARED]]) for name, images in rows.items()}
+    shown = {name: torch.stack([to_tensor(image) for image in images[:_COMPARED]]) for name, images in rows.items()}
     columns = [str(number + 1) for number in range(len(shown["before"]))]
     path = Path(settings.output_dir).expanduser() / BEFORE_AFTER
     return plot_image_grid(shown, path, columns=columns, title=settings.validation_prompt, size=1.8)
-
-
-def _as_tensor(image: Any) -> Tensor:
-    """A Pillow image as `(3, h, w)` from 0 to 1."""
-    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
 
 
 def _draw(pipeline: Any, settings: CustomizeSettings, seed: int) -> list[Any]:
