@@ -317,6 +317,8 @@ def _conclude(
         run.on_main(export)
     if "push" in names:
         result = replace(result, commit=run.on_main(lambda: push_model(folder, run.settings)))
+    # Wrapped models go first: freed behind their process group, they may wait for that for ever.
+    run.accelerator.free_memory()
     run.accelerator.end_training()
     return result
 

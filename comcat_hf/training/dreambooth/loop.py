@@ -228,6 +228,9 @@ def _carry_out(
         if settings.push_to_hub:
             commit = on_main(accelerator, lambda: push_outputs(settings, prepared.parts), interruption)
             result = replace(result, commit=commit)
+    # The wrapped model goes first: freed behind its process group, it may wait for that for ever.
+    del run
+    accelerator.free_memory()
     accelerator.end_training()
     return result
 
