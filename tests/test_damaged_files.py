@@ -121,7 +121,7 @@ def read_search(folder: Path) -> Any:
 
 def write_stages(folder: Path) -> None:
     for stage in ("calibrate", "allocate"):
-        Artefacts(folder).note(stage, {"reduction": 0.5, "scope": "model", "seed": 3}, 3)
+        Artefacts(folder).note(stage, {"reduction": 0.5, "scope": "model", "seed": 3})
 
 
 def read_stages(folder: Path) -> Any:

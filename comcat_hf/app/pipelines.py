@@ -16,6 +16,7 @@ from torch import nn
 from ..compression.clock import wait_for
 from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..native import load_pipeline
 from .devices import best_device
 from .sources import expanded, needed
 
@@ -294,7 +295,7 @@ def adapter_name(source: str) -> str:
 
 def _read(source: str) -> Any:
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers  # noqa: F401
     except ImportError as error:
         raise ComCATError(
             "Pipelines need diffusers, which is not installed. Install what the app needs with: "
@@ -303,7 +304,7 @@ def _read(source: str) -> Any:
     device = best_device()
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     try:
-        return DiffusionPipeline.from_pretrained(expanded(source), dtype=dtype).to(device)
+        return load_pipeline(expanded(source), dtype=dtype).to(device)
     except ComCATError:
         raise
     except _UNREADABLE as error:

@@ -4,10 +4,8 @@ import copy
 import io
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +13,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PrinterCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from torch.utils.data import DataLoader
+from transformers import ViTConfig, ViTForImageClassification
 
 from ..compression.budget.allocation import allocate_ranks
 from ..compression.calibration.statistics import collect_statistics
@@ -26,17 +26,15 @@ from ..compression.clock import in_turns
 from ..compression.compress import compress
 from ..compression.counting import count_macs, count_parameters
 from ..compression.distillation import DistillationLoss
+from ..compression.finetuning import finetune
 from ..errors import ComCATError, InvalidValueError
 from ..hub import write_bytes_atomic, write_json_atomic
 from ..native import plan_of
 from ..reporting.plots import plot_compression
-from ..training.classify.callbacks import ProgressBar
-from ..training.classify.trainer import DistillationTrainer
-from ..training.seeds import random_states, set_random_states
 from .shared import check_settings, missing, quiet, threads
 
 
-__all__ = ["DemoResult", "DemoSettings", "Row", "run_demo", "train_classifier"]
+__all__ = ["DemoResult", "DemoSettings", "Row", "run_demo"]
 
 BATCH = 64
 
@@ -156,7 +154,7 @@ def run_demo(
     _check(settings, output)
     started = time.perf_counter()
     processor, data = image_processor(), load_digits()
-    with quiet("transformers"), threads(settings.threads), _own_random_state():
+    with quiet("transformers"), threads(settings.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         models, statistics = _make_models(data, settings, report, progress)
         report("Measuring latency")
@@ -256,9 +254,12 @@ def _make_models(
     data: Digits, settings: DemoSettings, report: Callable[[str], None], progress: bool
 ) -> tuple[dict[str, nn.Module], Mapping[str, Any]]:
     """The models of the table by name, and the statistics of the dense one."""
+    accelerator = Accelerator(cpu=True)
 
     def train(model: nn.Module, teacher: nn.Module | None, epochs: int, rate: float, name: str) -> None:
-        train_classifier(model, teacher, data, epochs, rate, settings.seed, name, progress)
+        loss = DistillationLoss(alpha=0) if teacher is None else DistillationLoss(0.5, temperature=2.0, alignment=1.0)
+        how = {"loss": loss, "accelerator": accelerator, "progress": progress, "description": name}
+        finetune(model, teacher, _loader(data), epochs, rate, **how)
 
     dense = build_vit(settings)
     # Before the training, so that a reduction out of reach is said at once: equal shares need no trained weights.
@@ -286,62 +287,13 @@ def _make_models(
     return models, statistics
 
 
-def train_classifier(
-    model: nn.Module,
-    teacher: nn.Module | None,
-    data: Digits,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-    name: str = "Training",
-    progress: bool = False,
-) -> None:
-    """Train in place, on the CPU; half of the images are shifted by a pixel at most.
-
-    Args:
-        model: afterwards it is in eval mode.
-        teacher: the dense model, or `None` to learn from the labels alone.
-        data: whose training images.
-        epochs, learning_rate: times through them; the highest rate.
-        seed: of the order and the augmentation.
-        name: what the bar says.
-        progress: show it.
-    """
+def _loader(data: Digits) -> DataLoader:
+    """Training batches, half of whose images are shifted by a pixel at most."""
 
     def collate(picks: list[int]) -> dict[str, Tensor]:
         return {"pixel_values": shift(data.train_images[picks]), "labels": data.train_labels[picks]}
 
-    alone = teacher is None
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=BATCH,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
-            weight_decay=0.05,
-            seed=seed,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-        )
-        trainer = DistillationTrainer(
-            model=model,
-            teacher=teacher,
-            args=args,
-            distillation=DistillationLoss(alpha=0) if alone else DistillationLoss(0.5, temperature=2.0, alignment=1.0),
-            train_dataset=range(len(data.train_labels)),
-            data_collator=collate,
-            callbacks=[ProgressBar(name, progress)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    model.eval()
+    return DataLoader(range(len(data.train_labels)), batch_size=BATCH, shuffle=True, collate_fn=collate)
 
 
 def shift(images: Tensor) -> Tensor:
@@ -378,13 +330,3 @@ def _write_image(pixels: Tensor, path: Path) -> None:
     payload = io.BytesIO()
     Image.fromarray(levels.numpy()).save(payload, format="png")
     write_bytes_atomic(path, payload.getvalue())
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    device = torch.device("cpu")
-    before = random_states(device)
-    try:
-        yield
-    finally:
-        set_random_states(before, device)

@@ -1,18 +1,21 @@
 """Models of any kind by where they lie: the class is the one that their configuration names."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from ..checks import some_of
 from ..errors import CheckpointError, ComCATError
 from ..hub import read_json, resolve_file
 
 
-__all__ = ["class_name", "is_image_classifier", "load_model"]
+__all__ = ["check_whole", "class_name", "is_image_classifier", "load_model", "load_pipeline"]
 
 # How the names of other parts of a pipeline end; a part that is left out has none.
 _NO_MODELS = ("Extractor", "None", "Processor", "Scheduler", "Tokenizer", "TokenizerFast")
@@ -54,7 +57,7 @@ def load_model(source: str | Path, *, subfolder: str | None = None) -> nn.Module
         the model in eval mode.
 
     Raises:
-        CheckpointError: there is none that loads.
+        CheckpointError: there is none that loads, or it lacks weights.
     """
     name = class_name(source, subfolder=subfolder) or "AutoModel"
     how: dict[str, Any] = {"dtype": "auto"}
@@ -69,7 +72,9 @@ def load_model(source: str | Path, *, subfolder: str | None = None) -> nn.Module
             "versions do not have. Update them, or compress the model in Python with comcat_hf.compress."
         )
     try:
-        model = getattr(library, name).from_pretrained(source, subfolder=subfolder or "", **how)
+        model, loading = getattr(library, name).from_pretrained(
+            source, subfolder=subfolder or "", output_loading_info=True, **how
+        )
     except ComCATError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -77,7 +82,69 @@ def load_model(source: str | Path, *, subfolder: str | None = None) -> nn.Module
             f"{source}: expected a folder or Hub id of a model ({name}), found none that loads ({error}). Check the "
             "path and the network."
         ) from error
+    check_whole(model, loading, str(source))
     return model.eval()
+
+
+def load_pipeline(source: str | Path, *, dtype: torch.dtype, variant: str | None = None, **how: Any) -> Any:
+    """Read a pipeline of diffusers with all weights of its models, which diffusers itself fills up with random ones.
+
+    Args:
+        source: folder or Hub id.
+        dtype: of all models.
+        variant: of their files, where they have it.
+        **how: `revision`, `cache_dir`, and parts to use in place of its own.
+
+    Raises:
+        CheckpointError: a model lacks weights.
+    """
+    import diffusers
+
+    where = {key: value for key, value in how.items() if key in ("cache_dir", "revision") and value is not None}
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    parts = {}
+    for name, entry in diffusers.DiffusionPipeline.load_config(source, **where).items():
+        library, cls = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
+        known = getattr(libraries.get(library), str(cls), None)
+        if name in how or not (isinstance(known, type) and issubclass(known, nn.Module)):
+            continue
+        asked = {**where, "subfolder": name, "dtype": dtype, "output_loading_info": True}
+        try:
+            parts[name], loading = known.from_pretrained(source, variant=variant, **asked)
+        except OSError:
+            # As in diffusers, a model without the variant has its own files.
+            if variant is None:
+                raise
+            parts[name], loading = known.from_pretrained(source, **asked)
+        check_whole(parts[name], loading, f"{source}, {name}")
+    return diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variant, **(parts | how))
+
+
+def check_whole(
+    model: nn.Module, loading: Mapping[str, Any], place: str, fix: str = "Save or download it again."
+) -> None:
+    """Refuse random weights, of which the libraries only warn.
+
+    Args:
+        model: what `from_pretrained` made.
+        loading: its loading info.
+        place: where the model comes from; the error names it.
+        fix: what to do, for the error.
+
+    Raises:
+        CheckpointError: weights are missing or of another shape.
+    """
+    learned = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    problems = [f"{name} (found none)" for name in sorted(learned.intersection(loading["missing_keys"]))]
+    problems += [
+        f"{name} of shape {tuple(wanted)} (found {tuple(found)})"
+        for name, found, wanted in sorted(loading["mismatched_keys"])
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{place}: expected all weights of {type(model).__name__}, found none that fit for "
+            f"{some_of(problems)}. {fix}"
+        )
 
 
 def _parts(source: str | Path) -> list[str]:

@@ -1,7 +1,6 @@
 """The tuner layers: a dense module together with what adapters put in its place, or beside it."""
 
 import re
-import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -66,13 +65,6 @@ class ComCATLayer(nn.Module):
         """Which adapters [`merge`] has still to merge here; PEFT's warning says which are merged already."""
         names = self.check_mergeable(safe_merge, adapter_names)
         return check_adapters_to_merge(self, names) if names else []
-
-    def unmerge(self) -> None:
-        """Undo [`merge`] to the bit, as the dense module was kept; a warning says where nothing is merged."""
-        if not self.merged:
-            # In PEFT's words.
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        self.merged_adapters.clear()
 
 
 class CompressLayer(ComCATLayer, BaseTunerLayer):
@@ -151,6 +143,10 @@ class CompressLayer(ComCATLayer, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let the factors of one adapter stand in for the dense module until [`unmerge`], whatever is active."""
         self.merged_adapters.extend(self.to_merge(safe_merge, adapter_names))
+
+    def unmerge(self) -> None:
+        """Undo [`merge`]; the dense module was kept."""
+        self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

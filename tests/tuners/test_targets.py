@@ -297,6 +297,3 @@ def test_merging_what_is_merged_is_said_in_the_words_of_peft(config):
     for merge in (model.merge_adapter, lambda: model.merge_adapter(["default"]), model.merge_and_unload):
         with pytest.warns(UserWarning, match="^All adapters are already merged, nothing to do"):
             merge()
-    model = get_peft_model(small_vit()[0], config)
-    with pytest.warns(UserWarning, match="^Already unmerged. Nothing to do"):
-        model.unmerge_adapter()

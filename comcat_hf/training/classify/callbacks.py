@@ -10,13 +10,12 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import CheckpointError
-from ...progress import progress_bar
 from ..interruption import Interruption, stopped_by
 from .ema import WeightAverage
 from .logs import LOG, TrainingLog
 
 
-__all__ = ["JSONLogCallback", "ProgressBar", "StopOnSignal", "WeightAverageCallback"]
+__all__ = ["JSONLogCallback", "StopOnSignal", "WeightAverageCallback"]
 
 _AVERAGE = "weight_average.safetensors"
 
@@ -146,48 +145,3 @@ class JSONLogCallback(TrainerCallback):
         """Append a line, but for the summary of a `train()`, which is one of several where it was interrupted."""
         if self._log is not None and "train_runtime" not in (logs or {}):
             self._log.write(step=state.global_step, **(logs or {}))
-
-
-class ProgressBar(TrainerCallback):
-    """One bar over all steps, on the main process, in place of those of `Trainer`.
-
-    Args:
-        name: what it says.
-        progress: show it; by default where transformers shows its own.
-    """
-
-    def __init__(self, name: str, progress: bool | None = None) -> None:
-        self.name, self.progress = name, progress
-        self._bar: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open it where the training begins."""
-        how = {"total": state.max_steps, "initial": state.global_step, "desc": self.name, "unit": "step"}
-        self._bar = progress_bar(progress=self.progress, mininterval=0.5, **how)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move it on."""
-        self._bar.update()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the loss and the rate."""
-        if self._bar is not None and "learning_rate" in (logs or {}):
-            shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}"}
-            self._bar.set_postfix(shown, refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close it."""
-        self._bar.close()

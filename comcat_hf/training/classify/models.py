@@ -1,6 +1,5 @@
 """Reading the classifiers of a run."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from ...checks import some_of
 from ...errors import CheckpointError, ComCATError, InvalidValueError
+from ...native import check_whole
 from .labels import model_labels, shown
 from .settings import CompressSettings
 
@@ -57,7 +56,7 @@ def load_classifier(
             f"{flag} {source}: expected a folder or Hub id of an image classifier of transformers, found none that "
             f"loads ({error}). Check the path, the revision and the network."
         ) from error
-    _check_whole(model, loading, f"{flag} {source}")
+    check_whole(model, loading, f"{flag} {source}", "Give a checkpoint that was trained as an image classifier.")
     return model.eval()
 
 
@@ -111,18 +110,3 @@ def load_image_processor(settings: CompressSettings) -> Any:
             f"--model_name_or_path {source}: expected an image processor beside the model, found none that loads "
             f"({error}). Save one there (processor.save_pretrained)."
         ) from error
-
-
-def _check_whole(model: nn.Module, loading: Mapping[str, Any], place: str) -> None:
-    """Refuse random weights, which transformers only warns of."""
-    learned = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    problems = [f"{name} (found none)" for name in sorted(learned.intersection(loading["missing_keys"]))]
-    problems += [
-        f"{name} of shape {tuple(wanted)} (found {tuple(found)})"
-        for name, found, wanted in sorted(loading["mismatched_keys"])
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{place}: expected all weights of {type(model).__name__}, found none that fit for "
-            f"{some_of(problems)}. Give a checkpoint that was trained as an image classifier."
-        )

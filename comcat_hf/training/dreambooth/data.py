@@ -16,7 +16,10 @@ from .captions import BESIDE, column_captions, folder_captions, warn_of_unread_c
 from .settings import CustomizeSettings
 
 
-__all__ = ["Example", "Prepared", "class_examples", "find_images", "instance_examples", "prepare_image"]
+__all__ = ["DRAWN_FOR", "Example", "Prepared", "class_examples", "find_images", "instance_examples", "prepare_image"]
+
+# Under this name a class image that was drawn keeps its prompt.
+DRAWN_FOR = "comcat_class_prompt"
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,22 @@ def class_examples(settings: CustomizeSettings) -> list[Example]:
         settings: where they are.
 
     Raises:
-        InvalidValueError: one cannot be read.
+        InvalidValueError: one cannot be read, or was drawn for another prompt.
     """
+    from PIL import Image
+
     folder = Path(settings.class_data_dir).expanduser()
     found = find_images(folder) if folder.is_dir() else []
     examples = [Example(str(path), settings.class_prompt, path) for path in found[: settings.num_class_images]]
     for example in examples:
         example.open()
+        with Image.open(example.source) as image:
+            prompt = image.info.get(DRAWN_FOR, settings.class_prompt)
+        if prompt != settings.class_prompt:
+            raise InvalidValueError(
+                f"{example.name}: expected an image of --class_prompt {settings.class_prompt!r}, found one that was "
+                f"drawn for {prompt!r}. Give another --class_data_dir, or that prompt."
+            )
     return examples
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, InvalidValueError, UnsupportedModuleError
+from ... import native
+from ...errors import CheckpointError, ComCATError, InvalidValueError, UnsupportedModuleError
 from .settings import CustomizeSettings
 
 
@@ -100,7 +101,7 @@ def load_pipeline(settings: CustomizeSettings, dtype: torch.dtype) -> tuple[Any,
         the pipeline, frozen and in eval mode, and how it is trained.
 
     Raises:
-        CheckpointError: it cannot be found or read.
+        CheckpointError: it cannot be found or read, or lacks weights.
         UnsupportedModuleError: its class or a part of it is not known.
         InvalidValueError: the resolution does not suit it.
     """
@@ -113,10 +114,10 @@ def load_pipeline(settings: CustomizeSettings, dtype: torch.dtype) -> tuple[Any,
         family = family_of(class_name, source)
         # A checker only takes memory here; a family that has none does not know the words.
         unsafe = {"safety_checker": None, "requires_safety_checker": False} if family is _ONE else {}
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=settings.variant, **where, **unsafe)
+        pipeline = native.load_pipeline(source, dtype=dtype, variant=settings.variant, **where, **unsafe)
+    except ComCATError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UnsupportedModuleError):
-            raise
         raise CheckpointError(
             f"--pretrained_model_name_or_path {source}: expected a folder or Hub id of a diffusers pipeline, found "
             f"none that loads ({error}). Check the path, --revision, --variant and the network."

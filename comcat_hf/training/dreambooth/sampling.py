@@ -18,6 +18,7 @@ from ...modeling import eval_mode
 from ...reporting.plots import plot_image_grid
 from ..images import to_tensor
 from ..seeds import seeded
+from .data import DRAWN_FOR
 from .settings import CustomizeSettings
 from .sources import from_latents
 
@@ -85,7 +86,7 @@ def generate_class_images(
             images = generate(pipeline, [settings.class_prompt] * len(batch), generators, settings)
             for number, image in zip(batch, images, strict=True):
                 # Not over an image that was there before.
-                _write(image, folder / f"class-{number:05d}-{uuid.uuid4().hex[:8]}.png")
+                _write(image, folder / f"class-{number:05d}-{uuid.uuid4().hex[:8]}.png", settings.class_prompt)
             bar.update(len(batch))
 
 
@@ -168,7 +169,11 @@ def _without_adapters(pipeline: Any) -> Iterator[None]:
             model.enable_adapters()
 
 
-def _write(image: Any, path: Path) -> Path:
-    payload = io.BytesIO()
-    image.save(payload, format="png")
+def _write(image: Any, path: Path, class_prompt: str | None = None) -> Path:
+    from PIL.PngImagePlugin import PngInfo
+
+    payload, notes = io.BytesIO(), PngInfo()
+    if class_prompt is not None:
+        notes.add_itxt(DRAWN_FOR, class_prompt)
+    image.save(payload, format="png", pnginfo=notes)
     return write_bytes_atomic(path, payload.getvalue())

@@ -321,8 +321,9 @@ class CustomizeLayer(NamedAsDense):
         return [(self.comcat_factors[name], value) for name, value in zip(names, values, strict=True)]
 
     def unmerge(self) -> None:
-        super().unmerge()
+        """Undo [`merge`], to the bit."""
         self.merged_layer = None
+        self.merged_adapters.clear()
         for scale in self.scales.values():
             scale.fused = None
 

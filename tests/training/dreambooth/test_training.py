@@ -202,6 +202,9 @@ def test_class_images_are_generated_once(bases, tmp_path):
     assert same(tmp_path / "one", tmp_path / "two")
     customize(settings(bases, tmp_path / "three", **given, prior_loss_weight=0.1))
     assert not same(tmp_path / "one", tmp_path / "three")
+    with pytest.raises(InvalidValueError, match=r"expected an image of --class_prompt 'a 5', found one .* for 'a 3'"):
+        customize(settings(bases, tmp_path / "four", **given | {"class_prompt": "a 5"}))
+    assert everything_in(folder) == found
 
 
 def test_what_is_uploaded(bases, tmp_path, monkeypatch):
