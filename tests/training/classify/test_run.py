@@ -520,7 +520,7 @@ class TestProgram:
             arguments = command(
                 base, folder, processes=processes, **settings | {"per_device_train_batch_size": 16 // processes}
             )
-            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+            done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
             assert done.returncode == 0, done.stderr[-2000:]
         losses = [_losses(folder) for folder in (one, two)]
         assert len(losses[0]) == STEPS
