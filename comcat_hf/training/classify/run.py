@@ -215,7 +215,7 @@ def _carry_out(prepared: _Prepared, result: CompressResult) -> CompressResult:
     # Before fine-tuning, which by route peft makes a small model of the dense one.
     points = _sweep(run, statistics)
     run.end_if_stopped()
-    if run.artefacts.was_done("finetune") and run.done("finetune"):
+    if run.done("finetune"):
         models["final"] = lambda: load_classifier(run.artefacts.folder, "--output_dir")
     elif "finetune" in run.settings.stage_names:
         trained, student = _finetune(prepared, ranks)

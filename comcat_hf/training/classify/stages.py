@@ -104,11 +104,14 @@ class Setting:
         return self.splits.train
 
     def done(self, stage: str) -> bool:
-        """Whether a stage need not run: finished before with these settings, or left out though its work is there."""
+        """Whether a stage need not run: finished before with these settings, or left out though its work is there.
+
+        The main process decides for all of them: by the time that another one looks, the stage may be finished.
+        """
         if stage not in self.settings.stage_names:
-            return self.artefacts.was_done(stage)
-        done = self.artefacts.is_done(stage, self.settings.facts(stage, self.seed))
-        if done:
+            return on_main(self.accelerator, lambda: self.artefacts.was_done(stage))
+        facts = self.settings.facts(stage, self.seed)
+        if done := on_main(self.accelerator, lambda: self.artefacts.is_done(stage, facts)):
             self.say(f"Stage {stage}: done before.")
         return done
 

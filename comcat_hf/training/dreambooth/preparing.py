@@ -146,14 +146,14 @@ def with_class_images(prepared: PreparedRun, interruption: Interruption) -> Prep
     """
     settings, accelerator = prepared.settings, prepared.accelerator
     folder = Path(settings.class_data_dir).expanduser()
-    if len(prepared.classes) >= settings.num_class_images:
+    # The main process counts for all: another run may be drawing into the folder.
+    if on_main(accelerator, lambda: len(prepared.classes) >= settings.num_class_images):
         return prepared
     with ExitStack() as stack:
         if folder.resolve() != Path(settings.output_dir).expanduser().resolve():
             on_main(accelerator, lambda: stack.enter_context(locked(folder, "class_data_dir")))
         # Another run may have drawn some in the meantime.
-        missing = range(len(class_examples(settings)), settings.num_class_images)
-        accelerator.wait_for_everyone()
+        missing = range(on_main(accelerator, lambda: len(class_examples(settings))), settings.num_class_images)
         _draw_class_images(prepared, missing, interruption)
     end_if_stopped(accelerator, interruption)
     return replace(prepared, classes=tuple(class_examples(settings)))

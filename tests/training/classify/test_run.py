@@ -530,6 +530,27 @@ class TestProgram:
             assert results[0][name]["samples"] == results[1][name]["samples"] == 48
             assert results[0][name]["top1"] == results[1][name]["top1"]
 
+    def test_a_process_that_falls_behind_does_what_the_others_do(self, base, tmp_path):
+        """One that reads the plan late finds the next stage finished by the main process."""
+        script = tmp_path / "late.py"
+        script.write_text(
+            "import os, sys, time\n"
+            "from comcat_hf.configs import RankPlan\n"
+            "from comcat_hf.training.classify.__main__ import main\n"
+            "read = RankPlan.from_pretrained\n"
+            "def late(*args, **kwargs):\n"
+            "    time.sleep(5 * int(os.environ['RANK']))\n"
+            "    return read(*args, **kwargs)\n"
+            "RankPlan.from_pretrained = late\n"
+            "sys.exit(main())\n"
+        )
+        few = {"stages": "allocate,initialize", "strategy": "uniform", "weights_only": True, "rank_step": 4}
+        arguments = command(base, tmp_path / "out", processes=2, **few)
+        place = arguments.index("-m", 4)
+        arguments[place : place + 2] = [str(script)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+
     @pytest.mark.parametrize("processes", [None, 1, 2])
     def test_a_user_error_is_the_last_line(self, base, tmp_path, processes):
         """In a process of its own, and behind what the launcher of one or two processes has to say."""
