@@ -3,6 +3,14 @@
 Every message names the module path or file, what was expected, what was found and the fix.
 """
 
+_BRIEF = 500
+
+
+def brief(error: BaseException) -> str:
+    """The text of a library's error for a message of ours: one line, without the C++ frames that torch adds."""
+    text = " ".join(str(error).partition("\nException raised from")[0].split())
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}…"
+
 
 class ComCATError(Exception):
     """Base of every error that `comcat_hf` raises on purpose."""

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, brief
 from .hub import write_bytes_atomic
 
 
@@ -43,8 +43,8 @@ def open_safetensors(
             yield file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: expected a whole safetensors file of {what}, found one that cannot be read ({error}). It was "
-            f"cut short, is damaged or of another kind. {fix}"
+            f"{path}: expected a whole safetensors file of {what}, found one that cannot be read "
+            f"({brief(error)}). It was cut short, is damaged or of another kind. {fix}"
         ) from error
 
 

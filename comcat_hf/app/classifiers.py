@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor
 
 from ..compression.clock import in_turns
 from ..compression.counting import count_macs, count_parameters
-from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..errors import CheckpointError, ComCATError, InvalidValueError, brief
 from ..native import plan_of
 from ..training.classify.augmentation import process_image
 from ..training.classify.labels import model_labels
@@ -150,7 +150,7 @@ def _logits(classifier: Classifier, run: Callable[[], Tensor]) -> Tensor:
     except (ValueError, RuntimeError) as error:
         raise ComCATError(
             f"{classifier.source}: expected a model that takes what its image processor makes, found an error "
-            f"({error}). Save the processor that it was trained with beside it."
+            f"({brief(error)}). Save the processor that it was trained with beside it."
         ) from error
 
 

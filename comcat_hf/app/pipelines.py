@@ -15,7 +15,7 @@ from torch import nn
 
 from ..compression.clock import wait_for
 from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
-from ..errors import CheckpointError, ComCATError, InvalidValueError
+from ..errors import CheckpointError, ComCATError, InvalidValueError, brief
 from ..native import load_pipeline
 from .devices import best_device
 from .sources import expanded, needed
@@ -280,7 +280,7 @@ class Studio:
         except (ValueError, TypeError, RuntimeError) as error:
             raise ComCATError(
                 f"{self._source}: expected {type(pipeline).__name__} to draw {width} × {height} in {settings.steps} "
-                f"steps, found an error ({error}); try other settings."
+                f"steps, found an error ({brief(error)}); try other settings."
             ) from error
         wait_for(pipeline.device)
         flags = getattr(output, "nsfw_content_detected", None) or [False]
@@ -309,8 +309,8 @@ def _read(source: str) -> Any:
         raise
     except _UNREADABLE as error:
         raise CheckpointError(
-            f"{source}: expected a folder or Hub id of a pipeline of diffusers, found none that loads ({error}). "
-            "Check the path, the files and the network."
+            f"{source}: expected a folder or Hub id of a pipeline of diffusers, found none that loads "
+            f"({brief(error)}). Check the path, the files and the network."
         ) from error
 
 

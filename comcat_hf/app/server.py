@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ComCATError, InvalidValueError
+from ..errors import ComCATError, InvalidValueError, brief
 from .classifiers import Pair, load_pair
 from .interface import CSS, build_app, import_gradio
 from .pipelines import Studio
@@ -103,7 +103,7 @@ def start_app(settings: AppSettings) -> tuple[Any, str]:
         blocks.close()
         raise ComCATError(
             f"{settings.host}:{settings.port}: expected an address to listen on, found one that cannot be used "
-            f"({error}). Give another --host or --port."
+            f"({brief(error)}). Give another --host or --port."
         ) from error
     if settings.share and not public:
         blocks.close()

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ..checks import FLAG, TEXT, Kind, check, finite, list_of, listed, optional, shown, whole
-from ..errors import CheckpointError, InvalidValueError
+from ..errors import CheckpointError, InvalidValueError, brief
 from ..hub import read_json
 from .ranks import RankPlan, check_entry
 
@@ -152,7 +152,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], ComCATConfig]:
         raise CheckpointError(f"{path}: {error}") from error
     # What PEFT says of its own fields.
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path}: expected the fields of a ComCATConfig, found others ({error}).") from error
+        raise CheckpointError(
+            f"{path}: expected the fields of a ComCATConfig, found others ({brief(error)})."
+        ) from error
 
 
 def _check_pattern(field_name: str, pattern: Any) -> None:
@@ -160,5 +162,6 @@ def _check_pattern(field_name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (re.error, TypeError) as error:
         raise InvalidValueError(
-            f"ComCATConfig.{field_name}: expected a module path or a regular expression, got {pattern!r} ({error})."
+            f"ComCATConfig.{field_name}: expected a module path or a regular expression, got {pattern!r} "
+            f"({brief(error)})."
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import parse_json
-from ..errors import CheckpointError, InvalidValueError
+from ..errors import CheckpointError, InvalidValueError, brief
 
 
 __all__ = ["read_json", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
@@ -44,7 +44,7 @@ def write_json_atomic(path: str | os.PathLike, payload: Mapping[str, Any]) -> Pa
         text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidValueError(
-            f"{path}: expected JSON-serialisable content, found other values ({error}); "
+            f"{path}: expected JSON-serialisable content, found other values ({brief(error)}); "
             "use plain finite numbers, strings, lists and mappings"
         ) from error
     return write_text_atomic(path, text + "\n")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InvalidValueError
+from ..errors import InvalidValueError, brief
 from .sites import Site
 from .views import named_base_modules
 
@@ -123,7 +123,7 @@ def _check_patterns(name: str, patterns: Any) -> None:
         try:
             re.compile(patterns)
         except re.error as error:
-            raise InvalidValueError(f"{name}: {patterns!r} is no regular expression ({error}).") from error
+            raise InvalidValueError(f"{name}: {patterns!r} is no regular expression ({brief(error)}).") from error
 
 
 EVERYTHING = Targets()

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ..checks import some_of
-from ..errors import CheckpointError, ComCATError
+from ..errors import CheckpointError, ComCATError, brief
 from ..hub import read_json, resolve_file
 
 
@@ -79,8 +79,8 @@ def load_model(source: str | Path, *, subfolder: str | None = None) -> nn.Module
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(
-            f"{source}: expected a folder or Hub id of a model ({name}), found none that loads ({error}). Check the "
-            "path and the network."
+            f"{source}: expected a folder or Hub id of a model ({name}), found none that loads "
+            f"({brief(error)}). Check the path and the network."
         ) from error
     check_whole(model, loading, str(source))
     return model.eval()

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from ..configs.ranks import RankPlan
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 from ..hub import read_json, resolve_file
 
 
@@ -48,8 +48,8 @@ def dense_skeleton(
     # What a damaged configuration makes a library stumble over is of many kinds.
     except Exception as error:
         raise CheckpointError(
-            f"{path}: expected the configuration of a model, found one that its library cannot use ({error}). Save or "
-            "download the model again."
+            f"{path}: expected the configuration of a model, found one that its library cannot use "
+            f"({brief(error)}). Save or download the model again."
         ) from error
     if model is None:
         wanted = f", a {plan.architecture}," if plan.architecture else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs import RankPlan
-from ..errors import CheckpointError, RankPlanError
+from ..errors import CheckpointError, RankPlanError, brief
 from ..hub import write_text_atomic
 
 
@@ -35,7 +35,7 @@ def read_original_ranks(path: str | Path, layers: int) -> list[int]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{path}: expected a readable line of ranks, found none ({error}); check the path"
+            f"{path}: expected a readable line of ranks, found none ({brief(error)}); check the path"
         ) from error
     ranks = []
     for position, word in enumerate(text.strip().strip(",").split(",")):

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..checks import TEXT, Kind, make_document, mapping_of, open_document, shown, whole
-from ..errors import CheckpointError, InvalidValueError
+from ..errors import CheckpointError, InvalidValueError, brief
 from ..hub import read_json, write_json_atomic
 from ..tensor_files import read_saved, write_saved
 from .seeds import random_states, set_random_states
@@ -248,7 +248,7 @@ def restore_states(checkpoint: Path, states: Mapping[str, Any]) -> None:
         except Exception as error:
             raise CheckpointError(
                 f"{checkpoint / OPTIMIZER}: expected a state of the {name} for this training, found one that does "
-                f"not fit ({error}). Give the settings that the checkpoint was written with."
+                f"not fit ({brief(error)}). Give the settings that the checkpoint was written with."
             ) from error
 
 
@@ -268,7 +268,7 @@ def restore_random_states(accelerator: Accelerator, checkpoint: Path) -> None:
         set_random_states(states, accelerator.device)
     except Exception as error:
         raise CheckpointError(
-            f"{file}: expected the random states of a process, found others ({error}). Give another checkpoint."
+            f"{file}: expected the random states of a process, found others ({brief(error)}). Give another checkpoint."
         ) from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import CheckpointError, InvalidValueError
+from ..errors import CheckpointError, InvalidValueError, brief
 from ..hub import read_json, write_json_atomic
 
 
@@ -44,8 +44,8 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise InvalidValueError(
-            f"--{flag} {folder}: expected a folder that can be written to, found one that cannot ({error}). Give "
-            "another, or change its permissions."
+            f"--{flag} {folder}: expected a folder that can be written to, found one that cannot "
+            f"({brief(error)}). Give another, or change its permissions."
         ) from error
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")

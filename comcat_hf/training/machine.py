@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from ..errors import InvalidValueError
+from ..errors import InvalidValueError, brief
 from .trackers import tracker_of
 
 
@@ -54,7 +54,7 @@ def make_accelerator(
         )
     except ValueError as error:
         raise InvalidValueError(
-            f"{refused}, found that accelerate refuses it ({error}). Take another, or no."
+            f"{refused}, found that accelerate refuses it ({brief(error)}). Take another, or no."
         ) from error
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
         raise InvalidValueError(f"{refused}, found {accelerator.device.type}, which trains in bf16 or no. Take one.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import InvalidValueError
+from ...errors import InvalidValueError, brief
 from ..images import to_tensor
 from ..seeds import MAX_SEED
 from .settings import CompressSettings
@@ -99,8 +99,8 @@ class ImagePreparation:
         except (ValueError, RuntimeError, TypeError) as error:
             raise InvalidValueError(
                 f"{source}: expected a model that takes what {type(self.processor).__name__} makes, images of "
-                f"{tuple(pixels.shape[1:])}, found an error ({error}). Save the processor that the model was trained "
-                "with beside it."
+                f"{tuple(pixels.shape[1:])}, found an error "
+                f"({brief(error)}). Save the processor that the model was trained with beside it."
             ) from error
 
     def train(self, image: Any, generator: torch.Generator) -> Tensor:
@@ -232,7 +232,7 @@ def process_image(processor: Any, image: Any) -> Tensor:
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise InvalidValueError(
             f"{type(processor).__name__}: expected an image processor for images in RGB, found one that does not take "
-            f"them ({error}). Give a model for RGB images, with its own image processor."
+            f"them ({brief(error)}). Give a model for RGB images, with its own image processor."
         ) from error
 
 
@@ -294,7 +294,7 @@ def _kornia(flag: str) -> Any:
         import kornia.augmentation as augmentation
     except ImportError as error:
         raise InvalidValueError(
-            f"--{flag} needs the package kornia, which cannot be imported ({error}). Run `pip install "
+            f"--{flag} needs the package kornia, which cannot be imported ({brief(error)}). Run `pip install "
             f"comcat_hf[train]`, or leave the flag at 0."
         ) from error
     return augmentation
@@ -314,7 +314,7 @@ def _rand_augment(settings: CompressSettings) -> nn.Module:
         return rand_augment(settings.rand_augment_num_ops, magnitude, transformation_matrix_mode="skip")
     except ValueError as error:
         raise InvalidValueError(
-            f"--rand_augment_num_ops {settings.rand_augment_num_ops}: kornia refuses it ({error}). Give fewer."
+            f"--rand_augment_num_ops {settings.rand_augment_num_ops}: kornia refuses it ({brief(error)}). Give fewer."
         ) from error
 
 

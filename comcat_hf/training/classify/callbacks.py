@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, brief
 from ..interruption import Interruption, stopped_by
 from .ema import WeightAverage
 from .logs import LOG, TrainingLog
@@ -88,7 +88,7 @@ class WeightAverageCallback(TrainerCallback):
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / _AVERAGE}: expected the moving average of this model's weights, found none that fits "
-                f"({error}). Resume with the ema_decay that the checkpoint was written with, or start anew."
+                f"({brief(error)}). Resume with the ema_decay that the checkpoint was written with, or start anew."
             ) from error
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...errors import CheckpointError, ComCATError
+from ...errors import CheckpointError, ComCATError, brief
 from ...hub import write_bytes_atomic
 from ...tensor_files import check_shapes, read_safetensors
 from ..checkpoints import (
@@ -207,7 +207,7 @@ def _load_sharded(accelerator: Accelerator, checkpoint: Path, trained: Trained) 
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint}: expected the state of a training under {accelerator.distributed_type.value}, found none "
-            f"that fits ({error}). Resume with the accelerate configuration that it was written with."
+            f"that fits ({brief(error)}). Resume with the accelerate configuration that it was written with."
         ) from error
     restore_states(checkpoint, trained.states)
 

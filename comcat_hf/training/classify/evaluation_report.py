@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ...compression.budget.timing import device_name
 from ...compression.clock import for_seconds, in_turns
 from ...compression.counting import count_macs, count_parameters, example_inputs
-from ...errors import InvalidValueError, UnsupportedModuleError
+from ...errors import InvalidValueError, UnsupportedModuleError, brief
 from ...hub import write_json_atomic
 from ...reporting.cards import shown_base
 from ..flags import NOTHING, flag
@@ -165,7 +165,7 @@ class EvaluationReport:
             write_json_atomic(path, self.to_dict())
         except OSError as error:
             raise InvalidValueError(
-                f"--output {path}: expected a file that can be written, found none ({error}). Give another."
+                f"--output {path}: expected a file that can be written, found none ({brief(error)}). Give another."
             ) from error
 
     def describe(self) -> str:
@@ -295,7 +295,7 @@ def _macs(model: nn.Module, source: str, say: Callable[[str], None]) -> int | No
     try:
         return count_macs(model)
     except (UnsupportedModuleError, InvalidValueError) as error:
-        say(f"{source}: its MACs cannot be counted ({error})")
+        say(f"{source}: its MACs cannot be counted ({brief(error)})")
         return None
 
 

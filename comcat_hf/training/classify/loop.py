@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...compression.distillation import DistillationLoss, LossParts, OwnBase
-from ...errors import ComCATError, InvalidValueError
+from ...errors import ComCATError, InvalidValueError, brief
 from ...modeling import meta_copy
 from ..checkpoints import Progress, remove_checkpoints
 from ..flags import values_deciding
@@ -367,8 +367,8 @@ def _prepare_student(student: Student, settings: CompressSettings, loss: Distill
             plain.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise InvalidValueError(
-                f"--gradient_checkpointing: expected a model that can do it, found {type(plain).__name__} ({error}). "
-                "Leave the flag out."
+                f"--gradient_checkpointing: expected a model that can do it, found {type(plain).__name__} "
+                f"({brief(error)}). Leave the flag out."
             ) from error
     if settings.torch_compile:
         # In place: names, and what accelerate unwraps, stay as they are.

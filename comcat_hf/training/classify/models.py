@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from ...errors import CheckpointError, ComCATError, InvalidValueError
+from ...errors import CheckpointError, ComCATError, InvalidValueError, brief
 from ...native import check_whole
 from .labels import model_labels, shown
 from .settings import CompressSettings
@@ -54,7 +54,7 @@ def load_classifier(
     except Exception as error:
         raise CheckpointError(
             f"{flag} {source}: expected a folder or Hub id of an image classifier of transformers, found none that "
-            f"loads ({error}). Check the path, the revision and the network."
+            f"loads ({brief(error)}). Check the path, the revision and the network."
         ) from error
     check_whole(model, loading, f"{flag} {source}", "Give a checkpoint that was trained as an image classifier.")
     return model.eval()
@@ -108,5 +108,5 @@ def load_image_processor(settings: CompressSettings) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
             f"--model_name_or_path {source}: expected an image processor beside the model, found none that loads "
-            f"({error}). Save one there (processor.save_pretrained)."
+            f"({brief(error)}). Save one there (processor.save_pretrained)."
         ) from error

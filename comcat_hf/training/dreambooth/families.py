@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import native
-from ...errors import CheckpointError, ComCATError, InvalidValueError, UnsupportedModuleError
+from ...errors import CheckpointError, ComCATError, InvalidValueError, UnsupportedModuleError, brief
 from .settings import CustomizeSettings
 
 
@@ -120,7 +120,7 @@ def load_pipeline(settings: CustomizeSettings, dtype: torch.dtype) -> tuple[Any,
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"--pretrained_model_name_or_path {source}: expected a folder or Hub id of a diffusers pipeline, found "
-            f"none that loads ({error}). Check the path, --revision, --variant and the network."
+            f"none that loads ({brief(error)}). Check the path, --revision, --variant and the network."
         ) from error
     if pipeline.vae.config.get("force_upcast") and pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)

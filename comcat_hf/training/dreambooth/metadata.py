@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import InvalidValueError
+from ...errors import InvalidValueError, brief
 
 
 __all__ = ["METADATA", "NAME", "read_metadata", "read_text"]
@@ -57,8 +57,8 @@ def read_text(path: Path) -> str:
         return content.decode(encoding)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidValueError(
-            f"{path}: expected text in UTF-8, found a file that cannot be read ({error}). Save it as UTF-8, or remove "
-            "it."
+            f"{path}: expected text in UTF-8, found a file that cannot be read "
+            f"({brief(error)}). Save it as UTF-8, or remove it."
         ) from error
 
 
@@ -102,7 +102,7 @@ def _table(path: Path, cells: Any) -> Iterator[list[str]]:
         yield from cells
     except csv.Error as error:
         raise InvalidValueError(
-            f"{path}: expected a table, found line {cells.line_num} that cannot be read ({error}). Correct it."
+            f"{path}: expected a table, found line {cells.line_num} that cannot be read ({brief(error)}). Correct it."
         ) from error
 
 
