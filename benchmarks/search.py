@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeiTConfig, DeiTForImageClassification
 
-from comcat_hf.closed_forms.attention import factorize_linear, factorize_qk, factorize_vo
+from comcat_hf.closed_forms.attention import factorize_qk, factorize_vo
+from comcat_hf.closed_forms.linear import factorize_linear
 from comcat_hf.compression.budget.budget import METRICS, find_budget, sites_of
 from comcat_hf.compression.request import Request
 from comcat_hf.compression.search.nested import NestedModel

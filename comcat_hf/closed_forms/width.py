@@ -9,7 +9,6 @@ order of all units and the error at every width.
 Weights are in `torch.nn.Linear` layout. `ridge` (unitless, >= 0) is a share of the units' mean variance.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValueError
-from .attention import LinearMoments
+from .linear import LinearMoments
+from .roots import check_ridge, check_tensor, in_float64
 
 
 __all__ = ["RIDGE", "HiddenUnits", "NarrowFactors", "narrow_mlp", "order_units"]
@@ -76,9 +76,9 @@ def order_units(
         InvalidValueError: shapes that do not fit, moments of the other side, values that are not finite.
     """
     _check(output_weight, moments, ridge)
-    weight = _work(output_weight)
+    weight = in_float64(output_weight)
     if moments is None:
-        scale = torch.ones_like(weight[0]) if importance is None else _work(importance)
+        scale = torch.ones_like(weight[0]) if importance is None else in_float64(importance)
         energy, order = (weight.square().sum(0) * scale.square()).sort(descending=True, stable=True)
     else:
         order, energy = _pivot(_regularised(moments, ridge, weight.device), weight)
@@ -113,12 +113,12 @@ def narrow_mlp(
     chosen = output_weight.detach()[:, kept]
     if units.moments is None or width == size:
         return NarrowFactors(kept, chosen.clone(), bias)
-    weight, mean = _work(output_weight), _work(units.moments.mean, output_weight.device)
-    covariance, index = _work(units.moments.covariance, weight.device), kept.to(weight.device)
+    weight, mean = in_float64(output_weight), in_float64(units.moments.mean, output_weight.device)
+    covariance, index = in_float64(units.moments.covariance, weight.device), kept.to(weight.device)
     cross = covariance[index]
     system, pull = _add_ridge(cross[:, index], ridge, mean)
     fitted = torch.linalg.solve(system, cross @ weight.mT + pull * weight[:, index].mT)
-    new_bias = _work(bias) + weight @ mean - mean[index] @ fitted
+    new_bias = in_float64(bias) + weight @ mean - mean[index] @ fitted
     return NarrowFactors(kept, fitted.mT.to(output_weight).contiguous(), new_bias.to(bias))
 
 
@@ -168,9 +168,9 @@ def _greedy(schur: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]
 
 
 def _regularised(moments: LinearMoments, ridge: float, device: torch.device) -> Tensor:
-    covariance = _work(moments.covariance, device)
+    covariance = in_float64(moments.covariance, device)
     # At least what rounding leaves undetermined, so that linearly dependent units can be factorised.
-    return _add_ridge((covariance + covariance.mT) / 2, max(ridge, 1e-8), _work(moments.mean, device))[0]
+    return _add_ridge((covariance + covariance.mT) / 2, max(ridge, 1e-8), in_float64(moments.mean, device))[0]
 
 
 def _add_ridge(covariance: Tensor, ridge: float, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,19 +180,12 @@ def _add_ridge(covariance: Tensor, ridge: float, mean: Tensor) -> tuple[Tensor, 
     return covariance + pull * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device), pull
 
 
-def _work(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """`tensor` in float64, on the CPU where its device has none."""
-    device = device or tensor.device
-    return tensor.detach().to("cpu" if device.type == "mps" else device, torch.float64)
-
-
 def _check(output_weight: Tensor, moments: LinearMoments | None, ridge: float) -> None:
     if output_weight.ndim != 2 or 0 in output_weight.shape:
         raise InvalidValueError(
             f"`output_weight`: expected a non-empty (d_out, n), found {tuple(output_weight.shape)}; pass one layer's."
         )
-    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf:
-        raise InvalidValueError(f"`ridge`: expected a finite number >= 0, found {ridge!r}; {RIDGE} suits most models.")
+    check_ridge(ridge, RIDGE)
     tensors = {"output_weight": output_weight}
     if moments is not None:
         size = output_weight.shape[1]
@@ -204,5 +197,4 @@ def _check(output_weight: Tensor, moments: LinearMoments | None, ridge: float) -
             )
         tensors |= {"moments.covariance": moments.covariance, "moments.mean": moments.mean}
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise InvalidValueError(f"`{name}`: expected finite values, found NaN or infinity; check the data.")
+        check_tensor(name, tensor, tuple(tensor.shape))

@@ -6,16 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comcat_hf.closed_forms.attention import (
-    AttentionMoments,
-    LinearMoments,
-    factorize_linear,
-    factorize_qk,
-    factorize_vo,
-    linear_spectrum,
-    qk_spectrum,
-    vo_spectrum,
-)
+from comcat_hf.closed_forms.attention import AttentionMoments, factorize_qk, factorize_vo, qk_spectrum, vo_spectrum
+from comcat_hf.closed_forms.linear import LinearMoments, factorize_linear, linear_spectrum
 from comcat_hf.errors import ComCATError, InvalidValueError
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from comcat_hf.closed_forms.attention import LinearMoments
+from comcat_hf.closed_forms.linear import LinearMoments
 from comcat_hf.closed_forms.width import narrow_mlp, order_units
 from comcat_hf.errors import InvalidValueError
 

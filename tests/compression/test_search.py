@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from comcat_hf import collect_statistics, count_parameters
-from comcat_hf.closed_forms.attention import factorize_linear, factorize_qk, factorize_vo
+from comcat_hf.closed_forms.attention import factorize_qk, factorize_vo
+from comcat_hf.closed_forms.linear import factorize_linear
 from comcat_hf.compression.budget.budget import TOLERANCE
 from comcat_hf.compression.distillation import DistillationLoss
 from comcat_hf.compression.search.nested import Candidates, NestedModel

@@ -12,7 +12,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ...checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, some_of, whole
-from ...closed_forms.attention import AttentionMoments, LinearMoments
+from ...closed_forms.attention import AttentionMoments
+from ...closed_forms.linear import LinearMoments
 from ...errors import CheckpointError, InvalidValueError
 from ...hub import push_folder, resolve_file, write_bytes_atomic
 from ...modeling import Site, known_sites

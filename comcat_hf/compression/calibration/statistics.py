@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...closed_forms.attention import AttentionMoments, LinearMoments
+from ...closed_forms.attention import AttentionMoments
+from ...closed_forms.linear import LinearMoments
 from ...errors import InvalidValueError
 from ...modeling import AttentionSite, LinearSite, MLPSite, Site, measuring, unwrapped
 from ...modeling.views import class_path

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...closed_forms.attention import LinearMoments, factorize_linear, linear_spectrum
+from ...closed_forms.linear import LinearMoments, factorize_linear, linear_spectrum
 from ..lowrank import LowRankLinear
 from .base import Ranks, Site, Tokens, check_rank, errors_name
 

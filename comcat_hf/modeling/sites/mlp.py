@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ...closed_forms.attention import LinearMoments
+from ...closed_forms.linear import LinearMoments
 from ...closed_forms.width import HiddenUnits, narrow_mlp, order_units
 from ...errors import RankPlanError
 from ..lowrank import NarrowLinear, empty_linear

@@ -1,0 +1,126 @@
+"""Closed-form low-rank factors of linear layers. Conventions are those of `attention.py`."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidValueError
+from .roots import check_rank, check_ridge, check_tensor, check_weight, in_float64
+
+
+class LinearFactors(NamedTuple):
+    """Factors of a linear layer, `x -> second(first(x)) + bias`."""
+
+    first_weight: Tensor  # (..., r, d_in)
+    second_weight: Tensor  # (..., d_out, r)
+    bias: Tensor | None  # (..., d_out)
+    spectrum: Tensor  # (..., min(d_in, d_out)) singular values, descending, float64
+
+
+@dataclass(frozen=True)
+class LinearMoments:
+    """Moments of a linear layer on calibration data.
+
+    `covariance` is centred: (..., d_in, d_in) of the input for side "input", (..., d_out, d_out) of the output for
+    side "output"; both lead to the same factors, take the smaller. `mean` (..., d_in) is always the input's.
+    """
+
+    covariance: Tensor
+    mean: Tensor
+    side: str
+
+    def __post_init__(self) -> None:
+        if self.side not in ("input", "output"):
+            problem = f"expected 'input' or 'output', found {self.side!r}"
+            raise InvalidValueError(f"`LinearMoments.side`: {problem}; name the side the covariance was gathered on.")
+
+
+@torch.no_grad()
+def factorize_linear(
+    weight: Tensor, bias: Tensor | None, rank: int, *, moments: LinearMoments | None = None, ridge: float = 1e-6
+) -> LinearFactors:
+    """Factorise a linear layer to `rank`.
+
+    Without `moments`: the truncated SVD of `weight` (COMCAT, arXiv 2305.17235), bias kept. With them: the rank-r map
+    of least mean squared output error over centred inputs, mean error into the bias (docs/method.md). The ridge is
+    white input noise with that share of the output energy, so both sides of `LinearMoments` give the same factors.
+    At full rank one factor is `weight` and the other the identity.
+
+    Args:
+        weight: (..., d_out, d_in); bias: (..., d_out) or None.
+        rank: 1 to min(d_in, d_out); moments: of the same leading dimensions.
+
+    Returns `LinearFactors`, balanced; the spectrum is in units of the weight, with moments of the output (root mean
+    square). `bias` is None only if there is neither a bias nor moments.
+    Raises `InvalidValueError` for a rank, shape or ridge out of range and for NaN or infinity.
+    """
+    _check_linear(weight, bias, moments, ridge)
+    size = min(weight.shape[-2:])
+    check_rank(rank, size, "the smaller side of the weight")
+    dense = in_float64(weight)
+    if moments is None:
+        left, spectrum, right = torch.linalg.svd(dense, full_matrices=False)
+        root = spectrum[..., :rank].sqrt()
+        first, second = root.unsqueeze(-1) * right[..., :rank, :], left[..., :rank] * root.unsqueeze(-2)
+    else:
+        moment, basis = _output_moment(dense, moments, ridge)
+        energy, vectors = torch.linalg.eigh(moment)
+        spectrum, vectors = energy.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)[..., :rank]
+        second = vectors if basis is None else basis @ vectors
+        first, second = _balance(second.mT @ dense, second)
+    if rank == size:
+        one = torch.eye(size, dtype=dense.dtype, device=dense.device).expand(*weight.shape[:-2], size, size)
+        first, second = (one, dense) if weight.shape[-1] == size else (dense, one)
+    new_bias = None if bias is None else bias.clone()
+    if moments is not None:
+        mean = in_float64(moments.mean, dense.device).unsqueeze(-1)
+        lost = (dense @ mean - second @ (first @ mean)).squeeze(-1)
+        new_bias = (lost if bias is None else in_float64(bias) + lost).to(weight if bias is None else bias)
+    first, second = (factor.to(weight).clone(memory_format=torch.contiguous_format) for factor in (first, second))
+    return LinearFactors(first, second, new_bias, spectrum)
+
+
+@torch.no_grad()
+def linear_spectrum(
+    weight: Tensor, bias: Tensor | None, *, moments: LinearMoments | None = None, ridge: float = 1e-6
+) -> Tensor:
+    """What `factorize_linear` truncates: (..., min(d_in, d_out)); shapes, units, errors and source as there."""
+    _check_linear(weight, bias, moments, ridge)
+    if moments is None:
+        return torch.linalg.svdvals(in_float64(weight))
+    return torch.linalg.eigvalsh(_output_moment(in_float64(weight), moments, ridge)[0]).clamp(min=0).sqrt().flip(-1)
+
+
+def _balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every component the same norm in both factors (`second` has orthonormal columns), for half precision."""
+    norm = first.norm(dim=-1, keepdim=True)
+    root = torch.where(norm > 0, norm, 1.0).sqrt()
+    return first / root, second * root.mT
+
+
+def _output_moment(weight: Tensor, moments: LinearMoments, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """Regularised output covariance and, if d_out > d_in, the basis of the weight's range in which it is expressed."""
+    covariance, tall = in_float64(moments.covariance, weight.device), weight.shape[-2] > weight.shape[-1]
+    basis, rows = torch.linalg.qr(weight) if tall else (None, weight)
+    if moments.side == "input":
+        covariance = rows @ covariance @ rows.mT
+    elif tall:
+        covariance = basis.mT @ covariance @ basis
+    white = rows @ rows.mT
+    energy, noise = (m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for m in (covariance, white))
+    tiny = torch.finfo(energy.dtype).tiny
+    share = torch.where(energy > tiny, ridge * energy / noise.clamp(min=tiny), 1.0)
+    return (covariance + covariance.mT) / 2 + share * white, basis
+
+
+def _check_linear(weight: Tensor, bias: Tensor | None, moments: LinearMoments | None, ridge: float) -> None:
+    check_weight("weight", weight, "(..., d_out, d_in)", 2)
+    *batch, outputs, inputs = weight.shape
+    check_tensor("bias", bias, (*batch, outputs))
+    check_ridge(ridge)
+    if moments is not None:
+        side = inputs if moments.side == "input" else outputs
+        check_tensor("moments.covariance", moments.covariance, (*batch, side, side))
+        check_tensor("moments.mean", moments.mean, (*batch, inputs))
