@@ -85,30 +85,12 @@ def compress(
         UnsupportedModuleError: an attention module that is not known.
     """
     model = unwrapped(model)
-    chosen_by = {
-        "mlp": mlp,
-        "target_modules": target_modules,
-        "exclude_modules": exclude_modules,
-        "sensitivities": sensitivities,
-        "latency": latency,
-        "step": step,
-        "inputs": inputs,
-    }
-    _check_ways(model, reduction, plan, chosen_by)
-    request = Request.of(
-        model,
-        target_modules,
-        exclude_modules,
-        scope=scope,
-        metric=metric,
-        strategy=strategy,
-        mlp=mlp,
-        compensate=compensate,
-        step=step,
-        batches=batches is not None,
-        statistics=statistics is not None,
-        sensitivities=sensitivities is not None,
-    )
+    where = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+    choosing = {"mlp": mlp, "step": step, "sensitivities": sensitivities, "latency": latency, "inputs": inputs}
+    _check_ways(model, reduction, plan, where | choosing)
+    data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities}
+    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step}
+    request = Request.of(model, **where, data=data, **how, compensate=compensate)
     given = plan is not None
     if given:
         plan.check_model(model)
@@ -117,18 +99,17 @@ def compress(
         check_allocation(request, reduction, latency)
         sites = request.find_sites(model)
     if batches is not None and (request.compensate or (request.measures and not given)):
-        batches = read_batches(batches)
-    data = {"batches": batches, "sensitivities": sensitivities, "latency": latency}
-    choose = partial(allocate, model, sites, reduction, request, **data, inputs=inputs, progress=progress)
+        data["batches"] = batches = read_batches(batches)
+    choose = partial(allocate, model, sites, reduction, request, data, latency, inputs, progress)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
     if plan is None and not request.informed:
-        plan = choose(statistics=statistics)
+        plan = choose()
     if request.gathers(planned=given):
         needed = sites if plan is None else {name: sites[name] for name in plan.ranks}
         scope = scope if plan is None else plan.scope
-        statistics = gather(model, batches, needed.values(), scope, progress=progress)
+        data["statistics"] = statistics = gather(model, batches, needed.values(), scope, progress=progress)
     if plan is None:
-        plan = choose(statistics=statistics)
+        plan = choose()
     if statistics is not None:
         statistics.check_model(model, plan.ranks, sites)
     small = copy.deepcopy(model)

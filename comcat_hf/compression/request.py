@@ -1,6 +1,6 @@
 """What is asked of a compression: every default is decided here, and nowhere else."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +59,12 @@ class Request:
             raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
 
     @classmethod
-    def of(cls, model: nn.Module, target_modules: Any = None, exclude_modules: Any = None, **how: Any) -> "Request":
-        """A request for this model; raises InvalidValueError for modules that it does not have."""
-        return cls(targets=Targets.of(model, target_modules, exclude_modules).check(model), **how)
+    def of(
+        cls, model: nn.Module, target_modules: Any, exclude_modules: Any, data: Mapping[str, Any] = {}, **how: Any
+    ) -> "Request":
+        """A request with this data, by name; raises InvalidValueError for modules that the model does not have."""
+        given = {name: value is not None for name, value in data.items()}
+        return cls(targets=Targets.of(model, target_modules, exclude_modules).check(model), **given, **how)
 
     @property
     def informed(self) -> bool:

@@ -204,11 +204,6 @@ def test_savings_agree_with_what_is_built(family, biases):
     saved = [(site, plan[name]["width"]) for name, site in sites.items()]
     assert parameters - count_parameters(model) == sum(s.saved_parameters("width", k) for s, k in saved)
     assert macs - count_macs(model) == sum(s.saved_macs("width", k, tokens[s.moments_path]) for s, k in saved)
-    for site, _ in saved:
-        assert (site.saved_parameters("width", None), site.saved_macs("width", None, tokens[site.moments_path])) == (
-            0,
-            0,
-        )
 
 
 # --- plans

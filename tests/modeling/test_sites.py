@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from comcat_hf.compression.budget.budget import METRICS
 from comcat_hf.errors import InvalidValueError, RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import (
     LowRankAttention,
@@ -175,8 +176,9 @@ def test_savings_agree_with_what_is_built(data):
             continue
         ranks[name] = site.entry(chosen)
         assert site.ranks(ranks[name]) == chosen
-        saved += sum(site.saved_parameters(choice, rank) for choice, rank in chosen.items())
-        saved_macs += sum(site.saved_macs(choice, rank, tokens[name]) for choice, rank in chosen.items())
+        kept = [(choice, rank) for choice, rank in chosen.items() if rank is not None]
+        saved += sum(site.saved_parameters(*one) for one in kept)
+        saved_macs += sum(site.saved_macs(*one, tokens[name]) for one in kept)
     parameters, macs = sum(p.numel() for p in model.parameters()), macs_of(model, inputs)
     apply_ranks(model, ranks, initialize=False)
     for parameter in model.parameters():
@@ -203,10 +205,10 @@ def _tokens(model, inputs, sites):
 
 
 def test_dense_choices_save_nothing():
-    for site in find_sites(small_vit()[0]).values():
-        for choice in site.choices:
-            assert site.saved_parameters(choice, None) == 0
-            assert site.saved_macs(choice, None, Tokens(17, 17)) == 0
+    model, _ = small_vit()
+    savings = [metric.savings(model) for metric in METRICS.values()]
+    for site in find_sites(model, width=True).values():
+        assert all(saved(site, choice)[0](None) == 0 for saved in savings for choice in site.choices)
         assert site.entry(dict.fromkeys(site.choices)) is None
 
 

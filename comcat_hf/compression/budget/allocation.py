@@ -100,24 +100,11 @@ def allocate_ranks(
         BudgetError: a reduction out of reach; the message says what is reachable.
     """
     model = unwrapped(model)
-    request = Request.of(
-        model,
-        target_modules,
-        exclude_modules,
-        scope=scope,
-        metric=metric,
-        strategy=strategy,
-        mlp=mlp,
-        step=step,
-        compensate=False,
-        batches=batches is not None,
-        statistics=statistics is not None,
-        sensitivities=sensitivities is not None,
-    )
+    data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities}
+    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step}
+    request = Request.of(model, target_modules, exclude_modules, data, **how)
     check_allocation(request, reduction, latency)
-    sites = request.find_sites(model)
-    data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities, "latency": latency}
-    return allocate(model, sites, reduction, request, **data, inputs=inputs, progress=progress)
+    return allocate(model, request.find_sites(model), reduction, request, data, latency, inputs, progress)
 
 
 def allocate(
@@ -125,10 +112,7 @@ def allocate(
     found: Mapping[str, Site],
     reduction: float,
     request: Request,
-    *,
-    statistics: Mapping[str, Any] | None,
-    batches: Iterable[Any] | None,
-    sensitivities: Sensitivities | None,
+    data: Mapping[str, Any],
     latency: LatencyTable | None,
     inputs: Mapping[str, Any] | None,
     progress: bool | None,
@@ -137,17 +121,10 @@ def allocate(
     sites = sites_by_way(found, request.mlp)
     measure = _READY[request.metric](model, found, sites, latency, inputs, progress, request)
     budget, count = find_budget(model, sites, reduction, measure, request, inputs)
-    if isinstance(statistics, Statistics) and request.informed:
-        statistics.check_model(model, sites_of(budget.options), found)
-    chosen = STRATEGIES[request.strategy](
-        budget,
-        model=model,
-        collect=partial(gather, sites=found.values(), scope=request.scope, progress=progress),
-        statistics=statistics,
-        batches=batches,
-        sensitivities=sensitivities,
-        progress=progress,
-    )
+    if isinstance(data["statistics"], Statistics) and request.informed:
+        data["statistics"].check_model(model, sites_of(budget.options), found)
+    collect = partial(gather, sites=found.values(), scope=request.scope, progress=progress)
+    chosen = STRATEGIES[request.strategy](budget, model=model, collect=collect, progress=progress, **data)
     return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, request)
 
 

@@ -116,7 +116,7 @@ class _Counted:
 
 def _saved_macs(site: Site, tokens: Tokens | None, choice: str, rank: int | None) -> int:
     # What no sample runs through costs nothing.
-    return 0 if tokens is None else site.saved_macs(choice, rank, tokens)
+    return 0 if tokens is None or rank is None else site.saved_macs(choice, rank, tokens)
 
 
 # What can be counted on any model.
@@ -124,7 +124,7 @@ METRICS: Mapping[str, Metric] = {
     "params": _Counted(
         "params",
         lambda model, names, inputs: count_parameters(model, names),
-        lambda site, tokens, choice, rank: site.saved_parameters(choice, rank),
+        lambda site, tokens, choice, rank: 0 if rank is None else site.saved_parameters(choice, rank),
         runs=False,
     ),
     "macs": _Counted("macs", count_macs, _saved_macs, runs=True),

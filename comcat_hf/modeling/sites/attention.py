@@ -62,20 +62,17 @@ class AttentionSite(Site):
                 check_rank(f"{self.name}, {choice}", rank, limit, "the head dimension")
         return {choice: entry.get(choice) for choice in self.choices}
 
-    def saved_parameters(self, choice: str, rank: int | None) -> int:
-        if rank is None:
-            return 0
+    def saved_parameters(self, choice: str, rank: int) -> int:
         view, heads = self.view, self.view.num_heads
         cut = heads * (view.head_dim - rank)
         if choice == "qk":
-            biases = (cut if view.query.bias is not None else 0) + _numel(view.key.bias)
+            biases = (view.query.bias is not None) * cut + (view.key.bias is not None) * view.key.out_features
             return cut * (view.query.in_features + view.key.in_features) + biases
-        new_bias = view.output.out_features if view.output.bias is None else 0
-        return cut * (view.value.in_features + view.output.out_features) + _numel(view.value.bias) - new_bias
+        old, new = view.value.bias is not None, view.output.bias is None
+        biases = old * view.value.out_features - new * view.output.out_features
+        return cut * (view.value.in_features + view.output.out_features) + biases
 
-    def saved_macs(self, choice: str, rank: int | None, tokens: Tokens) -> int:
-        if rank is None:
-            return 0
+    def saved_macs(self, choice: str, rank: int, tokens: Tokens) -> int:
         view = self.view
         cut = tokens.calls * view.num_heads * (view.head_dim - rank)
         product = tokens.queries * tokens.keys
@@ -190,10 +187,6 @@ class AttentionSite(Site):
 
     def _rows(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.unflatten(0, (self.view.num_heads, self.view.head_dim))
-
-
-def _numel(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel()
 
 
 def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

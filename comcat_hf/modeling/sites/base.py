@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ...errors import InvalidValueError, RankPlanError
 
 
-__all__ = ["Entry", "Site", "Tokens", "biases_of", "block_of", "check_disjoint", "check_rank", "errors_name"]
-
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)(?:\.|$)")
 
 Entry = int | Mapping[str, int]
@@ -88,11 +86,11 @@ class Site(ABC):
         """
 
     @abstractmethod
-    def saved_parameters(self, choice: str, rank: int | None) -> int:
+    def saved_parameters(self, choice: str, rank: int) -> int:
         """How many parameters this choice at this rank removes."""
 
     @abstractmethod
-    def saved_macs(self, choice: str, rank: int | None, tokens: Tokens) -> int:
+    def saved_macs(self, choice: str, rank: int, tokens: Tokens) -> int:
         """How many multiply-accumulates per sample this choice at this rank removes."""
 
     @abstractmethod

@@ -13,9 +13,6 @@ from ..lowrank import LowRankLinear
 from .base import Ranks, Site, Tokens, check_rank, errors_name
 
 
-__all__ = ["LinearSite"]
-
-
 @dataclass(frozen=True)
 class LinearSite(Site):
     """A linear layer: its one choice is the rank of its two factors."""
@@ -54,15 +51,11 @@ class LinearSite(Site):
         check_rank(self.name, entry, self.full_ranks["rank"], "the smaller side")
         return {"rank": entry}
 
-    def saved_parameters(self, choice: str, rank: int | None) -> int:
-        if rank is None:
-            return 0
+    def saved_parameters(self, choice: str, rank: int) -> int:
         n, m = self.linear.in_features, self.linear.out_features
         return n * m - rank * (n + m) - (m if self.linear.bias is None else 0)
 
-    def saved_macs(self, choice: str, rank: int | None, tokens: Tokens) -> int:
-        if rank is None:
-            return 0
+    def saved_macs(self, choice: str, rank: int, tokens: Tokens) -> int:
         n, m = self.linear.in_features, self.linear.out_features
         return tokens.calls * tokens.queries * (n * m - rank * (n + m))
 

@@ -16,9 +16,6 @@ from ..mlps import MLPView
 from .base import Ranks, Site, Tokens, biases_of, check_rank, errors_name
 
 
-__all__ = ["MLPSite"]
-
-
 @dataclass(frozen=True)
 class MLPSite(Site):
     """A known MLP: its one choice is its width, how many hidden units are kept."""
@@ -58,17 +55,13 @@ class MLPSite(Site):
         check_rank(self.name, entry["width"], self.view.width, "its hidden units", "width")
         return {"width": entry["width"]}
 
-    def saved_parameters(self, choice: str, rank: int | None) -> int:
-        if rank is None:
-            return 0
+    def saved_parameters(self, choice: str, rank: int) -> int:
         view, cut = self.view, self.view.width - rank
         a_unit = sum(first.in_features + (first.bias is not None) for _, first in view.first)
         new_bias = view.output.out_features if view.output.bias is None else 0
         return cut * (a_unit + view.output.out_features) - new_bias
 
-    def saved_macs(self, choice: str, rank: int | None, tokens: Tokens) -> int:
-        if rank is None:
-            return 0
+    def saved_macs(self, choice: str, rank: int, tokens: Tokens) -> int:
         view = self.view
         a_unit = sum(first.in_features for _, first in view.first) + view.output.out_features
         return tokens.calls * tokens.queries * (view.width - rank) * a_unit
