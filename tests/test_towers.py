@@ -178,6 +178,26 @@ class TestATower:
             assert_close(outputs(model, inputs), expected)
 
 
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPTextModel"])
+def test_a_tower_is_loaded_alone_from_the_whole(name, tmp_path):
+    model, inputs = small_clip()
+    model.vision_model, model.text_model = compress(model.vision_model, 0.4), compress(model.text_model, 0.2)
+    model.save_pretrained(tmp_path / "small")
+    transformers.AutoModel.from_pretrained(tmp_path / "small").save_pretrained(tmp_path / "again")
+    kind = "text" if "Text" in name else "vision"
+    inputs = {n: t for n, t in inputs.items() if (n == "pixel_values") == (kind == "vision")}
+    with torch.no_grad():
+        expected = getattr(model, f"{kind}_model")(**inputs).last_hidden_state
+        for folder in ("small", "again"):
+            loaded = getattr(transformers, name).from_pretrained(tmp_path / folder)
+            assert torch.equal(loaded(**inputs).last_hidden_state, expected)
+    model.vision_model = model.text_model = None
+    dense, _ = small_clip()
+    model.vision_model, model.text_model = dense.vision_model, dense.text_model
+    model.save_pretrained(tmp_path / "dense")
+    assert "comcat" not in (tmp_path / "dense" / "config.json").read_text()
+
+
 def test_two_towers_in_one_model(tmp_path):
     model, inputs = small_clip()
     model.vision_model, model.text_model = compress(model.vision_model, 0.4), compress(model.text_model, 0.2)
@@ -354,8 +374,8 @@ def test_a_plan_has_its_targets_already():
         ("MochiTransformer3DModel", {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}),
     ],
 )
-def test_poolers_stay_dense(name, settings):
-    """A pooling module is no reason to refuse a model: what is refused is the attention of its blocks, if any."""
+def test_poolers_are_no_reason_to_refuse(name, settings):
+    """The reason is attention in the blocks: the processor of HunyuanDiT, the class of Mochi's."""
     model = getattr(diffusers, name)(**settings)
     pooler = next(n for n, m in model.named_modules() if "Pool" in type(m).__name__)
     with pytest.raises(UnsupportedModuleError, match=r"HunyuanAttnProcessor2_0|MochiAttention") as caught:
