@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checks import some_of
@@ -24,7 +25,7 @@ from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..tensor_files import open_safetensors
-from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
+from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving, teach_uploading
 
 
 __all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
@@ -176,6 +177,8 @@ def _save_pretrained(
 
 
 teach_saving(PreTrainedModel, _save_pretrained)
+# PEFT's mixin, too.
+teach_uploading(PushToHubMixin, "_upload_modified_files")
 
 
 def _joins_tensors(model: PreTrainedModel) -> bool:
