@@ -178,24 +178,33 @@ class TestATower:
             assert_close(outputs(model, inputs), expected)
 
 
-@pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPTextModel"])
-def test_a_tower_is_loaded_alone_from_the_whole(name, tmp_path):
-    model, inputs = small_clip()
-    model.vision_model, model.text_model = compress(model.vision_model, 0.4), compress(model.text_model, 0.2)
-    model.save_pretrained(tmp_path / "small")
-    transformers.AutoModel.from_pretrained(tmp_path / "small").save_pretrained(tmp_path / "again")
-    kind = "text" if "Text" in name else "vision"
-    inputs = {n: t for n, t in inputs.items() if (n == "pixel_values") == (kind == "vision")}
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_towers_are_loaded_alone_from_the_whole(kind, tmp_path):
+    (model, inputs), (dense, _) = MODELS[kind](), MODELS[kind]()
+    given = {"vision": {"pixel_values": inputs.pop("pixel_values")}, "text": inputs}
+    classes = {part: type(getattr(model, f"{part}_model")) for part in given}
+
+    def assert_loaded(folder, *small):
+        model.save_pretrained(folder)
+        for part, cls in classes.items():
+            loaded = cls.from_pretrained(folder)
+            assert torch.equal(
+                loaded(**given[part]).last_hidden_state, getattr(model, f"{part}_model")(**given[part]).last_hidden_state
+            )
+            assert bool(read_ranks(loaded)) == (part in small)
+        assert (folder / "config.json").read_text().count("quantization_config") == len(small) + bool(small)
+
     with torch.no_grad():
-        expected = getattr(model, f"{kind}_model")(**inputs).last_hidden_state
-        for folder in ("small", "again"):
-            loaded = getattr(transformers, name).from_pretrained(tmp_path / folder)
-            assert torch.equal(loaded(**inputs).last_hidden_state, expected)
-    model.vision_model = model.text_model = None
-    dense, _ = small_clip()
-    model.vision_model, model.text_model = dense.vision_model, dense.text_model
-    model.save_pretrained(tmp_path / "dense")
-    assert "comcat" not in (tmp_path / "dense" / "config.json").read_text()
+        # One tower after the other, the second in what was loaded again, and dense ones in their place.
+        model.vision_model = compress(model.vision_model, 0.4)
+        assert_loaded(tmp_path / "vision", "vision")
+        model = transformers.AutoModel.from_pretrained(tmp_path / "vision")
+        model.text_model = compress(model.text_model, 0.2)
+        assert_loaded(tmp_path / "both", "vision", "text")
+        model.vision_model = dense.vision_model
+        assert_loaded(tmp_path / "text", "text")
+        model.text_model = dense.text_model
+        assert_loaded(tmp_path / "dense")
 
 
 def test_two_towers_in_one_model(tmp_path):

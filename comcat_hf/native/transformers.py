@@ -106,17 +106,15 @@ def recorded(model: nn.Module) -> RankPlan | None:
 def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
     """Put a plan into the model's configuration; `None` takes it away."""
     _note(model.config, plan)
+    ranks = {} if plan is None else plan.ranks
     for path, part in _towers(model):
-        own = {
-            n.removeprefix(f"{path}."): e for n, e in (plan.ranks if plan else {}).items() if n.startswith(f"{path}.")
-        }
-        name = type(model.get_submodule(path)).__name__
-        facts = {"ranks": own, "architecture": name, "reached": None, "target_modules": None}
-        _note(part, replace(plan, **facts) if own else None)
+        own = {name.removeprefix(f"{path}."): entry for name, entry in ranks.items() if name.startswith(f"{path}.")}
+        facts = {"architecture": type(model.get_submodule(path)).__name__, "reached": None, "target_modules": None}
+        _note(part, replace(plan, ranks=own, **facts) if own else None)
 
 
 def _towers(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Paths and configurations of the parts whose classes read their own part of the whole's configuration."""
+    """Paths and configurations of the towers that their own class loads from the folder of the whole."""
     for key in model.config.sub_configs:
         part = getattr(model.config, key, None)
         for path, module in model.named_modules():
@@ -137,7 +135,7 @@ def _note(config: PreTrainedConfig, plan: RankPlan | None) -> None:
 
 
 def _is_ours(found: Any) -> bool:
-    # The library reads that of a part as a mapping.
+    # In the configuration of a tower the library leaves it a mapping.
     return isinstance(found, ComCATQuantizationConfig) or (
         isinstance(found, Mapping) and found.get("quant_method") in QUANT_METHODS
     )
