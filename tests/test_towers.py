@@ -189,7 +189,8 @@ def test_towers_are_loaded_alone_from_the_whole(kind, tmp_path):
         for part, cls in classes.items():
             loaded = cls.from_pretrained(folder)
             assert torch.equal(
-                loaded(**given[part]).last_hidden_state, getattr(model, f"{part}_model")(**given[part]).last_hidden_state
+                loaded(**given[part]).last_hidden_state,
+                getattr(model, f"{part}_model")(**given[part]).last_hidden_state,
             )
             assert bool(read_ranks(loaded)) == (part in small)
         assert (folder / "config.json").read_text().count("quantization_config") == len(small) + bool(small)
