@@ -2,6 +2,7 @@
 
 import copy
 import re
+import runpy
 import subprocess
 import sys
 
@@ -171,12 +172,12 @@ def test_columns_line_up():
 
 
 @pytest.mark.parametrize("module", ["comcat_hf.cli", "comcat_cli"])
-def test_the_module_runs_as_a_program(module):
-    command = [sys.executable, "-m", module, "demo", "--reduction", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "comcat demo: reduction must be a share between 0 and 1, got 2.0.\n"
-    assert done.stdout == ""
+def test_the_module_runs_as_a_program(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "demo", "--reduction", "2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    said = "comcat demo: reduction must be a share between 0 and 1, got 2.0.\n"
+    assert (ended.value.code, *capsys.readouterr()) == (1, "", said)
 
 
 def program(*arguments):

@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -312,9 +310,3 @@ def test_a_missing_package_is_said_before_anything_is_trained(tmp_path, monkeypa
     )
     with pytest.raises(ComCATError, match=rf"needs {missing}, .*comcat_hf\[demo,diffusers\]"):
         run_customize_demo(tmp_path / "out", TINY)
-
-
-def test_the_command_line_starts_without_the_extras():
-    code = "import sys, comcat_hf.cli; print(*{'diffusers', 'sklearn', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

@@ -5,8 +5,6 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -369,40 +367,6 @@ def test_a_dense_checkpoint_cannot_be_loaded_with_our_config(tmp_path):
     config = compress(model, 0.5).config.quantization_config
     with pytest.raises(InvalidValueError, match="compress"):
         load(tmp_path, quantization_config=config)
-
-
-UNIMPORTED = """
-import sys
-from transformers import AutoModelForImageClassification
-errors = []
-for folder in sys.argv[1:]:
-    try:
-        AutoModelForImageClassification.from_pretrained(folder)
-    except RuntimeError as error:
-        errors.append(error)
-assert "comcat_hf" not in sys.modules
-if len(errors) == len(sys.argv) - 1:
-    raise errors[-1]
-"""
-
-
-def test_a_process_without_the_import_stops(tmp_path):
-    model, _ = small_vit()
-    plans = {scope: plan_of(compress(model, 0.4, scope=scope)) for scope in ("model", "attention", "mlp")}
-    plans["vo"] = RankPlan({"vit.layers.1.attention": {"vo": 15}})
-    plans["qk"] = RankPlan({"vit.layers.1.attention": {"qk": 15}})
-    plans["classifier"] = RankPlan({"classifier": 2})
-    plans["width"] = RankPlan({"vit.layers.1.mlp": {"width": 79}})
-    for name, plan in plans.items():
-        compress(model, plan=plan).save_pretrained(tmp_path / name)
-    command = [sys.executable, "-c", UNIMPORTED, *(str(tmp_path / name) for name in plans)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert result.returncode == 1
-    assert result.stderr.count("MISMATCH") >= len(plans)
-    assert "size mismatch" in result.stderr
-    # What to import stands in the message.
-    assert "Unknown quantization type, got comcat_hf" in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("RuntimeError: You set `ignore_mismatched_sizes`")
 
 
 def edit_tensors(folder, change):
