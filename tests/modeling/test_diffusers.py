@@ -140,10 +140,9 @@ def test_counted_is_what_is_built(scope):
     assert comcat_hf.count_macs(fewer) < comcat_hf.count_macs(model)
 
 
-@pytest.mark.parametrize("seed", [5, 6, 7])
-def test_data_help_on_held_out_inputs(seed):
+def test_data_help_on_held_out_inputs():
     model = unet()
-    calibration, held_out = batch(64, seed), batch(16, seed + 100)
+    calibration, held_out = batch(64, 5), batch(16, 105)
     expected = run(model, held_out)
 
     def error(**how) -> float:

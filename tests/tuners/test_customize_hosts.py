@@ -12,7 +12,6 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from comcat_hf import ComCATConfig, RankPlan
@@ -108,8 +107,9 @@ def record(model: nn.Module) -> dict[str, tuple]:
 
 
 class TestHosts:
-    @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-    @pytest.mark.parametrize("family", list(ADAPTERS))
+    @pytest.mark.parametrize(
+        ("family", "kernel"), [*((family, "sdpa") for family in ADAPTERS), ("vit", "eager"), ("clip_text", "eager")]
+    )
     def test_the_formula(self, family, kernel):
         """Layer by layer, on what each gets: masks too, causal and padding."""
         model, inputs = MODELS[family](attn_implementation=kernel)
@@ -248,13 +248,6 @@ class TestHosts:
             gradients.append([p.grad for p in model.parameters() if p.requires_grad and p.grad is not None])
         assert_close(gradients[1], gradients[0], 1e-5)
 
-    def test_modes_follow(self):
-        model = get_peft_model(small_vit()[0], config())
-        modules = [m for m in model.base_model.model.modules() if not isinstance(m, nn.ModuleDict)]
-        assert not any(module.training for module in modules)
-        model.train()
-        assert all(module.training for module in model.modules())
-
     def test_attention_dropout_is_applied_while_training(self):
         model, inputs = small_vit(attention_probs_dropout_prob=0.5)
         model = get_peft_model(model, random_config())
@@ -264,8 +257,7 @@ class TestHosts:
         model.eval()
         assert equal(outputs(model, inputs), expected)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @every_kind
+    @pytest.mark.parametrize(("dtype", "adapter"), [(torch.bfloat16, FULL), (torch.float16, CORE)])
     def test_half_precision(self, dtype, adapter, tmp_path):
         model, inputs = small_vit()
         reference = get_peft_model(model, random_config(adapter))
@@ -489,22 +481,6 @@ class TestAdapters:
             get_peft_model(model, config({}, **settings))
         assert_unchanged(model, state, classes)
 
-    @pytest.mark.parametrize(
-        ("settings", "words"),
-        [
-            ({"mode": "customize", "linear_rank": 2}, "linear_rank.*customize"),
-            ({"mode": "customize", "qk_rank": 2, "mlp_width": 2}, "mlp_width.*customize"),
-            ({"qk_rank": 2, "core": True}, "core.*compress"),
-            ({"qk_rank": 2, "scale": 0.5}, "scale.*compress"),
-            ({"mode": "customize", "qk_rank": 2, "scale": float("nan")}, "finite.*nan"),
-            ({"mode": "customize", "qk_rank": 2, "scale": "1"}, "finite.*'1'"),
-            ({"mode": "customize"}, "no rank"),
-        ],
-    )
-    def test_configurations_that_mean_nothing_are_refused(self, settings, words):
-        with pytest.raises(InvalidValueError, match=words):
-            ComCATConfig(**settings)
-
     def test_a_configuration_comes_back(self, tmp_path):
         config(CORE, scale=0.5).save_pretrained(tmp_path)
         assert ComCATConfig.from_pretrained(str(tmp_path)) == config(CORE, scale=0.5)
@@ -668,23 +644,6 @@ class TestUNet:
             for key, tensor in own.items():
                 tensor.copy_(state[key])
         assert equal(outputs(unet, inputs), expected)
-
-    def test_compiled_once(self):
-        torch._dynamo.reset()
-        unet, inputs = _unet(FULL)
-        block = unet.mid_block.attentions[0].transformer_blocks[0]
-        counter = CompileCounter()
-        x, text = torch.randn(1, 16, 32), inputs["encoder_hidden_states"][:1]
-
-        def run(states):
-            return block(states, encoder_hidden_states=text)
-
-        compiled = torch.compile(run, backend=counter, fullgraph=True)
-        for scale in (1.0, 0.3, 0.0):
-            unet.set_adapters(["a"], [scale])
-            assert_close([compiled(x)], [run(x)])
-        assert counter.frame_count == 1
-        torch._dynamo.reset()
 
 
 class TestThreads:
