@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from comcat_hf.customization.pipelines import load_comcat_weights
 from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModuleError
 from comcat_hf.reporting.plots import plot_image_grid
+from comcat_hf.training.dreambooth.__main__ import main
 from comcat_hf.training.dreambooth.loop import customize
 from comcat_hf.training.dreambooth.losses import DiffusionLoss
 from comcat_hf.training.dreambooth.sampling import generate
@@ -30,6 +32,7 @@ from comcat_hf.training.locks import locked
 from comcat_hf.training.recipes import recipe_names
 from comcat_hf.training.seeds import choose_seed, seeded
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
+from tests.helpers import in_processes
 
 
 TEST = {"resolution": 16, "train_batch_size": 2, "num_inference_steps": 2, "seed": 7, "instance_prompt": "a sks 3"}
@@ -69,9 +72,9 @@ def flags(given):
     return [f"--{name}={value}" for name, value in chosen.items() if str(value) != "2" or "rank" not in name]
 
 
-def start(arguments, launcher=(), **environment):
-    command = [sys.executable, *launcher, "-m", "comcat_hf.training.dreambooth", *arguments]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+def start(arguments):
+    command = [sys.executable, "-m", "comcat_hf.training.dreambooth", *arguments]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -560,14 +563,17 @@ def test_the_recipe_of_the_paper():
 # Through the script
 
 
+def train_in_group(arguments, folder):
+    sys.argv = ["program", *arguments]
+    with (folder / f"{os.environ['RANK']}.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        assert main() == 0
+
+
 def test_two_processes_train_together(bases, tmp_path):
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     given = PRIOR | {"class_data_dir": str(tmp_path / "class"), "train_batch_size": 1, "checkpointing_steps": 2}
     wanted = settings(bases, tmp_path / "two", "sdxl", train_text_encoder=True, **given)
-    process = start(flags(wanted), launcher, CUDA_VISIBLE_DEVICES="")
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    in_processes(train_in_group, flags(wanted), tmp_path)
+    said = "".join((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert "1 images x 2 processes" in said and said.count("The adapter is in") == 1
     assert said.count("Training:   0%") == 1 and len(list((tmp_path / "class").iterdir())) == 3
     assert len(list((tmp_path / "two" / "checkpoint-2").glob("random_states_*.pt"))) == 2
