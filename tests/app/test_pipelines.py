@@ -219,8 +219,7 @@ def test_diffusers_is_named_when_it_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "name"),
-    [("user/my-dog", "my-dog"), ("folder/v1.5/", "v1_5"), ("~/a b", "a_b"), ("/", "adapter")],
+    ("source", "name"), [("user/my-dog", "my-dog"), ("folder/v1.5/", "v1_5"), ("~/a b", "a_b"), ("/", "adapter")]
 )
 def test_names_from_sources(source, name):
     assert adapter_name(source) == name

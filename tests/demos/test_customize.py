@@ -287,8 +287,7 @@ def test_the_lora_is_the_smallest_that_has_no_fewer_parameters():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"steps": 0}, {"base_steps": 1}, {"samples": 5}, {"threads": 0}, {"seed": -1}, {"guidance": 1.0}],
+    "wrong", [{"steps": 0}, {"base_steps": 1}, {"samples": 5}, {"threads": 0}, {"seed": -1}, {"guidance": 1.0}]
 )
 def test_settings_out_of_range_are_named(tmp_path, wrong):
     with pytest.raises(InvalidValueError, match=next(iter(wrong))):

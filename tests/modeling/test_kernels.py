@@ -12,15 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from comcat_hf.modeling import LowRankAttention, apply_ranks, attention_views, find_sites
 from comcat_hf.modeling import lowrank as modules
-from tests.helpers import (
-    MODELS,
-    assert_close,
-    attention_ranks,
-    compressed,
-    outputs,
-    small_deit,
-    small_vit,
-)
+from tests.helpers import MODELS, assert_close, attention_ranks, compressed, outputs, small_deit, small_vit
 
 
 FAMILIES = list(MODELS)

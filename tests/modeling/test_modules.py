@@ -192,13 +192,7 @@ def test_factors_keep_the_names_of_what_they_replace():
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 9),
-    st.integers(1, 9),
-    st.integers(1, 9),
-    st.booleans(),
-    st.sampled_from([(), (2,), (2, 3)]),
-)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
 def test_low_rank_linear(inputs, outputs_, rank, bias, batch):
     module = LowRankLinear(inputs, outputs_, rank, bias=bias)
     x = torch.randn(*batch, inputs)

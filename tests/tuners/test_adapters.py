@@ -5,23 +5,13 @@ import warnings
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-)
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from comcat_hf import ComCATConfig, RankPlan
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import read_ranks
-from tests.helpers import (
-    assert_unchanged,
-    classes_of,
-    outputs,
-    small_bert,
-    small_vit,
-    state_of,
-)
+from tests.helpers import assert_unchanged, classes_of, outputs, small_bert, small_vit, state_of
 from tests.tuners.cases import LOW_CONFIG, disturb, equal, layers_of, low_config, trainable
 
 

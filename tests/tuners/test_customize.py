@@ -318,10 +318,7 @@ class TestProcessors:
         assert torch.equal(model(states()), expected)
 
     def test_attention_that_is_not_plain_is_refused(self):
-        for options, words in (
-            ({"added_kv_proj_dim": 8}, "added_kv_proj_dim"),
-            ({"kv_heads": 1}, "fewer heads"),
-        ):
+        for options, words in (({"added_kv_proj_dim": 8}, "added_kv_proj_dim"), ({"kv_heads": 1}, "fewer heads")):
             with pytest.raises(UnsupportedModuleError, match=words):
                 host(FULL, **options)
 

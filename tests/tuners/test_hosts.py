@@ -2,27 +2,14 @@
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from comcat_hf import ComCATConfig, collect_statistics, initialize_comcat_weights
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import apply_ranks, read_ranks
 from comcat_hf.tuners.layer import CompressLayer
-from tests.helpers import (
-    HEAD_DIM,
-    MODELS,
-    assert_close,
-    outputs,
-    small_bert,
-    small_vit,
-    state_of,
-)
+from tests.helpers import HEAD_DIM, MODELS, assert_close, outputs, small_bert, small_vit, state_of
 from tests.tuners.cases import LOW, LOW_CONFIG, disturb, equal, every_family, low_config
 
 
