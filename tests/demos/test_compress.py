@@ -1,6 +1,7 @@
 """The demo as a user runs it, with few epochs, and its parts."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -27,8 +28,10 @@ def finished(tmp_path_factory):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    threads = torch.get_num_threads()
+    threads, digits = torch.get_num_threads(), demo.load_digits()
+    few = replace(digits, train_images=digits.train_images[:256], train_labels=digits.train_labels[:256])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_digits", lambda: few)
         patch.setattr(demo, "DemoSettings", partial(demo.DemoSettings, repeats=3))
         done = CliRunner().invoke(
             cli.app, ["demo", "--output", str(folder), "--epochs", "1", "--finetune-epochs", "1"]
