@@ -175,6 +175,7 @@ def program(*arguments):
     return done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
+@pytest.mark.processes
 def test_what_needs_no_model_starts_without_torch(tmp_path):
     plan = save_plan(tmp_path / "plan")
     for arguments, says in (
@@ -190,6 +191,7 @@ def test_what_needs_no_model_starts_without_torch(tmp_path):
         assert (loaded, says in said) == ("False False", True), said
 
 
+@pytest.mark.processes
 def test_a_command_that_needs_models_registers_with_the_libraries(tmp_path):
     loaded, said = program("convert", "vit", str(tmp_path), str(tmp_path / "out"))
     assert loaded == "True True" and "comcat convert vit: " in said

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import get_peft_model
 
@@ -17,6 +18,7 @@ from tests.modeling.test_diffusers import unet
 from tests.tuners.cases import LOW, disturb
 
 
+pytestmark = pytest.mark.processes
 WITHOUT = """
 import json, sys
 import diffusers, transformers

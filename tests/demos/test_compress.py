@@ -17,6 +17,7 @@ from comcat_hf.demos import compress as demo
 from comcat_hf.errors import ComCATError, InvalidValueError
 
 
+pytestmark = pytest.mark.processes
 TRAINED = ("Dense", "Compressed", "Dense, further")
 ROWS = ("dense", "dense, trained further", "weights only", "with images", "fine-tuned")
 

@@ -291,6 +291,7 @@ def test_a_resumed_training_ends_with_the_same_bits(bases, tmp_path, changes):
     assert ours["python"] == theirs["python"] and torch.equal(ours["torch"], theirs["torch"])
 
 
+@pytest.mark.processes
 def test_sigterm_saves_and_the_rest_gives_the_same_bits(bases, tmp_path):
     given = {"max_train_steps": 24, "checkpointing_steps": 1000}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
