@@ -442,7 +442,7 @@ BAD = {
     "model gone": ({"pretrained_model_name_or_path": "./gone"}, "expected a folder or Hub id of a diffusers pipeline"),
     "no prompt": ({"instance_prompt": " "}, "--instance_prompt is needed"),
     "no images": ({"instance_data_dir": None}, "Give one of --instance_data_dir and --dataset_name, got neither"),
-    "empty folder": ({"instance_data_dir": "."}, "expected images, found an empty folder"),
+    "empty folder": ({"instance_data_dir": "."}, "found an empty folder"),
     "folder gone": ({"instance_data_dir": "gone"}, "--instance_data_dir gone: expected a folder with images"),
     "no rank": ({"qk_rank": 0, "vo_rank": "none"}, "leaves nothing to train"),
     "rank": ({"qk_rank": 99}, "99"),
