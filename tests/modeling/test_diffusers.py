@@ -14,7 +14,7 @@ from torch import nn
 
 import comcat_hf
 from comcat_hf.closed_forms.attention import AttentionMoments
-from comcat_hf.compression.calibration import statistics as gathering
+from comcat_hf.compression.calibration.inputs import main_input
 from comcat_hf.errors import CheckpointError, InvalidValueError, RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites, read_ranks
 from tests.customization.pipelines import tiny_sd
@@ -182,7 +182,7 @@ def test_moments_of_cross_attention_are_those_of_both_inputs():
 def test_the_main_input_is_known_by_its_place():
     with pytest.raises(InvalidValueError, match="'sample', the main input of UNet2DConditionModel"):
         comcat_hf.collect_statistics(unet(), [{"pixel_values": torch.zeros(1, 4, 8, 8)}])
-    assert gathering._main_input(unet()) == "sample"
+    assert main_input(unet()) == "sample"
 
 
 def test_native_checkpoint(tmp_path):
