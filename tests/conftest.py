@@ -1,5 +1,6 @@
 """Settings that must stand before the first import, and a fixed seed for every test."""
 
+import gc
 import os
 
 
@@ -9,6 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    """What imports made stays: accelerate's trainings collect garbage often, and would walk all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,16 @@
 Every parameter is random: biases, class tokens and norms would else start at values that hide errors.
 """
 
+import multiprocessing
+import os
+import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -280,6 +284,32 @@ def compressed(family: str = "vit", qk: int = 5, vo: int = 12, linear: int | Non
         ranks |= dict.fromkeys(find_sites(model, "mlp"), linear)
     apply_ranks(model, ranks)
     return model, inputs
+
+
+def in_processes(work: Callable[..., None], *arguments: Any, count: int = 2) -> None:
+    """Run a function in processes of one group on the CPU; forked, since to import the libraries anew takes longer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    fork = multiprocessing.get_context("fork").Process
+    running = [fork(target=_in_group, args=(rank, count, port, work, arguments)) for rank in range(count)]
+    try:
+        for process in running:
+            process.start()
+        for process in running:
+            process.join(180)
+        # What went wrong stands in the output of the test.
+        assert [process.exitcode for process in running] == [0] * count
+    finally:
+        for process in running:
+            process.kill()
+
+
+def _in_group(rank: int, count: int, port: str, work: Callable[..., None], arguments: tuple) -> None:
+    group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    work(*arguments)
 
 
 def _sides(linear: nn.Linear) -> tuple[int, int]:

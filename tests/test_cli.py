@@ -2,6 +2,7 @@
 
 import copy
 import re
+import runpy
 import subprocess
 import sys
 
@@ -46,29 +47,22 @@ def plain(text):
     return " ".join(text.replace("│", " ").split())
 
 
-def test_help_lists_the_commands():
-    result = run("--help")
-    assert result.exit_code == 0
-    assert "demo" in result.stdout
-    assert "low-rank" in result.stdout
-    assert "demo" in run().output
+OF_BOTH = ("--output", "--seed", "--threads", "--no-progress")
 
 
-def test_the_demos_help_names_its_options():
-    result = run("demo", "--help")
-    assert result.exit_code == 0
-    for option in ("--output", "--reduction", "--epochs", "--finetune-epochs", "--seed", "--threads", "--no-progress"):
-        assert option in result.stdout
-    assert "comcat_demo" in plain(result.stdout)
-
-
-def test_the_help_of_the_demo_of_customizing_names_its_options():
-    assert "demo-customize" in run("--help").stdout
-    result = run("demo-customize", "--help")
-    assert result.exit_code == 0
-    for option in ("--output", "--steps", "--base-steps", "--samples", "--seed", "--threads", "--no-progress"):
-        assert option in result.stdout
-    assert "comcat_demo/customize" in plain(result.stdout)
+@pytest.mark.parametrize(
+    ("command", "options", "place"),
+    [
+        ("demo", ("--reduction", "--epochs", "--finetune-epochs", *OF_BOTH), "comcat_demo"),
+        ("demo-customize", ("--steps", "--base-steps", "--samples", *OF_BOTH), "comcat_demo/customize"),
+    ],
+)
+def test_help_names_commands_and_their_options(command, options, place):
+    everything, own = run("--help"), run(command, "--help")
+    assert everything.exit_code == own.exit_code == 0
+    assert command in everything.stdout and "low-rank" in everything.stdout and command in run().output
+    assert not [option for option in options if option not in own.stdout]
+    assert place in plain(own.stdout)
 
 
 @pytest.mark.parametrize(
@@ -86,40 +80,32 @@ def test_an_error_is_one_message_and_exit_code_1(tmp_path, arguments, message):
     assert "Traceback" not in result.output
     assert "Training" not in result.stdout
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("mine")
+    result = run("demo", "--output", str(tmp_path / "out"))
+    assert (result.exit_code, "found a file" in result.stderr) == (1, True)
+    assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    result = run("demo", "--output", str(file))
-    assert result.exit_code == 1
-    assert "found a file" in result.stderr
-    assert file.read_text() == "mine"
-
-
-@pytest.mark.parametrize("arguments", [("--epochs", "0"), ("--seed", "-1"), ("--threads", "0"), ("--nonsense",)])
-def test_typer_refuses_what_the_options_do_not_allow(arguments):
-    result = run("demo", *arguments)
-    assert result.exit_code == 2
-    assert arguments[0] in result.stderr
-
-
-@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--base-steps", "1"), ("--samples", "5"), ("--seed", "-1")])
-def test_typer_refuses_what_the_demo_of_customizing_does_not_allow(arguments):
-    result = run("demo-customize", *arguments)
-    assert result.exit_code == 2
-    assert arguments[0] in result.stderr
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [
+        ("demo", ("--epochs 0", "--seed -1", "--threads 0", "--nonsense")),
+        ("demo-customize", ("--steps 0", "--base-steps 1", "--samples 5", "--seed -1")),
+    ],
+)
+def test_typer_refuses_what_the_options_do_not_allow(command, refused):
+    for arguments in map(str.split, refused):
+        result = run(command, *arguments)
+        assert result.exit_code == 2 and arguments[0] in result.stderr
 
 
 SECRET = "hf_aVeryLongSecretOfATest"
 
 
-@pytest.mark.parametrize(
-    "arguments", [("push", "a", "b", SECRET), (SECRET,), ("ranks", SECRET), ("info", SECRET), ("push", SECRET, "a/b")]
-)
-def test_a_token_in_the_place_of_a_name_is_not_repeated(arguments):
-    result = run(*arguments)
-    assert result.exit_code and "***" in result.stderr and SECRET not in result.output
+def test_a_token_in_the_place_of_a_name_is_not_repeated():
+    words = (("push", "a", "b", SECRET), (SECRET,), ("ranks", SECRET), ("info", SECRET), ("push", SECRET, "a/b"))
+    for result in (run(*arguments) for arguments in words):
+        assert result.exit_code and "***" in result.stderr and SECRET not in result.output
 
 
 def test_the_demo_of_customizing_is_run_with_its_options(tmp_path, monkeypatch):
@@ -171,12 +157,12 @@ def test_columns_line_up():
 
 
 @pytest.mark.parametrize("module", ["comcat_hf.cli", "comcat_cli"])
-def test_the_module_runs_as_a_program(module):
-    command = [sys.executable, "-m", module, "demo", "--reduction", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "comcat demo: reduction must be a share between 0 and 1, got 2.0.\n"
-    assert done.stdout == ""
+def test_the_module_runs_as_a_program(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "demo", "--reduction", "2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    said = "comcat demo: reduction must be a share between 0 and 1, got 2.0.\n"
+    assert (ended.value.code, *capsys.readouterr()) == (1, "", said)
 
 
 def program(*arguments):
@@ -189,6 +175,7 @@ def program(*arguments):
     return done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
+@pytest.mark.processes
 def test_what_needs_no_model_starts_without_torch(tmp_path):
     plan = save_plan(tmp_path / "plan")
     for arguments, says in (
@@ -204,6 +191,7 @@ def test_what_needs_no_model_starts_without_torch(tmp_path):
         assert (loaded, says in said) == ("False False", True), said
 
 
+@pytest.mark.processes
 def test_a_command_that_needs_models_registers_with_the_libraries(tmp_path):
     loaded, said = program("convert", "vit", str(tmp_path), str(tmp_path / "out"))
     assert loaded == "True True" and "comcat convert vit: " in said
@@ -303,15 +291,15 @@ def test_info_refuses_what_is_not_ours_by_name(tmp_path):
     assert "comcat_ranks.json: expected JSON, found" in run("info", str(tmp_path / "empty")).stderr
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc", "unet/x"])
-def test_info_reads_nothing_outside_of_the_folder(tmp_path, name):
+def test_info_reads_nothing_outside_of_the_folder(tmp_path):
     for folder in ("outside", "in"):
         write_json_atomic(tmp_path / folder / "adapter_config.json", {"qk_rank": 77})
-    index = {"base_model_name_or_path": None, "revision": None, "parts": {name: {}}}
-    write_json_atomic(tmp_path / "in" / "comcat_adapter.json", make_document("comcat_adapter", 1, index))
-    result = run("info", str(tmp_path / "in"))
-    assert result.exit_code == 1
-    assert "expected 'parts' by their names" in result.stderr and "77" not in result.output
+    for name in ("../outside", "/etc", "unet/x"):
+        index = {"base_model_name_or_path": None, "revision": None, "parts": {name: {}}}
+        write_json_atomic(tmp_path / "in" / "comcat_adapter.json", make_document("comcat_adapter", 1, index))
+        result = run("info", str(tmp_path / "in"))
+        assert result.exit_code == 1
+        assert "expected 'parts' by their names" in result.stderr and "77" not in result.output
 
 
 def test_info_counts_parameters_and_names_a_file_that_it_cannot_read(tmp_path):
@@ -431,16 +419,16 @@ def test_a_pipeline_is_compressed_by_its_parts(tmp_path):
     assert result.stderr.endswith("Give one of its parts with --subfolder: unet.\n")
 
 
-@pytest.mark.parametrize("data", [True, False])
-def test_the_modules_that_are_meant_are_compressed(digits_vit, data):
+def test_the_modules_that_are_meant_are_compressed(digits_vit):
     chosen = ("--reduction", "0.2", "--target-modules", "layers.0,layers.1", "--exclude-modules", "layers.0.attention")
-    images = ("--data", str(digits_vit / "data"), "--samples", "16", "--sweep", "0.1") if data else ()
-    model, out = str(digits_vit / "vit"), digits_vit / "out"
-    result = run("compress", model, str(out), *chosen, *images)
-    assert result.exit_code == 0, result.output
-    plan = comcat_hf.RankPlan.from_pretrained(out)
-    assert plan.target_modules == ["layers.0", "layers.1"]
-    assert plan.ranks and not {"classifier", "vit.layers.0.attention"} & set(plan.ranks)
+    model = str(digits_vit / "vit")
+    images = ("--data", str(digits_vit / "data"), "--samples", "16", "--sweep", "0.1")
+    for out, further in ((digits_vit / "out", images), (digits_vit / "without", ())):
+        result = run("compress", model, str(out), *chosen, *further)
+        assert result.exit_code == 0, result.output
+        plan = comcat_hf.RankPlan.from_pretrained(out)
+        assert plan.target_modules == ["layers.0", "layers.1"]
+        assert plan.ranks and not {"classifier", "vit.layers.0.attention"} & set(plan.ranks)
     result = run("compress", model, str(out), "--plan", str(out), *chosen[2:])
     assert "--plan names its modules: leave out --target-modules and --exclude-modules" in result.stderr
     wrong = ("--reduction", "0.2", "--target-modules", "tower")

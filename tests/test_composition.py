@@ -165,6 +165,7 @@ def torchao(tmp_path_factory):
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.processes
 def test_a_compressed_vit_in_int8_answers_as_before(torchao):
     _, facts = torchao
     # Eight bits per row round by at most 1/254 of the largest weight: under two percent after a few layers.
@@ -176,6 +177,7 @@ def test_a_compressed_vit_in_int8_answers_as_before(torchao):
     assert facts["reloaded"]
 
 
+@pytest.mark.processes
 def test_what_int8_weights_cannot_do_is_refused_by_name(torchao):
     folder, facts = torchao
     for what, (ours, message) in facts["refused"].items():
@@ -224,6 +226,7 @@ def test_dynamic_quantisation_of_torch_answers_as_before(build, tmp_path):
         assert not (tmp_path / "quantised").exists()
 
 
+@pytest.mark.processes
 def test_adapters_customize_int8_weights(torchao):
     for core in (False, True):
         effect, error = torchao[1][f"customize {core}"]

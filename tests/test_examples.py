@@ -137,23 +137,22 @@ def test_the_readme_shows_what_is_printed():
     assert any(block.printed for block in blocks(ROOT / "README.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_example_says_what_it_is(page):
-    languages = {block.language for block in blocks(page) if not block.text.startswith("comcat_hf/\n")}
-    assert languages <= {"python", "bash"}
+def test_every_example_says_what_it_is():
+    found = [(page.stem, b.language) for page in PAGES for b in blocks(page) if not b.text.startswith("comcat_hf/\n")]
+    assert not [example for example in found if example[1] not in ("python", "bash")]
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
-def test_commands_are_there_and_take_these_options(page, line):
-    words = shlex.split(line)
-    if words[0] == "comcat":
-        parse(words[1:])
-    elif words[:2] == ["accelerate", "launch"]:
-        assert wrong_flags(line) == set()
-    elif words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    else:
-        assert words[:2] == ["pip", "install"], f"{page}: nobody knows how to check {line!r}"
+def test_commands_are_there_and_take_these_options():
+    for page, line in commands():
+        words = shlex.split(line)
+        if words[0] == "comcat":
+            parse(words[1:])
+        elif words[:2] == ["accelerate", "launch"]:
+            assert wrong_flags(line) == set(), f"{page}: {line}"
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
+        else:
+            assert words[:2] == ["pip", "install"], f"{page}: nobody knows how to check {line!r}"
 
 
 def parse(words):

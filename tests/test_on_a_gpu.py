@@ -172,9 +172,7 @@ class TestCompress:
         labelled = [batch | {"labels": torch.arange(8, device="cuda") % 5} for batch in batches(torch.float32)]
         precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         losses = finetune(
-            *(small, model, labelled, 8, 1e-3),
-            accelerator=Accelerator(mixed_precision=precision),
-            progress=False,
+            *(small, model, labelled, 8, 1e-3), accelerator=Accelerator(mixed_precision=precision), progress=False
         )
         AcceleratorState._reset_state(True)
         assert losses[-1]["total"] < losses[0]["total"]

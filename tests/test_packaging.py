@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parent.parent
 NOT_CODE = ("__pycache__", "*.egg-info", "build")
 

@@ -110,9 +110,8 @@ def test_sizes_steps_and_progress(base, adapters, studio):
     assert "16 × 16" in studio.describe()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_settings_and_scales_that_cannot_be_used(studio, adapters):
+    for changes, message in (
         ({"steps": 0}, "steps.*from 1 to 1000, found 0"),
         ({"steps": 2.5}, "steps.*found 2.5"),
         ({"seed": -1}, "seed.*found -1"),
@@ -120,18 +119,13 @@ def test_sizes_steps_and_progress(base, adapters, studio):
         ({"height": 20}, "height: expected a multiple of 8, found 20"),
         ({"width": 4096}, "width.*found 4096"),
         ({"guidance": float("nan")}, "guidance.*found nan"),
-    ],
-)
-def test_settings_that_cannot_be_used(studio, changes, message):
-    with pytest.raises(InvalidValueError, match=message):
-        studio.draw(DrawSettings("a cat", **changes))
-
-
-@pytest.mark.parametrize("scale", [float("inf"), True, "much", None])
-def test_scales_that_cannot_be_used(studio, adapters, scale):
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            studio.draw(DrawSettings("a cat", **changes))
     studio.add("dog", str(adapters["dog"]))
-    with pytest.raises(InvalidValueError, match="dog: expected a number as its scale"):
-        studio.draw(SETTINGS, {"dog": scale})
+    for scale in (float("inf"), True, "much", None):
+        with pytest.raises(InvalidValueError, match="dog: expected a number as its scale"):
+            studio.draw(SETTINGS, {"dog": scale})
     with pytest.raises(InvalidValueError, match=r"cat: expected the name of an adapter.*has dog"):
         studio.draw(SETTINGS, {"cat": 1.0})
 
@@ -225,8 +219,7 @@ def test_diffusers_is_named_when_it_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "name"),
-    [("user/my-dog", "my-dog"), ("folder/v1.5/", "v1_5"), ("~/a b", "a_b"), ("/", "adapter")],
+    ("source", "name"), [("user/my-dog", "my-dog"), ("folder/v1.5/", "v1_5"), ("~/a b", "a_b"), ("/", "adapter")]
 )
 def test_names_from_sources(source, name):
     assert adapter_name(source) == name

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import subprocess
 import sys
 
 import httpx
@@ -251,13 +250,6 @@ def test_gradio_is_named_when_it_is_missing(monkeypatch):
         "comcat app: The app needs gradio, which is not installed. Install what it needs with: "
         "pip install 'comcat_hf[app]'\n"
     )
-
-
-def test_neither_the_commands_nor_the_logic_import_gradio():
-    code = "import sys, comcat_hf.cli; first = 'comcat_hf.app' in sys.modules; import comcat_hf.app; "
-    code += "print(first, 'gradio' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False False\n"
 
 
 def test_without_models_the_page_is_empty():

@@ -133,12 +133,7 @@ def test_what_cannot_be_counted_is_said():
 
 def test_unknown_attention_is_an_error_of_the_whole_and_not_of_the_mlp():
     config = BeitConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
     )
     model = BeitForImageClassification(config)
     with pytest.raises(UnsupportedModuleError, match="BeitAttention"):

@@ -269,10 +269,7 @@ def test_a_rank_file_is_no_table(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"hidden_size": 96},
-            r"no times for vit.*'attention 96, 3 heads of 32.*measure_latency",
-        ),
+        ({"hidden_size": 96}, r"no times for vit.*'attention 96, 3 heads of 32.*measure_latency"),
         ({"image_size": 64}, r"65 tokens', found .*17 tokens.*measure_latency"),
         ({"num_hidden_layers": 3}, r"2 sites of the shape 'attention .*', found 3"),
         ({"attn_implementation": "eager"}, "eager"),

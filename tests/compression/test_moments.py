@@ -1,15 +1,11 @@
 """Statistics add up, over parts of the data and over processes, and come back from their file."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 
 from comcat_hf import Statistics, collect_statistics, compress
 from comcat_hf.compression.calibration.moments import STATISTICS_NAME
@@ -17,47 +13,7 @@ from comcat_hf.compression.calibration.statistics import collecting, token_mask
 from comcat_hf.errors import CheckpointError, InvalidValueError
 from comcat_hf.modeling import apply_ranks, find_sites
 from tests.compression.test_statistics import assert_same
-from tests.helpers import MODELS, images, small_bert, small_vit
-
-
-ROOT = Path(__file__).resolve().parents[2]
-
-WORKER = """
-import sys
-import torch
-from accelerate import Accelerator
-from comcat_hf import collect_statistics
-from comcat_hf.errors import InvalidValueError
-from tests.helpers import images, small_vit
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-model, _ = small_vit()
-shares = [images(5)[:3].split(2), [images(5)[3:]]]
-wrapped = accelerator.prepare(model)
-statistics = collect_statistics(wrapped, shares[accelerator.process_index], accelerator=accelerator)
-assert statistics.samples == 5
-share = shares[accelerator.process_index]
-curved = collect_statistics(wrapped, iter(share), curvature=True, accelerator=accelerator)
-# One row of logits a sample; the sums of both processes are what both have.
-assert {sums.values["weight"].item() for sums in curved.sums.values() if sums.has_curvature} == {5.0}
-table = torch.cat([value.flatten() for sums in curved.sums.values() for value in sums.values.values()])
-both = accelerator.gather(table[None].float())
-assert torch.equal(both[0], both[1])
-lone = collect_statistics(model, [[images(5)], []][accelerator.process_index], accelerator=accelerator)
-assert lone.samples == 5
-statistics.save_pretrained(f"{sys.argv[1]}/{accelerator.process_index}")
-for wrong in ([torch.zeros(2, 3, 16, 16)], []):
-    batches = [wrong, []][accelerator.process_index]
-    try:
-        collect_statistics(model, batches, accelerator=accelerator)
-    except InvalidValueError as error:
-        own = "does not fit" if accelerator.is_main_process else "1 of 2 processes"
-        assert (own if wrong else "empty") in str(error), error
-    else:
-        raise AssertionError("no error")
-accelerator.end_training()
-"""
+from tests.helpers import MODELS, images, in_processes, small_bert, small_vit
 
 
 def gathered():
@@ -220,29 +176,32 @@ def test_no_file_is_said(tmp_path):
         Statistics.from_pretrained(tmp_path)
 
 
+def gather_together(folder):
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    model, _ = small_vit()
+    share = [images(5)[:3].split(2), [images(5)[3:]]][accelerator.process_index]
+    wrapped = accelerator.prepare(model)
+    statistics = collect_statistics(wrapped, share, accelerator=accelerator)
+    assert statistics.samples == 5
+    curved = collect_statistics(wrapped, iter(share), curvature=True, accelerator=accelerator)
+    # One row of logits a sample; the sums of both processes are what both have.
+    assert {sums.values["weight"].item() for sums in curved.sums.values() if sums.has_curvature} == {5.0}
+    table = torch.cat([value.flatten() for sums in curved.sums.values() for value in sums.values.values()])
+    both = accelerator.gather(table[None].float())
+    assert torch.equal(both[0], both[1])
+    lone = collect_statistics(model, [[images(5)], []][accelerator.process_index], accelerator=accelerator)
+    assert lone.samples == 5
+    statistics.save_pretrained(folder / str(accelerator.process_index))
+    for wrong in ([torch.zeros(2, 3, 16, 16)], []):
+        batches = [wrong, []][accelerator.process_index]
+        own = "does not fit" if accelerator.is_main_process else "1 of 2 processes"
+        with pytest.raises(InvalidValueError, match=own if wrong else "empty"):
+            collect_statistics(model, batches, accelerator=accelerator)
+
+
 def test_two_processes_gather_what_one_does(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = str(ROOT)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [worker.communicate(timeout=180)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(told)
+    in_processes(gather_together, tmp_path)
     alone = collect_statistics(small_vit()[0], [images(5)])
     for rank in range(2):
         assert_same(Statistics.from_pretrained(tmp_path / str(rank)), alone, tolerance=1e-6)

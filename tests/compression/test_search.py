@@ -1,13 +1,10 @@
 """The nested search computes what the written-out one does, and ends in a plan that meets the budget."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 from comcat_hf import collect_statistics, count_parameters
@@ -19,7 +16,17 @@ from comcat_hf.compression.search.nested import Candidates, NestedModel
 from comcat_hf.compression.search.search import SearchState, search_ranks, split_for_search
 from comcat_hf.errors import BudgetError, CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.modeling import apply_ranks, find_sites
-from tests.helpers import HEAD_DIM, MODELS, assert_unchanged, classes_of, images, outputs, small_vit, state_of
+from tests.helpers import (
+    HEAD_DIM,
+    MODELS,
+    assert_unchanged,
+    classes_of,
+    images,
+    in_processes,
+    outputs,
+    small_vit,
+    state_of,
+)
 
 
 RANKS = (4, 8, 12, HEAD_DIM)
@@ -372,31 +379,16 @@ def test_a_teacher_takes_part():
         assert not torch.equal(alone.logits, taught.logits)
 
 
-TWO_PROCESSES = """
-import sys, torch
-from accelerate import Accelerator
-from comcat_hf.compression.search.search import SearchState, search_ranks
-from tests.compression.test_search import shuffled
-from tests.helpers import small_vit
-
-accelerator, state = Accelerator(cpu=True), SearchState()
-assert accelerator.num_processes == 2
-plan = search_ranks(small_vit()[0], shuffled(), 0.5, epochs=2, state=state, accelerator=accelerator)
-found = {"logits": state.logits, "ranks": plan.ranks, "steps": state.step}
-torch.save(found, f"{sys.argv[1]}/{accelerator.process_index}.pt")
-"""
+def search_together(folder):
+    accelerator, state = Accelerator(cpu=True), SearchState()
+    assert accelerator.num_processes == 2
+    plan = search_ranks(small_vit()[0], shuffled(), 0.5, epochs=2, state=state, accelerator=accelerator)
+    found = {"logits": state.logits, "ranks": plan.ranks, "steps": state.step}
+    torch.save(found, folder / f"{accelerator.process_index}.pt")
 
 
 def test_two_processes_find_the_same_plan(tmp_path):
-    root = Path(__file__).parents[2]
-    script = tmp_path / "search.py"
-    script.write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=environment, cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(search_together, tmp_path)
     first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
     assert first["ranks"] == second["ranks"]
     assert torch.equal(first["logits"], second["logits"])

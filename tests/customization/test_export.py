@@ -1,8 +1,6 @@
 """Pipelines and models with adapters in their weights, as folders."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -47,26 +45,31 @@ def adapted(folder, *names: str, core: bool = False) -> StableDiffusionPipeline:
     return pipeline
 
 
-def opens_elsewhere(folder) -> bool:
-    code = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({str(folder)!r})"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+@pytest.fixture(scope="module")
+def exported(base, tmp_path_factory):
+    """By kind of export: the pipeline, what it draws, the folder, and what was lost."""
+    found = {}
+    for kind in ("full", "core", "truncated"):
+        names = ("dog",) if kind == "truncated" else ("dog", "style")
+        pipeline, folder = adapted(base, *names, core=kind == "core"), tmp_path_factory.mktemp(kind)
+        expected = draw(pipeline)
+        lost = export_pipeline(pipeline, folder, truncate=kind == "truncated")
+        assert torch.equal(draw(pipeline), expected)
+        assert pipeline.get_active_adapters() == list(names)
+        found[kind] = pipeline, expected, folder, lost
+    return found
 
 
-@pytest.mark.parametrize("core", [False, True])
-def test_exact(base, tmp_path, core):
-    pipeline = adapted(base, "dog", "style", core=core)
-    expected, before = draw(pipeline), draw(load(base))
-    lost = export_pipeline(pipeline, tmp_path)
-    assert torch.equal(draw(pipeline), expected)
-    assert pipeline.get_active_adapters() == ["dog", "style"]
-    assert not [path for path in tmp_path.rglob("*.json") if str(base) in path.read_text()]
-    loaded = load(tmp_path)
+@pytest.mark.parametrize("kind", ["full", "core"])
+def test_exact(base, exported, kind):
+    pipeline, expected, folder, lost = exported[kind]
+    before, loaded = draw(load(base)), load(folder)
+    assert not [path for path in folder.rglob("*.json") if str(base) in path.read_text()]
     assert not torch.allclose(expected, before, atol=1e-2)
     assert torch.allclose(draw(loaded), expected, atol=1e-5)
     assert {part.partition(".")[0] for part in lost} == {"unet", "text_encoder"}
     assert all(shares == {"qk": 0.0, "vo": 0.0} for shares in lost.values())
-    assert opens_elsewhere(tmp_path) is core
-    if not core:
+    if kind == "full":
         for path, ranks in comcat_hf.plan_of(loaded.unet).ranks.items():
             head = pipeline.unet.get_submodule(path).view.head_dim
             assert ranks == {"qk": head + 4, "vo": head + 2}
@@ -74,19 +77,16 @@ def test_exact(base, tmp_path, core):
     assert "quantization_config" not in pipeline.unet.config
 
 
-def test_truncated_loses_what_it_says(base, tmp_path):
-    pipeline = adapted(base)
-    expected, before = draw(pipeline), draw(load(base))
-    lost = export_pipeline(pipeline, tmp_path, truncate=True)
-    assert torch.equal(draw(pipeline), expected)
-    assert opens_elsewhere(tmp_path)
+def test_truncated_loses_what_it_says(base, exported):
+    pipeline, expected, folder, lost = exported["truncated"]
+    before = draw(load(base))
     shares = [share for pairs in lost.values() for share in pairs.values()]
     assert all(0 < share < 1 for share in shares)
-    off = (draw(load(tmp_path)) - expected).norm() / (before - expected).norm()
+    off = (draw(load(folder)) - expected).norm() / (before - expected).norm()
     assert 1e-3 < off < 1
     # Measured on the weights of one module, product by product.
     path = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    layer, written = pipeline.unet.get_submodule(path), load(tmp_path).unet.get_submodule(path)
+    layer, written = pipeline.unet.get_submodule(path), load(folder).unet.get_submodule(path)
     dense, factors = layer.base_layer, layer.comcat_factors["dog"]
 
     def product(first, second) -> torch.Tensor:

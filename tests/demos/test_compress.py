@@ -1,36 +1,51 @@
 """The demo as a user runs it, with few epochs, and its parts."""
 
 import json
-import subprocess
-import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from typer.testing import CliRunner
 
 import comcat_hf
+from comcat_hf import cli
 from comcat_hf.compression.counting import count_macs, count_parameters
 from comcat_hf.demos import compress as demo
 from comcat_hf.errors import ComCATError, InvalidValueError
 
 
+pytestmark = pytest.mark.processes
 TRAINED = ("Dense", "Compressed", "Dense, further")
 ROWS = ("dense", "dense, trained further", "weights only", "with images", "fine-tuned")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """What one run of the program printed, and its folder."""
+    """What one run of the command printed, and its folder; it leaves the global state as it was."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, "-m", "comcat_hf.cli", "demo", "--output", str(folder)]
-    command += ["--epochs", "1", "--finetune-epochs", "1"]
-    return subprocess.run(command, capture_output=True, text=True, check=False), folder
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    threads, digits = torch.get_num_threads(), demo.load_digits()
+    few = replace(digits, train_images=digits.train_images[:256], train_labels=digits.train_labels[:256])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_digits", lambda: few)
+        patch.setattr(demo, "DemoSettings", partial(demo.DemoSettings, repeats=3))
+        done = CliRunner().invoke(
+            cli.app, ["demo", "--output", str(folder), "--epochs", "1", "--finetune-epochs", "1"]
+        )
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+    return done, folder
 
 
 def test_it_ends_well_and_prints_one_table(finished):
     done, folder = finished
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
+    assert "\nLoading the saved model in a new process\n" in done.stdout
     lines = done.stdout.splitlines()
     table = lines.index(next(line for line in lines if line.startswith("model ")))
     assert lines[table].split() == ["model", "accuracy", "parameters", "MACs", "latency"]
@@ -125,21 +140,6 @@ def test_a_reload_that_differs_fails_loudly(tmp_path):
         small.classifier.bias[3] += 1e-6
     with pytest.raises(ComCATError, match=r"model: loading it in a new process failed: .* differ by up to"):
         demo.check_reload(small, tmp_path / "model", data, tmp_path / "held_out.safetensors")
-
-
-def test_a_run_leaves_the_global_state_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "check_reload", lambda *arguments: None)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    threads = torch.get_num_threads()
-    told = []
-    settings = demo.DemoSettings(epochs=1, finetune_epochs=1, width=16, layers=2, repeats=1, threads=1, reduction=0.3)
-    result = demo.run_demo(tmp_path, settings, report=told.append, progress=False)
-    assert torch.equal(torch.rand(3), expected)
-    assert torch.get_num_threads() == threads
-    assert told[-1] == "Loading the saved model in a new process"
-    assert tuple(row.name for row in result.rows) == ROWS
 
 
 @pytest.mark.parametrize(

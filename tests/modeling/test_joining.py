@@ -133,8 +133,7 @@ class TestInTheLayer:
         return found
 
     @pytest.mark.parametrize(
-        "adapters",
-        [[FULL], [FULL, {"qk_rank": 1}, FULL], [{"vo_rank": 2}], [FULL, {"qk_rank": 2, "core": True}]],
+        "adapters", [[FULL], [FULL, {"qk_rank": 1}, FULL], [{"vo_rank": 2}], [FULL, {"qk_rank": 2, "core": True}]]
     )
     @pytest.mark.parametrize("scale", [None, 0.3])
     def test_outputs_and_gradients(self, joined, adapters, scale, monkeypatch):

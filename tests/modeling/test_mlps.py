@@ -184,8 +184,14 @@ def test_several_widths_share_one_ordering():
 # --- what it saves
 
 
-@pytest.mark.parametrize("biases", ["all", "none", "first", "second"])
-@pytest.mark.parametrize("family", ["vit", "dinov2_swiglu", "bert", "clip_text", "videomae"])
+@pytest.mark.parametrize(
+    ("family", "biases"),
+    [
+        *(("vit", biases) for biases in ("all", "none", "first", "second")),
+        *(("dinov2_swiglu", biases) for biases in ("all", "none", "first", "second")),
+        *(("bert", "first"), ("clip_text", "second"), ("videomae", "all")),
+    ],
+)
 def test_savings_agree_with_what_is_built(family, biases):
     model, inputs = MODELS[family]()
     for site in mlp_sites(model).values():

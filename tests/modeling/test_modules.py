@@ -42,29 +42,21 @@ def test_is_an_instance_of_the_hosts_class():
 
 
 @pytest.mark.parametrize("family", ["vit", "bert", "siglip"])
-def test_deepcopy(family):
+def test_copies(family):
     model, inputs = compressed(family, linear=6)
-    outputs(model, inputs, output_attentions=True)
-    expected = outputs(model, inputs)
-    twin = copy.deepcopy(model)
-    assert classes_of(twin) == classes_of(model)
-    assert_close(outputs(twin, inputs), expected, 0)
-    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-    assert_close(outputs(model, inputs), expected, 0)
-
-
-@pytest.mark.parametrize("family", ["vit", "bert", "siglip"])
-def test_pickle(family):
-    model, inputs = compressed(family, linear=6)
-    file = io.BytesIO()
+    expected, file = outputs(model, inputs), io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert classes_of(loaded) == classes_of(model)
-    assert_close(outputs(loaded, inputs), outputs(model, inputs), 0)
+    # The hooks that transformers puts in for attentions can be copied, not pickled.
+    outputs(model, inputs, output_attentions=True)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert classes_of(twin) == classes_of(model)
+        assert_close(outputs(twin, inputs), expected, 0)
+        assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert_close(outputs(model, inputs), expected, 0)
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
@@ -192,13 +184,7 @@ def test_factors_keep_the_names_of_what_they_replace():
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 9),
-    st.integers(1, 9),
-    st.integers(1, 9),
-    st.booleans(),
-    st.sampled_from([(), (2,), (2, 3)]),
-)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.sampled_from([(), (2,), (2, 3)]))
 def test_low_rank_linear(inputs, outputs_, rank, bias, batch):
     module = LowRankLinear(inputs, outputs_, rank, bias=bias)
     x = torch.randn(*batch, inputs)

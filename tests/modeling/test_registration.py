@@ -14,13 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from comcat_hf import AttentionFamily, ComCATConfig, RankPlan, compress
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites, known_attention_classes, register_attention_family, views
-from tests.helpers import (
-    assert_close,
-    attention_ranks,
-    full_ranks,
-    outputs,
-    randomize,
-)
+from tests.helpers import assert_close, attention_ranks, full_ranks, outputs, randomize
 
 
 class OwnAttention(nn.Module):

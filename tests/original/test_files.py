@@ -82,8 +82,11 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("save", [torch.save, legacy, plain])
+# The other ways to save in one place of each kind.
+OLDER = [("alone", legacy), ("as a tensor", legacy), ("in the list", plain), ("in the optimizer", plain)]
+
+
+@pytest.mark.parametrize(("place", "save"), [*((place, torch.save) for place in PLACES), *OLDER])
 def test_malicious_pickles_do_nothing(tmp_path, convert, place, save):
     kind, put = PLACES[place]
     said = convert(kind, lambda content: put(content, Malicious(tmp_path / "run")), save)

@@ -30,28 +30,27 @@ NOTHING = {
     "checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompt num_validation_images "
     "validation_steps report_to logging_dir push_to_hub hub_model_id hub_token hub_private dry_run",
 }
-PAIRS = [(f.name, what) for f in fields(CompressSettings) for what in flag_of(CompressSettings, f.name).decides]
 
 
-@pytest.mark.parametrize("cls", RESULTS)
-def test_every_flag_says_what_it_decides(cls):
-    said = {f.name: set(flag_of(cls, f.name).decides) for f in fields(cls)}
-    assert set().union(*said.values()) == RESULTS[cls]
-    if cls in NOTHING:
-        assert {name for name, decided in said.items() if not decided} == set(NOTHING[cls].split())
+def test_every_flag_says_what_it_decides():
+    for cls, results in RESULTS.items():
+        said = {f.name: set(flag_of(cls, f.name).decides) for f in fields(cls)}
+        assert set().union(*said.values()) == results
+        if cls in NOTHING:
+            assert {name for name, decided in said.items() if not decided} == set(NOTHING[cls].split())
 
 
-@pytest.mark.parametrize(("name", "what"), PAIRS)
-def test_a_stage_is_not_reused_with_another_value(tmp_path: Path, name: str, what: str):
-    stage, _, searched = what.partition(" by ")
+@pytest.mark.parametrize("result", sorted(RESULTS[CompressSettings]))
+def test_a_stage_is_not_reused_with_another_value(tmp_path: Path, result: str):
+    stage, _, searched = result.partition(" by ")
     settings = CompressSettings(strategy="search" if searched else "uniform", output_dir="out")
     artefacts = Artefacts(tmp_path)
     artefacts.note(stage, settings.facts(stage, seed=0))
-    changed = replace(settings, **{name: "another"})
-    seed = 1 if name == "seed" else 0
     assert artefacts.is_done(stage, settings.facts(stage, seed=0))
-    with pytest.raises(InvalidValueError, match=f"the stage {stage} was done with --{name} "):
-        artefacts.is_done(stage, changed.facts(stage, seed))
+    for name in (f.name for f in fields(CompressSettings) if result in flag_of(CompressSettings, f.name).decides):
+        changed = replace(settings, **{name: "another"})
+        with pytest.raises(InvalidValueError, match=f"the stage {stage} was done with --{name} "):
+            artefacts.is_done(stage, changed.facts(stage, seed=int(name == "seed")))
 
 
 def test_what_the_search_alone_uses_counts_with_the_search_only(tmp_path: Path):

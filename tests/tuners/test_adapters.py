@@ -5,23 +5,13 @@ import warnings
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-)
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from comcat_hf import ComCATConfig, RankPlan
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import read_ranks
-from tests.helpers import (
-    assert_unchanged,
-    classes_of,
-    outputs,
-    small_bert,
-    small_vit,
-    state_of,
-)
+from tests.helpers import assert_unchanged, classes_of, outputs, small_bert, small_vit, state_of
 from tests.tuners.cases import LOW_CONFIG, disturb, equal, layers_of, low_config, trainable
 
 
@@ -43,17 +33,6 @@ class TestSeveralAdapters:
         assert {n: g for n, g in now.items() if n in state} == {n: g for n, g in state.items() if n in now}
         assert not any(required for name, required in now.items() if ".other." in name)
 
-    def test_switching(self):
-        model, inputs = self._two()
-        first = outputs(model, inputs)
-        model.set_adapter("other")
-        second = outputs(model, inputs)
-        alone = get_peft_model(small_vit()[0], ComCATConfig(qk_rank=2, linear_rank=3))
-        assert equal(second, outputs(alone, inputs))
-        assert {n for n, g in trainable(model).items() if g} == {n for n in trainable(model) if ".other." in n}
-        model.set_adapter("default")
-        assert equal(outputs(model, inputs), first)
-
     @pytest.mark.parametrize("build", [small_vit, small_bert])
     def test_widths_and_ranks_in_turn(self, build, tmp_path):
         base, inputs = build()
@@ -66,6 +45,7 @@ class TestSeveralAdapters:
         for name, own in settings.items():
             alone = get_peft_model(build()[0], ComCATConfig(**own), name)
             model.set_adapter(name)
+            assert {n for n, g in trainable(model).items() if g} == {n for n in trainable(model) if f".{name}." in n}
             assert equal(outputs(model, inputs), outputs(alone, inputs))
             disturb(model)
             expected[name] = outputs(model, inputs)
@@ -151,14 +131,6 @@ class TestSeveralAdapters:
         assert not any("mlp" in key for key in first) and any("mlp" in key for key in second)
         model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
         assert not (tmp_path / "one" / "adapter_model.safetensors").exists()
-
-    def test_merging_names_what_is_merged(self):
-        model, inputs = self._two()
-        first = outputs(model, inputs)
-        model.set_adapter("other")
-        second = outputs(model, inputs)
-        assert equal(outputs(copy.deepcopy(model).merge_and_unload(adapter_names=["default"]), inputs), first)
-        assert equal(outputs(model.merge_and_unload(), inputs), second)
 
     def test_merging_two_or_an_unknown_one_is_refused_and_changes_nothing(self):
         model, inputs = self._two()

@@ -3,10 +3,7 @@
 import ast
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -271,33 +268,6 @@ class TestTransformersAdapters:
         assert outputs(model, half)[0].dtype == torch.bfloat16
 
 
-_LOAD = """
-import sys
-{imports}
-import torch
-from transformers import ViTForImageClassification
-from peft import PeftConfig, PeftModel
-from peft.utils import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-folder = sys.argv[1]
-assert type(PeftConfig.from_pretrained(folder + "/adapter")).__name__ == "ComCATConfig"
-assert PeftType("COMCAT") is PeftType.COMCAT and PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.COMCAT]
-torch.set_num_threads(1)
-inputs, expected = torch.load(folder + "/expected.pt", weights_only=True)
-model = ViTForImageClassification.from_pretrained(folder + "/base")
-model = PeftModel.from_pretrained(model, folder + "/adapter").eval()
-with torch.no_grad():
-    assert torch.equal(model(**inputs).logits, expected)
-print("done")
-"""
-_IMPORTS = {
-    "first": "import comcat_hf, peft, transformers, diffusers",
-    "last": (
-        "import diffusers, transformers, peft\nfrom peft import PeftModel, LoraConfig\nimport comcat_hf, comcat_hf"
-    ),
-}
-
-
 def test_the_private_names_of_peft_that_the_tuner_needs_are_there():
     """Those that its docstring lists, which are all that the package uses."""
     owners = {
@@ -323,31 +293,3 @@ def test_registering_again_changes_nothing():
     importlib.reload(comcat_hf)
     assert (PeftType.COMCAT, PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.COMCAT], len(PeftType)) == before
     assert comcat_hf.ComCATConfig is ComCATConfig
-
-
-def test_fresh_processes(tmp_path):
-    model, inputs = MODELS["vit"]()
-    model.save_pretrained(tmp_path / "base")
-    model = get_peft_model(model, ComCATConfig(**LOW))
-    disturb(model)
-    model.save_pretrained(tmp_path / "adapter")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.save((inputs, outputs(model, inputs)[0]), tmp_path / "expected.pt")
-    torch.set_num_threads(threads)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    running = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", _LOAD.format(imports=imports), str(tmp_path)],
-            cwd=root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, imports in _IMPORTS.items()
-    }
-    for name, process in running.items():
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0 and out.strip().endswith("done"), f"{name}: {err[-2000:]}"

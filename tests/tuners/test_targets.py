@@ -2,26 +2,13 @@
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-    inject_adapter_in_model,
-)
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from comcat_hf import ComCATConfig, RankPlan, plan_of
 from comcat_hf.errors import ComCATError, InvalidValueError, RankPlanError
 from comcat_hf.modeling import LowRankAttention, NarrowLinear, read_ranks
-from tests.helpers import (
-    HEAD_DIM,
-    assert_unchanged,
-    classes_of,
-    outputs,
-    small_bert,
-    small_clip,
-    small_vit,
-    state_of,
-)
+from tests.helpers import HEAD_DIM, assert_unchanged, classes_of, outputs, small_bert, small_clip, small_vit, state_of
 from tests.tuners.cases import LOW, LOW_CONFIG, disturb, equal, layers_of, low_config, trainable
 
 

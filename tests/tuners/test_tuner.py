@@ -17,13 +17,7 @@ from safetensors.torch import load_file
 
 from comcat_hf import initialize_comcat_weights
 from comcat_hf.modeling import LowRankAttention, LowRankLinear, NarrowLinear
-from tests.helpers import (
-    assert_close,
-    assert_unchanged,
-    classes_of,
-    outputs,
-    state_of,
-)
+from tests.helpers import assert_close, assert_unchanged, classes_of, outputs, state_of
 from tests.tuners.cases import Case, disturb, equal, every_case, layers_of
 
 
