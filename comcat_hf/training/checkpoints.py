@@ -174,13 +174,13 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
     accelerator.wait_for_everyone()
     try:
         yield
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            progress.write(folder)
     except BaseException:
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        progress.write(folder)
     accelerator.wait_for_everyone()
 
 
