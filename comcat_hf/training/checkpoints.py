@@ -170,7 +170,9 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
         progress: where the training is.
     """
     if accelerator.is_main_process:
+        # What an unfinished one left would count as part of this one.
         (folder / _STATE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
         yield

@@ -34,40 +34,25 @@ class WeightAverageCallback(TrainerCallback):
         self._average: WeightAverage | None = None
         self._taken_over = False
 
-    def start(self, model: Any, checkpoint: Path | None = None) -> None:
-        """Start from a model's weights, or from the averages in a checkpoint of it."""
+    def start(self, model: Any) -> None:
+        """Start from a model's weights."""
         self._average, self._taken_over = WeightAverage(model, self.decay), False
-        if checkpoint is not None:
-            self.load(checkpoint)
 
-    def take_over(self) -> None:
-        """Put the averages in the place of the weights, for good."""
-        self._average.take_over()
-        self._taken_over = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         """Start from the model's weights, or from the checkpoint that the training goes on from."""
-        self.start(model, self.resumed)
+        self.start(model)
+        if self.resumed is not None:
+            self.load(self.resumed)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Take in the weights, unless gradients overflowed in half precision and there was no step."""
         if not getattr(optimizer, "step_was_skipped", False):
             self._average.update()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put the averages in the place of the weights."""
-        self.take_over()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Put the averages in the place of the weights, for good."""
+        self._average.take_over()
+        self._taken_over = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -179,9 +164,7 @@ class ProgressBar(TrainerCallback):
         how = {"total": state.max_steps, "initial": state.global_step, "desc": self.name, "unit": "step"}
         self._bar = progress_bar(progress=self.progress, mininterval=0.5, **how)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Move it on."""
         self._bar.update()
 
@@ -198,8 +181,6 @@ class ProgressBar(TrainerCallback):
             shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}"}
             self._bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Close it."""
         self._bar.close()
