@@ -47,7 +47,7 @@ def test_it_ends_well_and_prints_one_table(finished):
 def test_bars_are_the_only_noise(finished):
     done, _ = finished
     bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert {bar.split(":")[0] for bar in bars} == {*TRAINED, "Statistics", "Sensitivity", "Compressing"}
+    assert {bar.split(":")[0] for bar in bars} == {*TRAINED, "Statistics", "Curvature", "Compressing"}
 
 
 def test_the_files_are_there(finished):

@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.trainer_pt_utils import safe_globals
 
 import comcat_hf
 from comcat_hf.compression.distillation import DistillationLoss, OwnBase, ask_teacher
@@ -667,7 +668,8 @@ def written_by_the_loop(checkpoint, model):
     for name, file in (("losses", "losses"), ("average", "weight_average")):
         if (path := checkpoint / f"{file}.safetensors").is_file():
             states[name] = load_file(path)
-    rng = torch.load(checkpoint / "rng_state.pth", weights_only=False)
+    with safe_globals():
+        rng = torch.load(checkpoint / "rng_state.pth", weights_only=True)
     kind, keys, *rest = rng["numpy"]
     numbers = (kind, torch.from_numpy(keys.astype("int64")), *rest)
     facts = json.loads((checkpoint / "training_state.json").read_text())["facts"]
