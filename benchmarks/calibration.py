@@ -6,7 +6,7 @@ statistics alone. Beside them the old way, `strategy="sensitivity"`: its truncat
 the rest is extrapolated, as it may take an hour.
 
 Weights and images are random: time does not depend on them. Every part runs in a process of its own, with the same
-images, so that its peak of memory is its own, next to a dense pass in another; that of the dense pass is the median.
+images, so that its peak of memory is its own, next to a dense pass in another; times are CPU seconds of all threads.
 """
 
 import argparse
@@ -75,11 +75,11 @@ def sensitivity(model: nn.Module, batches: list[Tensor]) -> float:
     options = find_options(model, sites, METRICS["params"])
     chosen = [option for option in options if any(f".{block}." in option.site.name for block in BLOCKS)]
     step = default_step(sites)
-    start = time.perf_counter()
+    start = time.process_time()
     measure(model, [], step, batches, progress=False)
-    empty, start = time.perf_counter() - start, time.perf_counter()
+    empty, start = time.process_time() - start, time.process_time()
     measure(model, chosen, step, batches, progress=False)
-    return empty + (time.perf_counter() - start - empty) * len(options) / len(chosen)
+    return empty + (time.process_time() - start - empty) * len(options) / len(chosen)
 
 
 PARTS: Mapping[str, Callable[[nn.Module, list[Tensor]], float | None]] = {
@@ -99,9 +99,9 @@ def run_part(args: argparse.Namespace) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(args.repeats if args.part == "dense pass" else 1):
-        start = time.perf_counter()
+        start = time.process_time()
         told = PARTS[args.part](model, batches)
-        seconds.append(time.perf_counter() - start if told is None else told)
+        seconds.append(time.process_time() - start if told is None else told)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": numbers.median(seconds), "gigabytes": (peak - before) / 2**20}
 
@@ -116,7 +116,7 @@ def measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
             own += [f"--{key}={getattr(args, key)}" for key in ("images", "batch", "threads", "repeats")]
             done = subprocess.run(own, capture_output=True, text=True, check=True)
             result = json.loads(done.stdout.splitlines()[-1])
-            print(f"{name}, {each}: {result['seconds']:.1f} s, {result['gigabytes']:.2f} GB", file=sys.stderr)
+            print(f"{name}, {each}: {result['seconds']:.1f} CPU s, {result['gigabytes']:.2f} GB", file=sys.stderr)
             if each == "dense pass":
                 dense_seconds.append(result["seconds"])
             else:
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="of the dense pass, each time")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -147,7 +147,7 @@ def main() -> None:
         for row in rows
         for part, found in row["parts"].items()
     ]
-    _report.print_table(table, ["model", "part", "dense passes", "seconds", "GB above the model and images"])
+    _report.print_table(table, ["model", "part", "dense passes", "CPU seconds", "GB above the model and images"])
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "part")}
         _report.write_json(args.output, {"environment": _report.environment(), "settings": settings, "rows": rows})

@@ -26,7 +26,7 @@ __all__ = ["NoGradientsError", "gather_curvature", "movements"]
 _WIDTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 
 # Samples whose activations are held at a time.
-_SAMPLES = 16
+_SAMPLES = 8
 
 
 class NoGradientsError(InvalidValueError):
@@ -243,6 +243,7 @@ class _MLPMeter(_OutputMeter):
         self.order = units.order
         self.mean = moments.mean.to(self.layer.weight)
         self.factors = output_factors(self.layer.weight, units, _widths(site.view.width))
+        self.factors.append(self.layer.weight.detach().mT[self.order].float())
 
     def _on_call(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         hidden = args[0].detach() - self.mean
@@ -250,9 +251,8 @@ class _MLPMeter(_OutputMeter):
 
     def take(self, name: str, states: Tensor, gradients: Tensor) -> None:
         states, gradients = _three(states).float(), _three(gradients).float()
-        weight = self.layer.weight.detach().float()
         moved = [
-            width_movement(hidden.mT @ gradient, self.order, self.factors, weight)
+            width_movement(hidden.mT @ gradient, self.order, self.factors)
             for hidden, gradient in zip(states, gradients, strict=True)
         ]
         self.hold("width_moved", torch.stack(moved))

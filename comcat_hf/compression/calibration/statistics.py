@@ -274,21 +274,20 @@ class _LinearCollector(_Collector):
 
     def _on_call(self, states: Tensor, output: Tensor) -> None:
         weights = self.mask.weights(states).flatten()
-        inner = (states if self.side == "input" else output).flatten(0, -2)
-        states = states.to(torch.float64).flatten(0, -2)
+        inner = _precise((states if self.side == "input" else output).flatten(0, -2))
+        mean = (weights.to(inner) @ inner).double()
+        entered = mean.clone() if self.side == "input" else weights @ states.flatten(0, -2).double()
         self.calls += 1
-        self._add(
-            count=weights.sum(),
-            input=weights @ states,
-            mean=weights @ inner.to(torch.float64),
-            second=_gram(inner, weights),
-        )
+        self._add(count=weights.sum(), input=entered, mean=mean, second=_gram(inner, weights))
+
+
+def _precise(rows: Tensor) -> Tensor:
+    return rows.to(torch.float64 if rows.shape[1] < _WIDE else torch.promote_types(rows.dtype, torch.float32))
 
 
 def _gram(rows: Tensor, weights: Tensor) -> Tensor:
-    """The weighted second moment of rows, summed, float64; of wide rows by products in their own precision."""
+    """The weighted second moment of rows, summed, float64."""
     size = rows.shape[1]
-    rows = rows.to(torch.float64 if size < _WIDE else torch.promote_types(rows.dtype, torch.float32))
     weighted = rows * weights[:, None].to(rows)
     second = torch.empty(size, size, dtype=torch.float64, device=rows.device)
     # Above the diagonal alone, in blocks.
