@@ -76,12 +76,14 @@ class Stopwatch:
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         start = math.nan
-        for index, batch in enumerate(self._batches):
-            if index == WARMUP:
-                start = self._now()
-            yield batch
-        # The loop has asked for more, so the last step has been taken.
-        self.seconds = self._now() - start
+        try:
+            for index, batch in enumerate(self._batches):
+                if index == WARMUP:
+                    start = self._now()
+                yield batch
+        # The loop has asked for more, or lets go of the batches: the last step has been taken.
+        finally:
+            self.seconds = self._now() - start
 
     def _now(self) -> float:
         if self._device.type != "cpu":

@@ -4,6 +4,7 @@ import copy
 import io
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,12 +14,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PrinterCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from ..compression.budget.allocation import allocate_ranks
 from ..compression.calibration.statistics import collect_statistics
@@ -26,15 +27,18 @@ from ..compression.clock import in_turns
 from ..compression.compress import compress
 from ..compression.counting import count_macs, count_parameters
 from ..compression.distillation import DistillationLoss
-from ..compression.finetuning import finetune
 from ..errors import ComCATError, InvalidValueError
 from ..hub import write_bytes_atomic, write_json_atomic
 from ..native import plan_of
 from ..reporting.plots import plot_compression
+from ..training.classify.callbacks import ProgressBar
+from ..training.classify.optimizers import rate_at
+from ..training.classify.trainer import DistillationTrainer
+from ..training.seeds import random_states, set_random_states
 from .shared import check_settings, missing, quiet, threads
 
 
-__all__ = ["DemoResult", "DemoSettings", "Row", "run_demo"]
+__all__ = ["DemoResult", "DemoSettings", "Row", "run_demo", "train_classifier"]
 
 BATCH = 64
 
@@ -254,12 +258,9 @@ def _make_models(
     data: Digits, settings: DemoSettings, report: Callable[[str], None], progress: bool
 ) -> tuple[dict[str, nn.Module], Mapping[str, Any]]:
     """The models of the table by name, and the statistics of the dense one."""
-    accelerator = Accelerator(cpu=True)
 
     def train(model: nn.Module, teacher: nn.Module | None, epochs: int, rate: float, name: str) -> None:
-        loss = DistillationLoss(alpha=0) if teacher is None else DistillationLoss(0.5, temperature=2.0, alignment=1.0)
-        how = {"loss": loss, "accelerator": accelerator, "progress": progress, "description": name}
-        finetune(model, teacher, _loader(data), epochs, rate, **how)
+        train_classifier(model, teacher, data, epochs, rate, name, progress)
 
     dense = build_vit(settings)
     # Before the training, so that a reduction out of reach is said at once: equal shares need no trained weights.
@@ -285,6 +286,70 @@ def _make_models(
         "fine-tuned": tuned,
     }
     return models, statistics
+
+
+def train_classifier(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    data: Digits,
+    epochs: int,
+    rate: float,
+    name: str = "Training",
+    progress: bool = False,
+) -> None:
+    """Train in place, on the CPU; torch's random state decides the order and the augmentation.
+
+    Args:
+        model: afterwards it is in eval mode.
+        teacher: the dense model, or `None` to learn from the labels alone.
+        data: whose training images.
+        epochs, rate: times through them; the highest rate.
+        name, progress: of the bar.
+    """
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            num_train_epochs=epochs,
+            learning_rate=rate,
+            weight_decay=0.05,
+            optim="adamw_torch",
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="epoch",
+            report_to="none",
+        )
+        before = random_states(device)
+        trainer = _OnDigits(
+            model=model,
+            args=args,
+            teacher=teacher,
+            distillation=DistillationLoss(alpha=0) if teacher is None else DistillationLoss(0.5, "soft", 2.0, 1.0),
+            callbacks=[ProgressBar(name, progress)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.loader = _loader(data)
+        # `Trainer` has seeded all generators.
+        set_random_states(before, device)
+        trainer.train()
+    model.eval()
+
+
+class _OnDigits(DistillationTrainer):
+    """`DistillationTrainer` on batches that are there, with a tenth of the steps to warm up, and a cosine to zero."""
+
+    loader: DataLoader
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self.loader
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        rising = max(round(0.1 * num_training_steps), 1)
+        share = partial(rate_at, highest=1.0, last=0.0, steps=num_training_steps, rising=rising)
+        self.lr_scheduler = LambdaLR(self.optimizer, share)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
 
 def _loader(data: Digits) -> DataLoader:

@@ -170,17 +170,19 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
         progress: where the training is.
     """
     if accelerator.is_main_process:
+        # What an unfinished one left would count as part of this one.
         (folder / _STATE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
         yield
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            progress.write(folder)
     except BaseException:
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        progress.write(folder)
     accelerator.wait_for_everyone()
 
 

@@ -17,7 +17,7 @@ def test_every_long_call_shows_its_bars(capsys):
     measure_latency(model, repeats=1)
     shown = capsys.readouterr()
     assert not shown.out
-    assert all(f"{name}: 100%" in shown.err for name in ("Statistics", "Sensitivity", "Compressing", "Latency"))
+    assert all(f"{name}: 100%" in shown.err for name in ("Statistics", "Curvature", "Compressing", "Latency"))
     compress(model, 0.3, batches=[images()], progress=False)
     measure_latency(model, repeats=1, progress=False)
     assert not capsys.readouterr().err

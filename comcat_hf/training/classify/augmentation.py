@@ -4,7 +4,8 @@ Every draw comes from the generator that is handed in, so what an image becomes 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -340,30 +341,32 @@ def _erasing(settings: CompressSettings) -> nn.Module | None:
     return erasing(scale=_ERASED_SHARE, ratio=_ERASED_RATIOS, value=0.0, p=settings.random_erasing)
 
 
-def _apply_seeded(modules: tuple[nn.Module, ...], pixels: Tensor, seed: int) -> Tensor:
-    """Run what draws from the global generator on a state of its own, and put the global one back.
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """A state of its own for what draws from the global generator, which is put back.
 
     Not `torch.manual_seed`: that would seed the accelerators as well.
     """
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
-        with torch.no_grad():
-            batch = pixels[None]
-            for module in modules:
-                batch = module(batch)
+        yield
     finally:
         torch.set_rng_state(before)
+
+
+@torch.no_grad()
+def _apply_seeded(modules: tuple[nn.Module, ...], pixels: Tensor, seed: int) -> Tensor:
+    batch = pixels[None]
+    with _drawing(seed):
+        for module in modules:
+            batch = module(batch)
     return batch[0]
 
 
 def _beta(alpha: float, seed: int) -> float:
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    with _drawing(seed):
         return float(torch.distributions.Beta(alpha, alpha).sample())
-    finally:
-        torch.set_rng_state(before)
 
 
 def _cut(pixel_values: Tensor, share: float, generator: torch.Generator | None) -> tuple[Tensor, float]:

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import CheckpointError, brief
+from ...progress import progress_bar
 from ..interruption import Interruption, stopped_by
 from .ema import WeightAverage
 from .logs import LOG, TrainingLog
 
 
-__all__ = ["JSONLogCallback", "StopOnSignal", "WeightAverageCallback"]
+__all__ = ["JSONLogCallback", "ProgressBar", "StopOnSignal", "WeightAverageCallback"]
 
 _AVERAGE = "weight_average.safetensors"
 
@@ -33,29 +34,22 @@ class WeightAverageCallback(TrainerCallback):
         self._average: WeightAverage | None = None
         self._taken_over = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Start from the model's weights, or from the checkpoint that the training goes on from."""
+    def start(self, model: Any) -> None:
+        """Start from a model's weights."""
         self._average, self._taken_over = WeightAverage(model, self.decay), False
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        """Start from the model's weights, or from the checkpoint that the training goes on from."""
+        self.start(model)
         if self.resumed is not None:
             self.load(self.resumed)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Take in the weights, unless gradients overflowed in half precision and there was no step."""
         if not getattr(optimizer, "step_was_skipped", False):
             self._average.update()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Put the averages in the place of the weights, for good."""
         self._average.take_over()
         self._taken_over = True
@@ -73,6 +67,10 @@ class WeightAverageCallback(TrainerCallback):
         """The averages by the names of their parameters; all processes ask together."""
         return self._average.state_dict()
 
+    def load_state_dict(self, averages: Mapping[str, Tensor]) -> None:
+        """Take over what [`state_dict`] returned."""
+        self._average.load_state_dict(averages)
+
     def save(self, folder: Path, averages: Mapping[str, Tensor]) -> None:
         """Write what [`state_dict`] returned into a checkpoint."""
         save_file(dict(averages), folder / _AVERAGE)
@@ -84,7 +82,7 @@ class WeightAverageCallback(TrainerCallback):
             CheckpointError: it has none, or those of another model.
         """
         try:
-            self._average.load_state_dict(load_file(folder / _AVERAGE))
+            self.load_state_dict(load_file(folder / _AVERAGE))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / _AVERAGE}: expected the moving average of this model's weights, found none that fits "
@@ -145,3 +143,44 @@ class JSONLogCallback(TrainerCallback):
         """Append a line, but for the summary of a `train()`, which is one of several where it was interrupted."""
         if self._log is not None and "train_runtime" not in (logs or {}):
             self._log.write(step=state.global_step, **(logs or {}))
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over all steps, on the main process, in place of those of `Trainer`.
+
+    Args:
+        name: what it says.
+        progress: show it; by default where transformers shows its own.
+    """
+
+    def __init__(self, name: str, progress: bool | None = None) -> None:
+        self.name, self.progress = name, progress
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open it where the training begins."""
+        how = {"total": state.max_steps, "initial": state.global_step, "desc": self.name, "unit": "step"}
+        self._bar = progress_bar(progress=self.progress, mininterval=0.5, **how)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Move it on."""
+        self._bar.update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss and the rate."""
+        if self._bar is not None and "learning_rate" in (logs or {}):
+            shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}"}
+            self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Close it."""
+        self._bar.close()

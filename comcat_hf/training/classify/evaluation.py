@@ -1,13 +1,10 @@
 """Accuracy of an image classifier over a split, by one process or many."""
 
-import importlib.util
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -19,7 +16,6 @@ from ...modeling import eval_mode
 __all__ = ["evaluate_classifier"]
 
 _TOP = 5
-_PACKAGES = ("evaluate", "datasets")
 
 
 class _Counter(Protocol):
@@ -53,88 +49,57 @@ def evaluate_classifier(
         `"broken"`, those that could not be read.
 
     Raises:
-        InvalidValueError: nothing to evaluate on, labels that the model has no class for, a missing package.
+        InvalidValueError: nothing to evaluate on, labels that the model has no class for.
     """
-    _check_packages()
     before = 0 if broken is None else broken.count
     weight = next(p for p in model.parameters() if p.is_floating_point())
     if weight.device.type != accelerator.device.type:
         model.to(accelerator.device)
     quiet = progress is None or not accelerator.is_main_process
-    rows: list[Tensor] = []
-    losses: list[Tensor] = []
-    classes = _TOP
+    counts, classes = [torch.zeros(6, device=accelerator.device)], _TOP
     with eval_mode(model), tqdm(batches, desc=progress, unit="batch", mininterval=0.5, disable=quiet) as bar:
         for batch in bar:
-            pixels = batch["pixel_values"].to(accelerator.device, weight.dtype)
             labels = batch["labels"].to(accelerator.device)
-            valid = batch.get("valid")
-            valid = torch.ones_like(labels, dtype=torch.bool) if valid is None else valid.to(accelerator.device)
-            logits = model(pixel_values=pixels).logits.float()
+            valid = batch.get("valid", torch.ones_like(labels, dtype=torch.bool)).to(accelerator.device)
+            logits = model(pixel_values=batch["pixel_values"].to(accelerator.device, weight.dtype)).logits.float()
             classes = logits.shape[-1]
-            rows.append(_row(logits, labels, valid))
-            losses.append(_losses(logits, labels))
-    found = torch.tensor([0 if broken is None else broken.count - before], device=accelerator.device)
-    total = int(accelerator.reduce(found, reduction="sum").item())
-    ranked, labels, lost = _gathered(accelerator, rows, losses, total)
-    _check_labels(labels, classes)
-    measured = [_accuracy(ranked, labels) if accelerator.is_main_process else None]
-    accuracy = broadcast_object_list(measured)[0]
-    return {**accuracy, "loss": lost.double().mean().item(), "samples": len(labels), "broken": total}
+            counts.append(_counts(logits, labels, valid))
+    unread = 0 if broken is None else broken.count - before
+    samples, first, among, lost, unread = _totals(torch.stack(counts), unread, classes, accelerator)
+    shares = {"top1": first / samples, "top5": among / samples, "loss": lost / samples}
+    return {**shares, "samples": int(samples), "broken": int(unread)}
 
 
-def _row(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """What is kept of a batch: the likeliest classes, the label, and whether it counts; `(B, k + 2)`."""
-    ranked = logits.topk(min(_TOP, logits.shape[-1]), dim=-1).indices
-    return torch.cat([ranked, labels.long()[:, None], valid.long()[:, None]], dim=1)
-
-
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+def _counts(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """Of a batch: images that count, those right at first and among the likeliest, loss, least and greatest label."""
     # Labels that the model has no class for are reported together at the end; on a GPU they would end the process.
-    known = (labels >= 0) & (labels < logits.shape[-1])
-    return F.cross_entropy(logits, labels.where(known, 0).long(), reduction="none")
+    known = valid & (labels >= 0) & (labels < logits.shape[-1])
+    right = logits.topk(min(_TOP, logits.shape[-1]), dim=-1).indices.eq(labels[:, None]) & valid[:, None]
+    losses = F.cross_entropy(logits, labels.where(known, 0).long(), reduction="none").where(known, 0)
+    counted = labels.where(valid, 0)
+    values = (valid.sum(), right[:, 0].sum(), right.sum(), losses.sum(), counted.min(), counted.max())
+    return torch.stack([value.float() for value in values])
 
 
-def _gathered(
-    accelerator: Accelerator, rows: list[Tensor], losses: list[Tensor], broken: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Likeliest classes `(N, k)`, labels `(N,)` and losses `(N,)` of the images that count, of all processes."""
-    if rows:
-        # Where a process has a shorter batch, it is filled up with rows of zeros, which do not count.
-        both = (torch.cat(rows), torch.cat(losses))
-        table, lost = accelerator.gather(tuple(accelerator.pad_across_processes(one) for one in both))
-        counts = table[:, -1].bool()
-        table, lost = table[counts].cpu(), lost[counts].cpu()
-        if len(table):
-            return table[:, :-2], table[:, -2], lost
-    raise InvalidValueError(
-        f"The evaluation: expected images, found none that counts, and {broken} that could not be read. Give a split "
-        "with images (--validation_file, --validation_dir or --validation_split_name)."
-    )
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    unknown = labels[(labels < 0) | (labels >= classes)]
-    if len(unknown):
+def _totals(counts: Tensor, unread: int, classes: int, accelerator: Accelerator) -> tuple[float, ...]:
+    """Over all batches and processes: images that count, those right at first and among, loss, images not read."""
+    # In double precision, which not every device has.
+    table = counts.cpu().double()
+    own = [*table[:, :4].sum(dim=0), table[:, 4].min(), table[:, 5].max()]
+    own.append(torch.tensor(float(unread), dtype=torch.float64))
+    found = torch.stack(own)[None]
+    if accelerator.num_processes > 1:
+        found = accelerator.gather(found.to(accelerator.device)).cpu()
+    samples, first, among, lost, _, _, unread = found.sum(dim=0).tolist()
+    if not samples:
         raise InvalidValueError(
-            f"The evaluation: expected labels from 0 to {classes - 1}, the model's classes, found "
-            f"{unknown[0].item()}. Give the data set that the model was trained for, or a model for these classes."
+            f"The evaluation: expected images, found none that counts, and {unread:.0f} that could not be read. Give "
+            "a split with images (--validation_file, --validation_dir or --validation_split_name)."
         )
-
-
-def _accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:
-    # The class itself, not evaluate.load: that would copy it into the user's cache folder first.
-    from ...metrics.top_accuracy import TopAccuracy
-
-    with tempfile.TemporaryDirectory() as folder:
-        metric = TopAccuracy(keep_in_memory=True, cache_dir=folder)
-        return metric.compute(predictions=ranked.tolist(), references=labels.tolist())
-
-
-def _check_packages() -> None:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    unknown = [label for label in (found[:, 4].min().item(), found[:, 5].max().item()) if not 0 <= label < classes]
+    if unknown:
         raise InvalidValueError(
-            f"The evaluation needs the packages {' and '.join(_PACKAGES)}, found no {' and no '.join(missing)}. Run "
-            "`pip install comcat_hf[train]`."
+            f"The evaluation: expected labels from 0 to {classes - 1}, the model's classes, found {unknown[0]:.0f}. "
+            "Give the data set that the model was trained for, or a model for these classes."
         )
+    return samples, first, among, lost, unread

@@ -1,39 +1,42 @@
-"""Fine-tuning with distillation on accelerate: steps, reports, checkpoints, and an exact way back to them."""
+"""Fine-tuning with distillation by `DistillationTrainer`, on batches, metrics and an accelerator that are there."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
-from peft import PeftModel
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device, set_seed
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
-from ...compression.distillation import DistillationLoss, LossParts, OwnBase
-from ...errors import ComCATError, InvalidValueError, brief
+from ...compression.distillation import DistillationLoss
+from ...errors import ComCATError
 from ...modeling import meta_copy
-from ..checkpoints import Progress, remove_checkpoints
-from ..flags import values_deciding
-from ..interruption import Interrupted, Interruption, stopped_by
+from ..checkpoints import Progress
+from ..flags import fixed_flags, values_deciding
+from ..interruption import Interrupted, Interruption
 from ..seeds import random_states, seeded, set_random_states
-from .checkpoints import MUST, Trained, check_finite, facts_of_training, is_sharded, restore, save_checkpoint
-from .ema import WeightAverage
+from .callbacks import JSONLogCallback, ProgressBar, StopOnSignal, WeightAverageCallback
+from .earlier import readable
 from .engines import prepare_engine
-from .logs import LOG, LossMeter, TrainingLog, cannot_write
-from .optimizers import Schedule, learning_rates, make_optimizer, warmup_steps
-from .routes import Student, freeze_unreached, make_loss
+from .logs import cannot_write
+from .optimizers import learning_rates, rate_at, warmup_steps
+from .routes import Student, gathered, make_loss, prepare_student
 from .settings import CompressSettings
+from .trainer import DistillationTrainer
 
 
 __all__ = ["TrainResult", "TrainRun", "finetune_model"]
 
 Batch = Mapping[str, Any]
 
+# What no continuation may change: what is trained, and what is kept beside it.
+_MUST = (*fixed_flags(CompressSettings), "plan")
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 # Steps between two questions whether another process was told to stop: each waits for all devices.
 _ASK_EVERY = 10
 _SECRETS = ("token", "hub_token")
@@ -72,6 +75,18 @@ class TrainRun:
     say: Callable[[str], None] = lambda text: None
     checkpoint: Path | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """What a continuation must share with the training to be exact."""
+        facts = self.settings.facts("finetune", self.seed)
+        # It counts in the number of steps.
+        del facts["num_train_epochs"]
+        return facts | {
+            "plan": self.plan,
+            "max_train_steps": self.steps,
+            "num_processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -106,294 +121,242 @@ def finetune_model(run: TrainRun) -> TrainResult:
         ComCATError: the loss or the weights are not finite, or something cannot be written; the last checkpoint is as
             it was.
     """
-    settings, accelerator = run.settings, run.accelerator
-    facts = facts_of_training(settings, accelerator, run.seed, run.plan, run.steps)
-    first = 0
-    if run.checkpoint is not None:
-        done = Progress.read(run.checkpoint)
-        first = done.step
-        done.compare(facts, run.checkpoint, MUST if first < run.steps else _all_but_length(settings))
-        run.say(f"Going on from {run.checkpoint}.")
-    folder = _open_folder(run)
-    training = _Training(run, folder, facts, first)
-    if first < run.steps:
-        result = training.train()
-        if result.interrupted is not None:
-            return result
-    else:
-        result = TrainResult(first, checkpoint=run.checkpoint)
-    training.conclude()
+    settings, accelerator, student = run.settings, run.accelerator, run.student
+    first = _first_step(run)
+    accelerator.gradient_accumulation_steps = 1
+    loss = make_loss(settings)
+    prepare_student(student, settings, loss)
+    prepare_engine(accelerator, settings, student.model)
+    empty = meta_copy(student.model) if accelerator.distributed_type in _SHARDED else None
+    try:
+        trainer = _StageTrainer(run, loss, first)
+    except OSError as error:
+        raise cannot_write(settings.output_path, error) from error
+    # What dropout draws, on each process something else.
+    start = seeded(run.seed, "dropout", accelerator.process_index, first).initial_seed()
+    set_seed(start % 2**32)
+    with nullcontext() if run.checkpoint is None else readable(trainer, run.checkpoint, run.steps) as checkpoint:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    result = TrainResult(
+        max(trainer.state.global_step, first), trainer.loss, trainer.stopper.signal, trainer.checkpoint
+    )
+    if result.interrupted is None:
+        if empty is not None:
+            student.model = gathered(accelerator, trainer.model_wrapped, empty)
+        else:
+            student.model = accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        student.model.eval()
     return result
 
 
-class _Training:
-    """What a step needs, as accelerate wrapped it."""
+def _arguments(run: TrainRun, rate: float) -> TrainingArguments:
+    """The settings of a run and its highest rate, as `Trainer` takes them."""
+    settings, accelerator = run.settings, run.accelerator
+    saving = settings.interval("checkpointing_steps", run.steps_per_epoch)
+    args = TrainingArguments(
+        str(settings.output_path),
+        max_steps=run.steps,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=rate,
+        weight_decay=settings.weight_decay,
+        optim="adamw_torch",
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.logging_steps,
+        save_strategy="no" if saving is None else "steps",
+        save_steps=saving or 500,
+        save_total_limit=settings.checkpoints_total_limit,
+        use_cpu=accelerator.device.type == "cpu",
+        # DeepSpeed compares them with its own.
+        bf16=accelerator.mixed_precision == "bf16",
+        fp16=accelerator.mixed_precision == "fp16",
+        accelerator_config={"use_configured_state": True},
+        # Batches come from where the checkpoint was.
+        ignore_data_skip=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    # One process has one device, whatever else the machine has.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
-    def __init__(self, run: TrainRun, folder: Path, facts: Mapping[str, Any], first: int) -> None:
-        settings, accelerator, student = run.settings, run.accelerator, run.student
-        self.run, self.folder, self.facts, self.step = run, folder, facts, first
-        self.accelerator = accelerator
-        self.accumulated = accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
-        # accelerate counts batches over all trainings.
-        accelerator.step = 0
-        images = settings.per_device_train_batch_size * accelerator.num_processes * self.accumulated
-        rates = learning_rates(settings, images)
-        self.schedule = Schedule(*rates, run.steps, warmup_steps(settings, run.steps))
-        self.loss = make_loss(settings)
-        _prepare_student(student, settings, self.loss)
-        prepare_engine(accelerator, settings, student.model)
-        self.empty = meta_copy(student.model) if is_sharded(accelerator) else None
-        optimizer = make_optimizer(settings, student.model, self.schedule.rate(0))
-        self.model, self.optimizer = accelerator.prepare(student.model, optimizer)
-        self.student = accelerator.unwrap_model(self.model)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.average = None if settings.ema_decay is None else WeightAverage(self.student, settings.ema_decay)
-        self.meter = LossMeter(accelerator, self.accumulated)
-        self.teacher = self._make_teacher()
-        self.intervals = {n: settings.interval(n, run.steps_per_epoch) for n in ("checkpointing_steps", "eval_steps")}
-        self.last_loss: float | None = None
-        self.checkpoint = run.checkpoint
-        self._start_from(first)
-        self.log = TrainingLog(folder / LOG, first, accelerator.is_main_process)
-        self._start_trackers()
 
-    def train(self) -> TrainResult:
-        """Take the steps that are left."""
-        run, accelerator, batches = self.run, self.accelerator, self.accumulated
-        quiet = not accelerator.is_main_process
-        how = {"desc": "Fine-tuning", "unit": "step", "mininterval": 0.5, "disable": quiet}
-        self._evaluate_what_was_missed()
-        self.model.train()
-        self.meter.restart_clock()
-        with tqdm(total=run.steps, initial=self.step, **how) as bar:
-            for batch in run.batches(self.step * batches, (run.steps - self.step) * batches):
-                self.learn(batch)
-                if not accelerator.sync_gradients:
-                    continue
-                self.step += 1
-                bar.update()
-                if (signal := self.after_step(bar)) is not None:
-                    return TrainResult(self.step, self.last_loss, signal, self.checkpoint)
-        if self.step < run.steps:
-            raise ComCATError(
-                f"The training: expected batches for {run.steps} steps, found them for {self.step}. Give fewer "
-                "--max_train_steps, or more images."
-            )
-        return TrainResult(self.step, self.last_loss, None, self.checkpoint)
+class _StageTrainer(DistillationTrainer):
+    """`DistillationTrainer` on what a run brings along."""
 
-    def learn(self, batch: Batch) -> None:
-        """Learn from one batch; the optimizer takes a step behind the last of those that are accumulated."""
-        accelerator = self.accelerator
-        batch = send_to_device(batch, accelerator.device, non_blocking=True)
-        # Here, as DeepSpeed takes its step within the backward pass.
-        self.schedule.set(self.optimizer)
-        with accelerator.accumulate(self.model):
-            parts = self._losses(batch)
-            accelerator.backward(parts.total)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.trained, self.run.settings.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.meter.add(parts, len(batch["labels"]))
-        if accelerator.sync_gradients and not self.optimizer.step_was_skipped:
-            self.schedule.advance()
-            if self.average is not None:
-                self.average.update()
+    def __init__(self, run: TrainRun, loss: DistillationLoss, first: int) -> None:
+        self.run, self.first, self.checkpoint, self.loss = run, first, run.checkpoint, None
+        settings, accelerator = run.settings, run.accelerator
+        self.interval = settings.interval("eval_steps", run.steps_per_epoch)
+        batches = accelerator.num_processes * settings.gradient_accumulation_steps
+        highest, last = learning_rates(settings, settings.per_device_train_batch_size * batches)
+        rising = warmup_steps(settings, run.steps)
+        self.share = lambda step: rate_at(step, highest, last, run.steps, rising) / highest
+        self.stopper = StopOnSignal(run.interruption, accelerator, min(_ASK_EVERY, settings.logging_steps))
+        self.records = JSONLogCallback(settings.output_path)
+        average = [] if settings.ema_decay is None else [WeightAverageCallback(settings.ema_decay)]
+        super().__init__(
+            model=run.student.model,
+            teacher=run.student.teacher,
+            args=_arguments(run, highest),
+            distillation=loss,
+            callbacks=[*average, self.stopper, self.records, ProgressBar("Fine-tuning", True), _Flow(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        if self.teacher is not None and settings.torch_compile:
+            self.teacher.compile()
 
-    def after_step(self, bar: tqdm) -> str | None:
-        """Report, save and evaluate where that is due; returns the signal that ends the training."""
-        settings, last = self.run.settings, self.step == self.run.steps
-        if last or self.step % settings.logging_steps == 0:
-            self._report(bar)
-        signal = None if last else self._signal()
-        interval = self.intervals["checkpointing_steps"]
-        # The last one: what comes behind the training may fail as well.
-        due = interval is not None and (last or self.step % interval == 0)
-        if signal is not None or due:
-            self.save()
-        if signal is None and self._evaluation_is_due():
-            try:
-                self.evaluate()
-            except Interrupted as stopped:
-                signal = str(stopped)
-                if not due:
-                    self.save()
-        return signal
+    def create_accelerator_and_postprocess(self) -> None:
+        """Take the accelerator of the run."""
+        self.accelerator = self.run.accelerator
+        self.gather_function = self.accelerator.gather_for_metrics
+        self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        if self.is_deepspeed_enabled:
+            propagate_args_to_deepspeed(self.accelerator, self.args)
 
-    def save(self) -> None:
-        """Write a checkpoint, if all is finite."""
-        run, settings = self.run, self.run.settings
-        self.meter.check(self.step)
-        check_finite(self.accelerator, self.student, self.step)
-        progress = Progress(self.step, run.seed, self.facts)
-        limit = settings.checkpoints_total_limit
-        self.checkpoint = save_checkpoint(self.accelerator, self.folder, progress, self._states(), limit)
-        self.meter.restart_clock()
+    def get_train_dataloader(self) -> Any:
+        """The batches behind those that the checkpoint has seen."""
+        return _Remaining(self.run, self.first)
 
-    def evaluate(self) -> None:
-        """Measure the model, with the averages in the place of its weights; draws nothing that training would draw.
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """A rate that rises along a line and falls along half a cosine."""
+        self.lr_scheduler = LambdaLR(self.optimizer, self.share)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
-        Raises:
-            Interrupted: a signal came; the training is as it was before.
-        """
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """None: `Trainer` would count all parameters in every step, and the figure is one of texts."""
+        return 0
+
+    def progress(self) -> Progress:
+        """Where the training is, and what a continuation must share with it."""
+        return Progress(self.state.global_step, self.run.seed, self.run.facts())
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the model, with the averages in the place of its weights; draws nothing that training would draw."""
         device = self.accelerator.device
         drawn = random_states(device)
-        self.model.eval()
+        model = self.model_wrapped if self.accelerator.distributed_type in _SHARDED else self.model
+        model.eval()
         try:
             with nullcontext() if self.average is None else self.average.applied():
-                model = self.model if is_sharded(self.accelerator) else self.student
-                found = {f"eval_{name}": value for name, value in self.run.evaluate(model).items()}
+                found = self.run.evaluate(model)
+        except Interrupted as stopped:
+            self.stopper.signal = str(stopped)
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         finally:
             set_random_states(drawn, device)
-            self.model.train()
-        self.log.write(step=self.step, epoch=self._epoch(), **found)
-        self.accelerator.log(found, step=self.step)
+            model.train()
+        found = {f"eval_{name}": value for name, value in found.items()}
+        self.log(dict(found))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        self.run.say(f"Step {self.step}: {shown}")
+        self.run.say(f"Step {self.state.global_step}: {shown}")
         self.meter.restart_clock()
+        return found
 
-    def conclude(self) -> None:
-        """Leave the student as it is to be used."""
-        student, accelerator = self.run.student, self.accelerator
-        if self.average is not None:
-            self.average.take_over()
-        if self.empty is not None:
-            student.model = _gathered(accelerator, self.model, self.empty)
-        else:
-            student.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        student.model.eval()
-
-    def _losses(self, batch: Batch) -> LossParts:
-        inputs = {"pixel_values": batch["pixel_values"]}
-        if self.loss.needs_hidden_states:
-            inputs["output_hidden_states"] = True
-        # Before the student runs: where it is its own teacher, its adapters are switched off and on again.
-        taught = None if self.teacher is None else self.teacher(**inputs)
-        return self.loss(self.model(**inputs), taught, batch["labels"], self.step / self.run.steps)
-
-    def _make_teacher(self) -> Callable[..., Any] | None:
-        if not self.loss.needs_teacher:
-            return None
-        teacher = self.run.student.teacher
-        if teacher is None:
-            # Past DistributedDataParallel, which would wait for gradients.
-            return OwnBase(self.student)
-        teacher.to(self.accelerator.device)
-        if self.run.settings.torch_compile:
-            teacher.compile()
-        return partial(_ask, self.accelerator, teacher)
-
-    def _start_from(self, first: int) -> None:
-        # What dropout draws, on each process something else.
-        start = seeded(self.run.seed, "dropout", self.accelerator.process_index, first).initial_seed()
-        set_seed(start % 2**32)
-        if self.run.checkpoint is not None:
-            restore(self.accelerator, self.run.checkpoint, self._states())
-
-    def _states(self) -> Trained:
-        states = {"schedule": self.schedule, "losses": self.meter, "average": self.average}
-        states = {name: state for name, state in states.items() if state is not None}
-        return Trained(self.student, self.optimizer, self.accelerator.scaler, states)
-
-    def _report(self, bar: tqdm) -> None:
-        values = self.meter.read(self.step)
-        self.last_loss = values["loss"]
-        values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        self.log.write(step=self.step, epoch=self._epoch(), **values)
-        self.accelerator.log(values, step=self.step)
-        shown = {"loss": f"{self.last_loss:.4f}", "lr": f"{values['learning_rate']:.2e}"}
-        bar.set_postfix(shown, refresh=False)
-
-    def _signal(self) -> str | None:
-        several = self.accelerator.num_processes > 1
-        if several and self.step % min(_ASK_EVERY, self.run.settings.logging_steps):
-            return None
-        return stopped_by(self.accelerator, self.run.interruption)
-
-    def _epoch(self) -> float:
-        return round(self.step / self.run.steps_per_epoch, 4)
-
-    def _evaluation_is_due(self) -> bool:
-        interval = self.intervals["eval_steps"]
-        return self.run.evaluate is not None and interval is not None and self.step % interval == 0
-
-    def _evaluate_what_was_missed(self) -> None:
-        """A training that ended between a checkpoint and the evaluation of the same step makes up for it."""
-        if self.step == 0 or not self._evaluation_is_due():
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log to the run's trackers, too."""
+        if "train_runtime" in logs:
             return
-        missed = [not self.log.has(self.step, "eval_")]
-        if self.accelerator.num_processes > 1:
-            missed = broadcast_object_list(missed)
-        if missed[0]:
-            self.evaluate()
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.loss = self.state.log_history[-1]["loss"]
+        told = self.state.log_history[-1]
+        self.accelerator.log({k: v for k, v in told.items() if k not in ("step", "epoch")}, step=told["step"])
 
-    def _start_trackers(self) -> None:
-        if not self.accelerator.log_with:
-            return
-        shown = {
-            name: value for name, value in vars(self.run.settings).items() if isinstance(value, int | float | str)
-        }
-        config = {name: value for name, value in shown.items() if name not in _SECRETS}
-        self.accelerator.init_trackers("comcat-compress", config=config)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.checkpoint = self.run.settings.output_path / f"checkpoint-{self.state.global_step}"
 
 
-def _all_but_length(settings: CompressSettings) -> tuple[str, ...]:
-    """What may not differ where nothing is left to train: it would not come to bear."""
-    return tuple(name for name in values_deciding(settings, "finetune") if name != "max_train_steps")
+class _Flow(TrainerCallback):
+    """When to log and to evaluate, and the epoch."""
+
+    def __init__(self, trainer: _StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start trackers; a training that ended between a step and its evaluation makes up for it."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        if accelerator.log_with:
+            accelerator.init_trackers("comcat-compress", config=_shown(trainer.run.settings))
+        trainer.meter.restart_clock()
+        if 0 < state.global_step < state.max_steps and self._is_due(state.global_step):
+            missed = [not trainer.records.has(state.global_step, "eval_")]
+            if accelerator.num_processes > 1:
+                missed = broadcast_object_list(missed)
+            if missed[0]:
+                trainer.evaluate()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Take no step where a checkpoint has taken all of them."""
+        control.should_training_stop |= state.global_step >= state.max_steps
+        return control
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Say what is due."""
+        state.epoch = round(state.global_step / self.trainer.run.steps_per_epoch, 4)
+        last = state.global_step == state.max_steps
+        control.should_log |= last
+        if last:
+            # What ends anyway is not interrupted.
+            self.trainer.stopper.signal = None
+        control.should_evaluate = self.trainer.stopper.signal is None and self._is_due(state.global_step)
+        return control
+
+    def _is_due(self, step: int) -> bool:
+        interval = self.trainer.interval
+        return self.trainer.run.evaluate is not None and interval is not None and step % interval == 0
 
 
-def _open_folder(run: TrainRun) -> Path:
-    """The output folder, without what was left of checkpoints that were not finished."""
-    folder, settings = run.settings.output_path, run.settings
-    if run.accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            keep = run.checkpoint is not None or not settings.overwrite_output_dir
-            remove_checkpoints(folder, unfinished_only=keep)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-    run.accelerator.wait_for_everyone()
-    return folder
+@dataclass(frozen=True)
+class _Remaining:
+    """The batches that are left. Without a length, so that `Trainer` goes through them once."""
+
+    run: TrainRun
+    first: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        run, first = self.run, self.first
+        accumulated = run.settings.gradient_accumulation_steps
+        wanted = max(run.steps - first, 0) * accumulated
+        given = 0
+        for batch in run.batches(first * accumulated, wanted):
+            given += 1
+            # `Trainer` would wait for the device.
+            yield send_to_device(batch, run.accelerator.device, non_blocking=True)
+        if given < wanted:
+            raise ComCATError(
+                f"The training: expected batches for {run.steps} steps, found them for "
+                f"{first + given // accumulated}. Give fewer --max_train_steps, or more images."
+            )
 
 
-def _prepare_student(student: Student, settings: CompressSettings, loss: DistillationLoss) -> None:
-    model = student.model
-    freeze_unreached(model, loss)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InvalidValueError(f"{type(model).__name__}: expected parameters to train, found that all are frozen.")
-    if settings.gradient_checkpointing:
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
-        try:
-            plain.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise InvalidValueError(
-                f"--gradient_checkpointing: expected a model that can do it, found {type(plain).__name__} "
-                f"({brief(error)}). Leave the flag out."
-            ) from error
-    if settings.torch_compile:
-        # In place: names, and what accelerate unwraps, stay as they are.
-        model.compile()
+def _first_step(run: TrainRun) -> int:
+    """The steps that the checkpoint has done, if it is one of this training."""
+    if run.checkpoint is None:
+        return 0
+    done = Progress.read(run.checkpoint)
+    must = _MUST
+    if done.step >= run.steps:
+        # Nothing is left to train: what differs would not come to bear.
+        must = tuple(name for name in values_deciding(run.settings, "finetune") if name != "max_train_steps")
+    done.compare(run.facts(), run.checkpoint, must)
+    run.say(f"Going on from {run.checkpoint}.")
+    return done.step
 
 
-@torch.no_grad()
-def _ask(accelerator: Accelerator, teacher: nn.Module, **inputs: Any) -> Any:
-    # It is in eval mode throughout.
-    with accelerator.autocast():
-        return teacher(**inputs)
-
-
-def _gathered(accelerator: Accelerator, model: nn.Module, empty: nn.Module) -> nn.Module:
-    """A whole copy, on the CPU of every process, of a model that was trained in shards."""
-    state: dict[str, Tensor] = accelerator.get_state_dict(model)
-    content = [{name: value.cpu() for name, value in state.items()} if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        content = broadcast_object_list(content)
-    # Names of a compiled or sharded model are those of the plain one; a miss is an error.
-    empty.load_state_dict(content[0], assign=True)
-    # Buffers that belong to no state dict are the same on all processes.
-    buffers = dict(model.named_buffers())
-    for name, buffer in list(empty.named_buffers()):
-        if buffer.is_meta:
-            path, _, last = name.rpartition(".")
-            setattr(empty.get_submodule(path), last, buffers[name].cpu())
-    return empty
+def _shown(settings: CompressSettings) -> dict[str, Any]:
+    shown = {name: value for name, value in vars(settings).items() if isinstance(value, int | float | str)}
+    return {name: value for name, value in shown.items() if name not in _SECRETS}

@@ -1,18 +1,12 @@
-"""The optimizer of a fine-tuning, and its learning rate as a plain function of the step."""
+"""The learning rate of a fine-tuning as a plain function of the step."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
-
-from ...compression.finetuning import parameter_groups
 from ...errors import InvalidValueError
 from .settings import CompressSettings
 
 
-__all__ = ["Schedule", "learning_rates", "make_optimizer", "warmup_steps"]
+__all__ = ["learning_rates", "rate_at", "warmup_steps"]
 
 # The images per optimizer step that unscaled rates are for (DeiT).
 _IMAGES = 512
@@ -56,55 +50,16 @@ def warmup_steps(settings: CompressSettings, steps: int) -> int:
     return rising
 
 
-def make_optimizer(settings: CompressSettings, model: nn.Module, rate: float) -> Optimizer:
-    """AdamW for what can be trained in a model: matrices decay; norms, biases and other vectors do not.
+def rate_at(step: int, highest: float, last: float, steps: int, rising: int = 0) -> float:
+    """The rate of a step: it rises along a line and falls along half a cosine.
 
     Args:
-        settings: its constants.
-        model: with the parameters.
-        rate: the first learning rate.
-    """
-    return AdamW(
-        parameter_groups(model, settings.weight_decay),
-        lr=rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-    )
-
-
-class Schedule:
-    """A learning rate that rises along a line and falls along half a cosine, by how many steps were taken.
-
-    Args:
+        step: counted from 0; behind the end the rate is the last one.
         highest, last: rates, as [`learning_rates`] gives them.
         steps: of the whole training.
         rising: in so many of them the rate rises; the first has `highest / rising`.
     """
-
-    def __init__(self, highest: float, last: float, steps: int, rising: int = 0) -> None:
-        self.highest, self.last, self.steps, self.rising = highest, last, steps, rising
-        self.taken = 0
-
-    def rate(self, step: int) -> float:
-        """The rate of a step, counted from 0; behind the end the last one."""
-        if step < self.rising:
-            return self.highest * (step + 1) / self.rising
-        done = min((step - self.rising) / max(self.steps - self.rising, 1), 1.0)
-        return self.last + (self.highest - self.last) * (1 + math.cos(math.pi * done)) / 2
-
-    def set(self, optimizer: Any) -> float:
-        """Give an optimizer the rate of the next step, and return it."""
-        rate = self.rate(self.taken)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-    def advance(self) -> None:
-        """Note that a step was taken, and not skipped because gradients overflowed in half precision."""
-        self.taken += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken}
-
-    def load_state_dict(self, content: Mapping[str, int]) -> None:
-        self.taken = int(content["taken"])
+    if step < rising:
+        return highest * (step + 1) / rising
+    done = min((step - rising) / max(steps - rising, 1), 1.0)
+    return last + (highest - last) * (1 + math.cos(math.pi * done)) / 2

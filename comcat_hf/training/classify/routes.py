@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from ...compression.counting import example_inputs
 from ...compression.distillation import DistillationLoss
 from ...configs import RankPlan
 from ...configs.adapter import ComCATConfig
-from ...errors import CheckpointError, InvalidValueError
+from ...errors import CheckpointError, InvalidValueError, brief
 from ...modeling import eval_mode
 from ...native import plan_of
 from ...tuners.layer import CompressLayer
@@ -21,7 +23,7 @@ from .models import load_classifier, load_teacher
 from .settings import CompressSettings
 
 
-__all__ = ["Student", "finished", "freeze_unreached", "make_loss", "make_student"]
+__all__ = ["Student", "finished", "freeze_unreached", "gathered", "make_loss", "make_student", "prepare_student"]
 
 _ADAPTER = "default"
 # What PEFT puts into the paths of a model that it wraps.
@@ -118,6 +120,52 @@ def freeze_unreached(model: nn.Module, loss: DistillationLoss) -> list[str]:
         if name in frozen:
             parameter.requires_grad_(False)
     return frozen
+
+
+def prepare_student(student: Student, settings: CompressSettings, loss: DistillationLoss) -> None:
+    """Make a student ready to train: freeze what no gradient reaches, and do what the settings ask of its passes.
+
+    Args:
+        student: changed in place.
+        settings: gradient checkpointing and compilation.
+        loss: which of the student's outputs count.
+
+    Raises:
+        InvalidValueError: nothing to train, or a model that cannot do without its activations.
+    """
+    model = student.model
+    freeze_unreached(model, loss)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InvalidValueError(f"{type(model).__name__}: expected parameters to train, found that all are frozen.")
+    if settings.gradient_checkpointing:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        try:
+            plain.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise InvalidValueError(
+                f"--gradient_checkpointing: expected a model that can do it, found {type(plain).__name__} "
+                f"({brief(error)}). Leave the flag out."
+            ) from error
+    if settings.torch_compile:
+        # In place: names, and what accelerate unwraps, stay as they are.
+        model.compile()
+
+
+def gathered(accelerator: Accelerator, model: nn.Module, empty: nn.Module) -> nn.Module:
+    """A whole copy, on the CPU of every process, of a model that was trained in shards."""
+    state: dict[str, Tensor] = accelerator.get_state_dict(model)
+    content = [{name: value.cpu() for name, value in state.items()} if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        content = broadcast_object_list(content)
+    # Names of a compiled or sharded model are those of the plain one; a miss is an error.
+    empty.load_state_dict(content[0], assign=True)
+    # Buffers that belong to no state dict are the same on all processes.
+    buffers = dict(model.named_buffers())
+    for name, buffer in list(empty.named_buffers()):
+        if buffer.is_meta:
+            path, _, last = name.rpartition(".")
+            setattr(empty.get_submodule(path), last, buffers[name].cpu())
+    return empty
 
 
 def _teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module | None:

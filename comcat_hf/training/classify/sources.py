@@ -217,26 +217,22 @@ def _list_images(folder: Path, owners: Mapping[Path, str], left: list[Path]) -> 
     """
     found: list[Path] = []
     links: list[Path] = []
-    waiting, seen = [folder], set()
-    while waiting:
-        place = waiting.pop()
-        seen.add(place.resolve())
-        with os.scandir(place) as entries:
-            listed = sorted((entry for entry in entries if _counts(entry.name)), key=lambda entry: entry.name)
-        folders = []
-        for entry in listed:
-            path, linked = Path(entry.path), entry.is_symlink()
-            if linked and path.is_dir():
-                links.append(path)
-            elif not linked and entry.is_dir():
-                folders.append(path)
-            elif path.suffix.lower() in SUFFIXES:
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(folder, onerror=_fail):
+        seen.add(Path(place).resolve())
+        folders[:] = sorted(filter(_counts, folders))
+        links += [path for name in folders if (path := Path(place, name)).is_symlink()]
+        for path in (Path(place, name) for name in sorted(filter(_counts, files))):
+            if path.suffix.lower() in SUFFIXES:
                 # What a link to nothing leads to is found broken when it is read.
-                elsewhere = linked and _owner(path, owners) not in (None, folder.name)
+                elsewhere = path.is_symlink() and _owner(path, owners) not in (None, folder.name)
                 (left if elsewhere else found).append(path)
-        waiting += reversed(folders)
     left += [link for link in links if link.resolve() not in seen]
     return found
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _owner(link: Path, owners: Mapping[Path, str]) -> str | None:

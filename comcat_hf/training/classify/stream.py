@@ -11,6 +11,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -36,6 +37,7 @@ _NO_LABEL = -100
 
 # By index, or already read from a stream.
 Candidate = int | RawImage
+Wanted = tuple[int | None, Sequence[Candidate]]
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,7 @@ def train_batches(
         sampler = _TrainSampler(
             split, seed, size, settings.repeated_augmentation, start, count, process_index, num_processes
         )
-        loader = _loader(
-            _TrainItems(split, preparation, seed), sampler, settings.dataloader_num_workers, preparation, seed
-        )
+        loader = _loader(_Items(split, preparation, seed), sampler, settings.dataloader_num_workers)
         for batch, items in enumerate(loader, start=start):
             _note(items, broken)
             if not bool(items["valid"].all()):
@@ -156,8 +156,7 @@ def evaluation_batches(
 
     def make() -> Iterator[dict[str, Tensor]]:
         sampler = _EvaluationSampler(split, batch_size, process_index, num_processes)
-        loader = _loader(_EvaluationItems(split, preparation), sampler, workers, preparation, 0)
-        for items in loader:
+        for items in _loader(_Items(split, preparation), sampler, workers):
             _note(items, broken)
             yield {name: items[name] for name in ("pixel_values", "labels", "valid")}
 
@@ -215,45 +214,28 @@ def _note(items: dict[str, Any], broken: BrokenImages) -> None:
 
 
 @dataclass(frozen=True)
-class _TrainItems(Dataset):
-    """Augmented images by position and candidates."""
+class _Items(Dataset):
+    """Images by what samplers give: a position, at which an image is augmented, or `None`, and candidates."""
 
     split: Split
     preparation: ImagePreparation
-    seed: int
+    seed: int = 0
 
-    def __getitem__(self, wanted: tuple[int, Sequence[Candidate]]) -> dict[str, Any]:
+    def __getitem__(self, wanted: Wanted) -> dict[str, Any]:
         position, candidates = wanted
         broken = []
         for candidate in candidates:
-            raw = candidate if isinstance(candidate, RawImage) else self.split.raw(candidate)
             try:
+                raw = candidate if isinstance(candidate, RawImage) else self.split.raw(candidate)
                 image, label = self.split.decode(raw)
             except BrokenImageError as error:
                 broken.append((error.place, error.reason))
                 continue
-            pixels = self.preparation.train(image, seeded(self.seed, "augmentation", position))
-            return {"pixel_values": pixels, "labels": label, "valid": True, "broken": broken}
-        return {"pixel_values": None, "labels": _NO_LABEL, "valid": False, "broken": broken}
-
-
-@dataclass(frozen=True)
-class _EvaluationItems(Dataset):
-    """Images as the processor prepares them; `None` stands for none."""
-
-    split: Split
-    preparation: ImagePreparation
-
-    def __getitem__(self, candidate: Candidate | None) -> dict[str, Any]:
-        broken = []
-        if candidate is not None:
-            raw = candidate if isinstance(candidate, RawImage) else self.split.raw(candidate)
-            try:
-                image, label = self.split.decode(raw)
+            if position is None:
                 pixels = self.preparation.evaluate(image)
-                return {"pixel_values": pixels, "labels": label, "valid": True, "broken": broken}
-            except BrokenImageError as error:
-                broken.append((error.place, error.reason))
+            else:
+                pixels = self.preparation.train(image, seeded(self.seed, "augmentation", position))
+            return {"pixel_values": pixels, "labels": label, "valid": True, "broken": broken}
         return {"pixel_values": None, "labels": _NO_LABEL, "valid": False, "broken": broken}
 
 
@@ -273,8 +255,8 @@ class _TrainSampler:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[list[tuple[int, Sequence[Candidate]]]]:
-        order = (_StreamOrder if self.split.streaming else _Order)(self.split, self.seed)
+    def __iter__(self) -> Iterator[list[Wanted]]:
+        order = _Order(self.split, self.seed)
         for batch in range(self.start, self.start + self.count):
             first = (batch * self.processes + self.process) * self.batch_size
             positions = range(first, first + self.batch_size)
@@ -288,48 +270,29 @@ class _EvaluationSampler:
     process: int
     processes: int
 
-    def __iter__(self) -> Iterator[list[Candidate | None]]:
+    def __iter__(self) -> Iterator[list[Wanted]]:
         rows: Iterator[Candidate] = self.split.stream() if self.split.streaming else iter(range(self.split.size or 0))
         # Every process goes through all rows, so all of them see the same end.
         while together := list(islice(rows, self.batch_size * self.processes)):
             own = together[self.process * self.batch_size :][: self.batch_size]
-            yield [*own, *[None] * (self.batch_size - len(own))]
+            yield [*((None, (row,)) for row in own), *[(None, ())] * (self.batch_size - len(own))]
 
 
 class _Order:
-    """The images one after the other, every epoch in an order of its own."""
-
-    def __init__(self, split: Split, seed: int) -> None:
-        self._size, self._seed = split.size or 0, seed
-        self._epochs: dict[int, list[int]] = {}
-
-    def window(self, number: int) -> tuple[int, ...]:
-        """The image that is at the turn, and those behind it."""
-        return tuple(self._index(number + step) for step in range(_CANDIDATES))
-
-    def _index(self, number: int) -> int:
-        epoch, place = divmod(number, self._size)
-        if epoch not in self._epochs:
-            order = torch.randperm(self._size, generator=seeded(self._seed, "order", epoch)).tolist()
-            # Numbers only grow, and a window may reach over the end of an epoch.
-            kept = {earlier: self._epochs[earlier] for earlier in self._epochs if earlier >= epoch - _CANDIDATES}
-            self._epochs = kept | {epoch: order}
-        return self._epochs[epoch][place]
-
-
-class _StreamOrder:
-    """The same of a stream, which can only be gone through; numbers asked for must not fall."""
+    """The images without end, every epoch in an order of its own; numbers asked for must not fall."""
 
     def __init__(self, split: Split, seed: int) -> None:
         self._split, self._seed = split, seed
-        self._rows: Iterator[RawImage] | None = None
-        self._ahead: deque[RawImage] = deque()
+        self._rows: Iterator[Candidate] | None = None
+        self._ahead: deque[Candidate] = deque()
         self._first = 0
 
-    def window(self, number: int) -> tuple[RawImage, ...]:
+    def window(self, number: int) -> tuple[Candidate, ...]:
         """The image that is at the turn, and those behind it."""
         if self._rows is None:
-            self._first, self._rows = self._begin(number)
+            # Where the length is known, the epochs before need not be read again.
+            epoch = number // self._split.size if self._split.size else 0
+            self._first, self._rows = epoch * (self._split.size or 0), self._from(epoch)
         while self._first < number:
             if self._ahead:
                 self._ahead.popleft()
@@ -340,41 +303,36 @@ class _StreamOrder:
             self._ahead.append(next(self._rows))
         return tuple(self._ahead)
 
-    def _begin(self, number: int) -> tuple[int, Iterator[RawImage]]:
-        # Where the length is known, the epochs before need not be read again.
-        epoch = number // self._split.size if self._split.size else 0
-        return epoch * (self._split.size or 0), self._from(epoch)
-
-    def _from(self, epoch: int) -> Iterator[RawImage]:
+    def _from(self, epoch: int) -> Iterator[Candidate]:
         while True:
             yield from islice(self._epoch(epoch), self._split.size)
             epoch += 1
 
-    def _epoch(self, epoch: int) -> Iterator[RawImage]:
+    def _epoch(self, epoch: int) -> Iterator[Candidate]:
         """One time through, or more often where the length that was declared is too long."""
+        if not self._split.streaming:
+            yield from torch.randperm(self._split.size, generator=seeded(self._seed, "order", epoch)).tolist()
+            return
         again = 0
         while True:
-            read = 0
+            row = None
             for row in self._split.stream(seeded(self._seed, "order", epoch, again)):
-                read += 1
                 yield row
-            if read == 0:
+            if row is None:
                 raise InvalidValueError(f"{self._split.name}: expected images, found an empty stream.")
             if self._split.size is None:
                 return
             again += 1
 
 
-def _loader(
-    items: Dataset, sampler: Iterable[Any], workers: int, preparation: ImagePreparation, seed: int
-) -> DataLoader:
+def _loader(items: _Items, sampler: Iterable[list[Wanted]], workers: int) -> DataLoader:
     return DataLoader(
         items,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_Collate(preparation.size),
+        collate_fn=partial(_collate, size=items.preparation.size),
         # Its own: a loader draws from the global generator, and a resumed run makes its loader at another time.
-        generator=torch.Generator().manual_seed(seed % MAX_SEED),
+        generator=torch.Generator().manual_seed(items.seed % MAX_SEED),
         worker_init_fn=_ignore_signals,
         pin_memory=workers > 0 and torch.cuda.is_available(),
     )
@@ -386,18 +344,12 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@dataclass(frozen=True)
-class _Collate:
+def _collate(items: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
     """Joins items; where there is no image the pixels are 0."""
-
-    size: tuple[int, int]
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        images = [item["pixel_values"] for item in items]
-        empty = torch.zeros(3, *self.size) if any(image is None for image in images) else None
-        return {
-            "pixel_values": torch.stack([empty if image is None else image for image in images]),
-            "labels": torch.tensor([item["labels"] for item in items]),
-            "valid": torch.tensor([item["valid"] for item in items]),
-            "broken": [item["broken"] for item in items],
-        }
+    images = [item["pixel_values"] for item in items]
+    return {
+        "pixel_values": torch.stack([torch.zeros(3, *size) if image is None else image for image in images]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+        "valid": torch.tensor([item["valid"] for item in items]),
+        "broken": [item["broken"] for item in items],
+    }

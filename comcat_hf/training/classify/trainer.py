@@ -184,7 +184,7 @@ class DistillationTrainer(Trainer):
         try:
             with written_last(self.accelerator, folder, self.progress()):
                 super()._save_checkpoint(model, trial)
-                self._save_own(folder)
+                self.save_own(folder, self.args.should_save)
         # What torch's writer says of a full disk is a RuntimeError.
         except (OSError, SafetensorError, RuntimeError) as error:
             raise cannot_write(folder, error) from error
@@ -195,18 +195,16 @@ class DistillationTrainer(Trainer):
                 output_dir=str(run),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
             )
         self.meter.restart_clock()
 
-    def _save_own(self, folder: Path) -> None:
-        # On all processes: of a sharded model the average is gathered.
+    def save_own(self, folder: Path, writes: bool) -> None:
+        """Save the average and losses; all processes call it together, as a sharded average is gathered."""
         average = None if self.average is None else self.average.state_dict()
-        if self.args.should_save:
-            if average is not None:
-                self.average.save(folder, average)
-            if losses := self.meter.state_dict():
-                save_file(losses, folder / _LOSSES)
+        if writes and average is not None:
+            self.average.save(folder, average)
+        if writes and (losses := self.meter.state_dict()):
+            save_file(losses, folder / _LOSSES)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

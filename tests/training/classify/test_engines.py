@@ -1,10 +1,6 @@
 """What accelerate's engines are told of a model before they get it."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +10,13 @@ from peft import get_peft_model
 
 import comcat_hf
 from comcat_hf import ComCATConfig
+from comcat_hf.errors import CheckpointError
+from comcat_hf.training.classify.earlier import readable
 from comcat_hf.training.classify.engines import blocks_of, prepare_engine
 from comcat_hf.training.classify.settings import CompressSettings
 from tests.helpers import MODELS, small_deit, small_dinov2, small_vit
 from tests.training.classify import test_vit_loop
-from tests.training.classify.test_vit_loop import TWO
+from tests.training.classify.test_vit_loop import ROOT, launched
 
 
 @pytest.mark.parametrize("build", [small_vit, small_deit, small_dinov2])
@@ -56,6 +54,23 @@ def test_fsdp2_is_told_unless_it_was(version, given, expected):
 
 def test_plain_processes_need_nothing():
     prepare_engine(SimpleNamespace(distributed_type=DistributedType.NO), CompressSettings(), small_vit()[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "says"),
+    [
+        ("NO", ["trainer_state.json", "pytorch_model_fsdp_0"], "under NO, found another"),
+        ("FSDP", ["trainer_state.json", "optimizer.pt"], "under FSDP, found another"),
+        ("DEEPSPEED", ["student.safetensors"], "expected trainer_state.json, found none. An earlier version"),
+        ("NO", ["pytorch_model_fsdp_0"], "expected trainer_state.json, found none. An earlier version"),
+    ],
+)
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path, kind, there, says):
+    for name in there:
+        (tmp_path / name).touch()
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType[kind]))
+    with pytest.raises(CheckpointError, match=says), readable(trainer, tmp_path, 1):
+        pass
 
 
 SHARDED = """
@@ -105,15 +120,10 @@ def test_sharded_like_whole_and_resumed(tmp_path):
     dense.save_pretrained(tmp_path / "dry" / "dense")
     comcat_hf.compress(dense, reduction=0.4, scope="attention").save_pretrained(tmp_path / "dry" / "small")
     script = tmp_path / "train.py"
-    script.write_text(SHARDED.format(root=str(Path(__file__).parents[3])))
+    script.write_text(SHARDED.format(root=str(ROOT)))
 
     def run(output, way):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
-        command += [f"--config_file={TWO}"] if way == "sharded" else ["--cpu", "--num_processes=1", "--num_machines=1"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command += [str(script), str(tmp_path), str(output), way]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+        launched(script, 2 if way == "sharded" else 1, tmp_path, output, way)
 
     run(tmp_path / "whole", "whole")
     run(tmp_path / "sharded", "sharded")

@@ -168,12 +168,6 @@ def test_what_cannot_be_evaluated_is_said(given, said):
         evaluate_classifier(model, given, cpu())
 
 
-def test_a_missing_package_is_said(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "evaluate" else object())
-    with pytest.raises(InvalidValueError, match=r"found no evaluate\. Run `pip install comcat_hf\[train\]`"):
-        evaluate_classifier(small_vit()[0], batches(), cpu())
-
-
 # The metric
 
 _SIDE_BY_SIDE = """

@@ -1,34 +1,25 @@
 """`DistillationTrainer` on real ViTs of small size: exactness, whole checkpoints, processes, and bad input."""
 
 import copy
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
-from transformers.trainer_pt_utils import safe_globals
+from transformers import TrainerCallback, TrainingArguments
 
 import comcat_hf
 from comcat_hf import ComCATConfig, DistillationTrainer
 from comcat_hf.compression.distillation import DistillationLoss
-from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
-from comcat_hf.training.checkpoints import Progress
+from comcat_hf.errors import CheckpointError, InvalidValueError
 from comcat_hf.training.classify.callbacks import JSONLogCallback, StopOnSignal, WeightAverageCallback
 from comcat_hf.training.interruption import Interruption
-
-
-ROOT = Path(__file__).parents[3]
-CLASSES, SIZE, STEPS = 4, 16, 6
+from tests.training.classify.test_vit_loop import CLASSES, ROOT, SIZE, STEPS, dense_vit, launched, lines, same, untimed
 
 
 class Images(Dataset):
@@ -44,23 +35,6 @@ class Images(Dataset):
         label = index % CLASSES
         image = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(index)) + label
         return {"pixel_values": image, "labels": label}
-
-
-def dense_vit(dropout=0.1):
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=SIZE,
-        patch_size=8,
-        num_labels=CLASSES,
-        initializer_range=0.1,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return ViTForImageClassification(config).eval()
 
 
 def student_and_teacher(route, dropout=0.1):
@@ -89,19 +63,6 @@ def make(output, route="full", *, steps=STEPS, dropout=0.1, decay=0.9, callbacks
 
 def state(trainer):
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-
-
-def same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-
-
-def untimed(folder):
-    return [{k: v for k, v in line.items() if "per_second" not in k and "runtime" not in k} for line in lines(folder)]
 
 
 class StopAt(TrainerCallback):
@@ -164,21 +125,6 @@ def test_sigterm_saves_and_the_rest_gives_the_same_bits(tmp_path, route, changes
         assert untimed(output) == untimed(tmp_path / "whole"), step
 
 
-def test_dropout_goes_on_where_it_was(tmp_path):
-    """The test above would pass without it, were there no dropout."""
-    whole = make(tmp_path, save_steps=3)
-    whole.train()
-    checkpoint = tmp_path / "checkpoint-3"
-    with safe_globals():
-        other = torch.load(checkpoint / "rng_state.pth", weights_only=True)
-    torch.manual_seed(99)
-    torch.save(other | {"cpu": torch.random.get_rng_state()}, checkpoint / "rng_state.pth")
-    Progress(3, 42).write(checkpoint)
-    resumed = make(tmp_path, save_steps=3)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert not same(state(resumed), state(whole))
-
-
 @pytest.mark.parametrize("route", ["full", "peft"])
 def test_every_tensor_of_a_checkpoint_is_loaded(tmp_path, route):
     """`Trainer` itself passes over 84 of 92 tensors of a ViT, which its checkpoints name otherwise."""
@@ -214,26 +160,6 @@ def test_the_best_model_is_kept_at_the_end(tmp_path, decay):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
 
 
-def test_the_average_is_evaluated_and_kept_in_place_of_the_weights(tmp_path):
-    trainer, plain = (make(tmp_path / str(decay), decay=decay, dropout=0.0) for decay in (0.9, None))
-    start = state(trainer)
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
-
-    plain.add_callback(Watch())
-    plain.train()
-    trainer.train()
-    name = "classifier.weight"
-    expected = start[name]
-    for weights in seen:
-        expected = 0.9 * expected + 0.1 * weights[name]
-    torch.testing.assert_close(trainer.model.state_dict()[name], expected)
-    assert lines(tmp_path / "0.9")[1]["eval_loss"] != lines(tmp_path / "None")[1]["eval_loss"]
-
-
 def test_it_is_public_and_imported_on_first_use():
     code = "import sys, comcat_hf; assert 'transformers.trainer' not in sys.modules, 'slow'; "
     code += "assert 'DistillationTrainer' in dir(comcat_hf); print(comcat_hf.DistillationTrainer.__mro__[1].__name__)"
@@ -267,75 +193,6 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
     assert same(state(resumed), state(trainer))
 
 
-def test_an_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    trainer = make(tmp_path, save_steps=2, save_total_limit=1)
-    save = Trainer._save_rng_state
-
-    def full(self, folder):
-        if self.state.global_step == 4:
-            raise OSError("no space left on device")
-        save(self, folder)
-
-    monkeypatch.setattr(Trainer, "_save_rng_state", full)
-    with pytest.raises(ComCATError, match=r"checkpoint-4: expected to write there.*no space.*as they were"):
-        trainer.train()
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = make(tmp_path)
-    resumed.train(resume_from_checkpoint=True)
-    whole = make(tmp_path / "whole")
-    whole.train()
-    assert same(state(resumed), state(whole))
-
-
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from tests.training.classify import test_trainer as test
-output = Path(sys.argv[1])
-trainer = test.make(output, steps=14, save_steps=2, save_total_limit=2, logging_steps=1)
-trainer.train(resume_from_checkpoint=True)
-torch.save(trainer.model.state_dict(), output / "weights.pt")
-"""
-
-
-def test_sigkill_loses_the_steps_since_the_last_checkpoint_only(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(KILLED.format(root=str(ROOT)))
-
-    def start(output):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            [sys.executable, str(script), str(output)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-
-    def finish(process):
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
-
-    finish(start(tmp_path / "whole"))
-    killed = tmp_path / "killed"
-    process = start(killed)
-    for goal in (4, 10):
-        deadline = time.monotonic() + 100
-        while not (killed / f"checkpoint-{goal}").is_dir() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        # Anywhere behind it: in a step, or while a checkpoint is being written.
-        time.sleep(random.Random(goal).random() * 0.05)
-        process.kill()
-        process.wait()
-        process.stderr.close()
-        assert not (killed / "weights.pt").exists()
-        process = start(killed)
-    finish(process)
-    ours, theirs = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "whole"))
-    assert same(ours, theirs)
-    assert [line["step"] for line in lines(killed) if "loss" in line] == list(range(1, 15))
-
-
 # Several processes
 
 TOGETHER = """
@@ -345,28 +202,21 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from tests.training.classify import test_trainer as test
-output, route = Path(sys.argv[1]), sys.argv[2]
-trainer = test.make(output, route, dropout=0.0, per_device_train_batch_size=int(sys.argv[3]))
+output, size = Path(sys.argv[1]), int(sys.argv[2])
+trainer = test.make(output, dropout=0.0, per_device_train_batch_size=size)
 trainer.train()
-assert trainer.accelerator.num_processes == 8 // int(sys.argv[3])
+assert trainer.accelerator.num_processes == 8 // size
 if trainer.accelerator.is_main_process:
     torch.save(trainer.model.state_dict(), output / "weights.pt")
 trainer.accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("route", ["full", "peft"])
-def test_two_processes_are_one_with_the_same_images(tmp_path, route):
+def test_two_processes_are_one_with_the_same_images(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(TOGETHER.format(root=str(ROOT)))
     for processes, size in ((1, 8), (2, 4)):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
-        two = f"--config_file={ROOT / 'scripts' / 'accelerate' / 'cpu.yaml'}"
-        command += [two] if processes == 2 else ["--cpu", "--num_processes=1", "--num_machines=1"]
-        command += [str(script), str(tmp_path / str(processes)), route, str(size)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr
+        launched(script, processes, tmp_path / str(processes), size)
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("1", "2"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
@@ -376,43 +226,7 @@ def test_two_processes_are_one_with_the_same_images(tmp_path, route):
         )
 
 
-# Speed
-
-
-def test_between_two_lines_of_the_log_nothing_is_fetched_from_the_device(tmp_path, monkeypatch):
-    fetched, counted = [], []
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                # AdamW keeps its steps on the CPU, and reads them there.
-                for name in ("tolist", "__bool__", "__float__"):
-                    real = getattr(torch.Tensor, name)
-                    monkeypatch.setattr(
-                        torch.Tensor, name, lambda self, name=name, real=real: (fetched.append(name), real(self))[1]
-                    )
-                reduce = trainer.accelerator.reduce
-                monkeypatch.setattr(
-                    trainer.accelerator, "reduce", lambda *a, **k: (fetched.append("reduce"), reduce(*a, **k))[1]
-                )
-            if state.global_step == 4:
-                counted.append(list(fetched))
-                monkeypatch.undo()
-
-    trainer = make(tmp_path, logging_steps=100, eval_strategy="no", callbacks=[Watch()])
-    trainer.train()
-    assert counted == [[]]
-
-
 # What goes wrong
-
-
-def test_a_loss_or_weights_that_are_not_finite_end_the_training(tmp_path):
-    trainer = make(tmp_path, save_steps=1, logging_steps=1, eval_strategy="no", learning_rate=1e30)
-    with pytest.raises(ComCATError, match=r"(The loss of|After) step \d.*not finite"):
-        trainer.train()
-    resumed = make(tmp_path)
-    assert same(state(resumed), state(make(tmp_path / "fresh")))
 
 
 class Unlabelled(Images):
