@@ -20,7 +20,7 @@ from ..request import Request
 from .moments import Statistics, Sums, sum_names
 
 
-__all__ = ["Statistics", "collect_statistics", "gather", "prepare_batch", "read_batches", "run_batch"]
+__all__ = ["Statistics", "collect_statistics", "gather", "main_input", "prepare_batch", "read_batches", "run_batch"]
 
 # Added to a score, anything lower takes the key away; the hosts use -10000 or the least number of the dtype.
 _REFUSED = -5000.0
@@ -106,7 +106,7 @@ def gather(
 def _run(model: nn.Module, batch: Batch, index: int) -> int:
     inputs = prepare_batch(model, batch, index, next(model.parameters()).device)
     run_batch(model, inputs, index)
-    return len(inputs[_main_input(model)])
+    return len(inputs[main_input(model)])
 
 
 def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
@@ -164,7 +164,7 @@ def _reduce(
 
 def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
     """A batch as keyword arguments of the model, on its device, without labels."""
-    main = _main_input(model)
+    main = main_input(model)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
         batch = batch[0]
     inputs = {main: batch} if isinstance(batch, Tensor) else batch
@@ -373,7 +373,7 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask]:
             handle.remove()
 
 
-def _main_input(model: nn.Module) -> str:
+def main_input(model: nn.Module) -> str:
     # diffusers says it by its place alone.
     default = "pixel_values" if isinstance(model, PreTrainedModel) else next(iter(signature(model.forward).parameters))
     return getattr(model, "main_input_name", default)
