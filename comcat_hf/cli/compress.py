@@ -84,6 +84,8 @@ def compress(
         how |= {"reduction": reduction, "strategy": strategy}
         _compress_folder(model, out, how, plan=plan, subfolder=subfolder, overwrite=overwrite)
         return
+    if refine and data is None:
+        raise InvalidValueError("--refine: expected images to train the factors on, found none. Give --data.")
     _compress_classifier(
         out,
         epochs,

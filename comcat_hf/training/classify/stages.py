@@ -199,7 +199,8 @@ def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> N
     if not run.done("initialize"):
         if "initialize" not in run.settings.stage_names:
             raise _missing(run, "initialize", "a factorised model")
-        run.say("Stage initialize: factors.")
+        steps = run.settings.refine_steps
+        run.say(f"Stage initialize: factors{f', then {steps} steps without labels' if steps else ''}.")
         run.on_main(lambda: _initialize(run, plan, statistics))
 
 
