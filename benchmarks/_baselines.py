@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import comcat_hf
 from comcat_hf.closed_forms.linear import LinearMoments, factorize_linear
-from comcat_hf.compression.calibration.statistics import prepare_batch
+from comcat_hf.compression.calibration.inputs import prepare_batch
 from comcat_hf.modeling import LowRankAttention, LowRankLinear, find_sites, replace_module
 
 

@@ -43,7 +43,7 @@ def compress(
     metric: Annotated[str, typer.Option(help="What the reduction is of: params, macs or latency.")] = "params",
     strategy: Annotated[
         str | None,
-        typer.Option(help="How ranks are chosen.", show_default="sensitivity with data, else uniform"),
+        typer.Option(help="How ranks are chosen.", show_default="curvature with data, else uniform"),
     ] = None,
     refine: Annotated[
         int, typer.Option(help="Steps of training without labels on the images, after the closed forms.", min=0)
@@ -70,7 +70,7 @@ def compress(
     if subfolder is not None or (name is not None and not is_image_classifier(name)):
         of_images = {"--data": data, "--sweep": sweep, "--epochs": epochs, "--eval-samples": eval_samples}
         of_images |= {"--refine": refine}
-        of_images |= {f"--strategy {strategy}": strategy in ("sensitivity", "search")}
+        of_images |= {f"--strategy {strategy}": strategy in ("sensitivity", "curvature", "search")}
         if unfit := [flag for flag, value in of_images.items() if value]:
             raise InvalidValueError(
                 f"{unfit[0]}: expected an image classifier, found {name or model}, which is compressed by its weights "
@@ -95,7 +95,7 @@ def compress(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         **how,
-        strategy=strategy or ("uniform" if data is None else "sensitivity"),
+        strategy=strategy or ("uniform" if data is None else "curvature"),
         weights_only=data is None,
         dataset_name=data,
         refine_steps=refine,

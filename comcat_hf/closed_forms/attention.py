@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .curvature import Curvature, mixed
 from .roots import (
     apply_map,
     check_rank,
@@ -60,17 +61,24 @@ class AttentionMoments:
 
     `query` (..., H, p, p) is `E[q^T q]`, bias included, not centred; `key` (..., H, p, p) the second moment of k
     centred within each image; `attended` (..., H, p, p) the covariance and `attended_mean` (..., H, p) the mean of u,
-    the input of the output projection (value bias included).
+    the input of the output projection (value bias included). `qk_curvature` and `vo_curvature` say how the model's
+    output sees errors of the two products (`curvature.py`); the factors are fitted to a mixture of both.
     """
 
     query: Tensor
     key: Tensor
     attended: Tensor
     attended_mean: Tensor
+    qk_curvature: Curvature | None = None
+    vo_curvature: Curvature | None = None
 
 
 _Bias = Tensor | None
 _Moments = AttentionMoments | None
+
+# Share of the curvature in the mixture with the statistics (docs/benchmarks.md).
+QK_SHARE = 0.7
+VO_SHARE = 0.7
 
 
 @torch.no_grad()
@@ -173,6 +181,29 @@ def vo_spectrum(
     return singular_values(*_vo_roots(value_weight, value_bias, output_weight, output_bias, moments, ridge))
 
 
+@torch.no_grad()
+def qk_maps(
+    query_weight: Tensor, query_bias: _Bias, key_weight: Tensor, *, moments: _Moments = None, ridge: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """G1, G2 (..., H, p, p), float64: the first r columns are the head maps of `factorize_qk` at rank r."""
+    return head_maps(*_qk_roots(query_weight, query_bias, key_weight, moments, ridge), query_weight.shape[-2])[:2]
+
+
+@torch.no_grad()
+def vo_maps(
+    value_weight: Tensor,
+    value_bias: _Bias,
+    output_weight: Tensor,
+    output_bias: _Bias,
+    *,
+    moments: _Moments = None,
+    ridge: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """G1, G2 (..., H, p, p), float64: the first r columns are the head maps of `factorize_vo` at rank r."""
+    roots = _vo_roots(value_weight, value_bias, output_weight, output_bias, moments, ridge)
+    return head_maps(*roots, value_weight.shape[-2])[:2]
+
+
 def _fold(output_weight: Tensor, shift: Tensor, bias: _Bias) -> Tensor:
     """`bias` plus the sum over heads of a constant `shift` (..., H, p) of the attended values."""
     folded = (in_float64(output_weight) @ in_float64(shift).unsqueeze(-1)).squeeze(-1).sum(-2)
@@ -190,7 +221,8 @@ def _qk_roots(
     if moments is not None:
         check_tensor("moments.query", moments.query, (*heads, size, size))
         check_tensor("moments.key", moments.key, (*heads, size, size))
-        return tuple(moment_root(moment, ridge, query_weight.device) for moment in (moments.query, moments.key))
+        pair = _mixture((moments.query, moments.key), moments.qk_curvature, QK_SHARE, (*heads, size, size))
+        return tuple(moment_root(moment, ridge, query_weight.device) for moment in pair)
     rows = query_weight if query_bias is None else torch.cat([query_weight, query_bias.unsqueeze(-1)], -1)
     return weight_root(rows), weight_root(key_weight)
 
@@ -204,9 +236,22 @@ def _vo_roots(
     check_tensor("value_bias", value_bias, (*heads, size))
     check_tensor("output_bias", output_bias, (*heads[:-1], output_weight.shape[-2]))
     check_ridge(ridge)
-    right = weight_root(output_weight.mT)
     if moments is None:
-        return weight_root(value_weight), right
+        return weight_root(value_weight), weight_root(output_weight.mT)
     check_tensor("moments.attended", moments.attended, (*heads, size, size))
     check_tensor("moments.attended_mean", moments.attended_mean, (*heads, size))
-    return moment_root(moments.attended, ridge, value_weight.device), right
+    if moments.vo_curvature is None:
+        return moment_root(moments.attended, ridge, value_weight.device), weight_root(output_weight.mT)
+    columns = in_float64(output_weight)
+    pair = _mixture((moments.attended, columns.mT @ columns), moments.vo_curvature, VO_SHARE, (*heads, size, size))
+    return tuple(moment_root(moment, ridge, value_weight.device) for moment in pair)
+
+
+def _mixture(
+    sides: tuple[Tensor, Tensor], curvature: Curvature | None, share: float, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    if curvature is None:
+        return sides
+    for name in ("left", "right"):
+        check_tensor(f"moments, curvature.{name}", getattr(curvature, name), shape)
+    return mixed(sides[0], curvature.left, share), mixed(sides[1], curvature.right, share)

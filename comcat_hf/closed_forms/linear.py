@@ -1,13 +1,18 @@
 """Closed-form low-rank factors of linear layers. Conventions are those of `attention.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValueError
-from .roots import check_rank, check_ridge, check_tensor, check_weight, in_float64
+from .curvature import mixed
+from .roots import check_rank, check_ridge, check_tensor, check_weight, in_float64, moment_root
+
+
+# Share of the curvature in the metric of a layer's output, beside the plain square (docs/benchmarks.md).
+SHARE = 0.7
 
 
 class LinearFactors(NamedTuple):
@@ -25,11 +30,13 @@ class LinearMoments:
 
     `covariance` is centred: (..., d_in, d_in) of the input for side "input", (..., d_out, d_out) of the output for
     side "output"; both lead to the same factors, take the smaller. `mean` (..., d_in) is always the input's.
+    `curvature` (..., d_out, d_out), in any unit, says how the model's output sees errors of the layer's output.
     """
 
     covariance: Tensor
     mean: Tensor
     side: str
+    curvature: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.side not in ("input", "output"):
@@ -65,11 +72,8 @@ def factorize_linear(
         root = spectrum[..., :rank].sqrt()
         first, second = root.unsqueeze(-1) * right[..., :rank, :], left[..., :rank] * root.unsqueeze(-2)
     else:
-        moment, basis = _output_moment(dense, moments, ridge)
-        energy, vectors = torch.linalg.eigh(moment)
-        spectrum, vectors = energy.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)[..., :rank]
-        second = vectors if basis is None else basis @ vectors
-        first, second = _balance(second.mT @ dense, second)
+        read, second, spectrum = _basis(dense, moments, ridge)
+        first, second = _balance(read[..., :rank].mT @ dense, second[..., :rank])
     if rank == size:
         one = torch.eye(size, dtype=dense.dtype, device=dense.device).expand(*weight.shape[:-2], size, size)
         first, second = (one, dense) if weight.shape[-1] == size else (dense, one)
@@ -90,12 +94,48 @@ def linear_spectrum(
     _check_linear(weight, bias, moments, ridge)
     if moments is None:
         return torch.linalg.svdvals(in_float64(weight))
-    return torch.linalg.eigvalsh(_output_moment(in_float64(weight), moments, ridge)[0]).clamp(min=0).sqrt().flip(-1)
+    dense, moments, _ = _in_metric(in_float64(weight), moments)
+    return torch.linalg.eigvalsh(_output_moment(dense, moments, ridge)[0]).clamp(min=0).sqrt().flip(-1)
+
+
+@torch.no_grad()
+def linear_basis(
+    weight: Tensor, *, moments: LinearMoments | None = None, ridge: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """R, S (..., d_out, n), float64: at rank r `factorize_linear` turns a centred output y into `y R_r S_r^T`."""
+    _check_linear(weight, None, moments, ridge)
+    if moments is None:
+        left = torch.linalg.svd(in_float64(weight), full_matrices=False).U
+        return left, left
+    return _basis(in_float64(weight), moments, ridge)[:2]
+
+
+def _basis(dense: Tensor, moments: LinearMoments, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    seen, moments, root = _in_metric(dense, moments)
+    moment, basis = _output_moment(seen, moments, ridge)
+    energy, vectors = torch.linalg.eigh(moment)
+    vectors, spectrum = vectors.flip(-1), energy.clamp(min=0).sqrt().flip(-1)
+    vectors = vectors if basis is None else basis @ vectors
+    if root is None:
+        return vectors, vectors, spectrum
+    return root.mT @ vectors, torch.linalg.solve(root, vectors), spectrum
+
+
+def _in_metric(dense: Tensor, moments: LinearMoments) -> tuple[Tensor, LinearMoments, Tensor | None]:
+    """Weight and moments of the outputs `R y`, with R the root of the metric, which stays invertible."""
+    if moments.curvature is None:
+        return dense, moments, None
+    square = torch.eye(dense.shape[-2], dtype=dense.dtype, device=dense.device)
+    root = moment_root(mixed(square, moments.curvature, SHARE), 0.0, dense.device)
+    covariance = moments.covariance
+    if moments.side == "output":
+        covariance = root @ in_float64(covariance, dense.device) @ root.mT
+    return root @ dense, replace(moments, covariance=covariance, curvature=None), root
 
 
 def _balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every component the same norm in both factors (`second` has orthonormal columns), for half precision."""
-    norm = first.norm(dim=-1, keepdim=True)
+    """Give every component the same norm in both factors, for half precision."""
+    norm = first.norm(dim=-1, keepdim=True) / second.norm(dim=-2, keepdim=True).mT
     root = torch.where(norm > 0, norm, 1.0).sqrt()
     return first / root, second * root.mT
 
@@ -124,3 +164,4 @@ def _check_linear(weight: Tensor, bias: Tensor | None, moments: LinearMoments | 
         side = inputs if moments.side == "input" else outputs
         check_tensor("moments.covariance", moments.covariance, (*batch, side, side))
         check_tensor("moments.mean", moments.mean, (*batch, inputs))
+        check_tensor("moments.curvature", moments.curvature, (*batch, outputs, outputs))

@@ -9,6 +9,7 @@ order of all units and the error at every width.
 Weights are in `torch.nn.Linear` layout. `ridge` (unitless, >= 0) is a share of the units' mean variance.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValueError
+from .curvature import mixed
 from .linear import LinearMoments
-from .roots import check_ridge, check_tensor, in_float64
+from .roots import check_ridge, check_tensor, in_float64, moment_root
 
 
 __all__ = ["RIDGE", "HiddenUnits", "NarrowFactors", "narrow_mlp", "order_units"]
 
 RIDGE = 1e-2
+
+# Share of the curvature in the metric of the output by which units are chosen (docs/benchmarks.md).
+SHARE = 0.7
 
 # Share of the sum of squared means that a covariance may be off by where next to nothing varies.
 _ROUNDING = 1e-14
@@ -81,10 +86,27 @@ def order_units(
         scale = torch.ones_like(weight[0]) if importance is None else in_float64(importance)
         energy, order = (weight.square().sum(0) * scale.square()).sort(descending=True, stable=True)
     else:
+        if moments.curvature is not None:
+            square = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+            weight = moment_root(mixed(square, moments.curvature, SHARE), 0.0, weight.device) @ weight
         order, energy = _pivot(_regularised(moments, ridge, weight.device), weight)
     left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     share = left / left[0] if left[0] > 0 else torch.zeros_like(left)
     return HiddenUnits(order.to(output_weight.device), share.cpu(), moments)
+
+
+@torch.no_grad()
+def output_factors(
+    output_weight: Tensor, units: HiddenUnits, widths: Iterable[int], *, ridge: float = RIDGE
+) -> list[Tensor]:
+    """The output weights of [`narrow_mlp`] at several widths: (k, d_out), float32, rows in the order of the units.
+
+    Shapes, units and source as there.
+    """
+    order = units.order.to(output_weight.device)
+    if units.moments is None:
+        return [output_weight.detach().mT[order[:width]].float() for width in widths]
+    return [_refit(output_weight, units.moments, order[:width], ridge).float() for width in widths]
 
 
 @torch.no_grad()
@@ -113,13 +135,19 @@ def narrow_mlp(
     chosen = output_weight.detach()[:, kept]
     if units.moments is None or width == size:
         return NarrowFactors(kept, chosen.clone(), bias)
+    fitted = _refit(output_weight, units.moments, kept, ridge)
     weight, mean = in_float64(output_weight), in_float64(units.moments.mean, output_weight.device)
-    covariance, index = in_float64(units.moments.covariance, weight.device), kept.to(weight.device)
+    new_bias = in_float64(bias) + weight @ mean - mean[kept.to(weight.device)] @ fitted
+    return NarrowFactors(kept, fitted.mT.to(output_weight).contiguous(), new_bias.to(bias))
+
+
+def _refit(output_weight: Tensor, moments: LinearMoments, kept: Tensor, ridge: float) -> Tensor:
+    """Weights (k, d_out), float64, of the units kept that stand in for all."""
+    weight, mean = in_float64(output_weight), in_float64(moments.mean, output_weight.device)
+    covariance, index = in_float64(moments.covariance, weight.device), kept.to(weight.device)
     cross = covariance[index]
     system, pull = _add_ridge(cross[:, index], ridge, mean)
-    fitted = torch.linalg.solve(system, cross @ weight.mT + pull * weight[:, index].mT)
-    new_bias = in_float64(bias) + weight @ mean - mean[index] @ fitted
-    return NarrowFactors(kept, fitted.mT.to(output_weight).contiguous(), new_bias.to(bias))
+    return torch.linalg.solve(system, cross @ weight.mT + pull * weight[:, index].mT)
 
 
 def _pivot(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,5 +224,6 @@ def _check(output_weight: Tensor, moments: LinearMoments | None, ridge: float) -
                 "them at the layer that reads the hidden units."
             )
         tensors |= {"moments.covariance": moments.covariance, "moments.mean": moments.mean}
+        check_tensor("moments.curvature", moments.curvature, (len(output_weight),) * 2)
     for name, tensor in tensors.items():
         check_tensor(name, tensor, tuple(tensor.shape))

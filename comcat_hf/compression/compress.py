@@ -1,6 +1,7 @@
 """One call from a dense model to a compressed one."""
 
 import copy
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -15,13 +16,17 @@ from ..native import attach_plan, is_native
 from .budget.allocation import allocate, check_allocation, count_again
 from .budget.latency import LatencyTable
 from .budget.sensitivity import Sensitivities
-from .calibration.statistics import Statistics, gather, read_batches
+from .calibration.curvature import NoGradientsError, gather_curvature
+from .calibration.inputs import read_batches
+from .calibration.statistics import Statistics, gather
 from .fitting.compensation import compress_in_order
 from .fitting.refinement import refine as refine_factors
-from .request import Request, check_merged
+from .request import Request, check_merged, sites_by_way
 
 
 __all__ = ["compress"]
+
+logger = logging.getLogger(__name__)
 
 
 def compress(
@@ -47,9 +52,10 @@ def compress(
 ) -> nn.Module:
     """Make a smaller model of the same class.
 
-    Give either a `reduction` or a `plan`. With `batches` the sizes are chosen by what each does to the model's output
-    on real inputs and the factors are fitted to those, layer by layer; without them the factors are the truncated SVD
-    of the dense products. Biases are exact either way (docs/method.md; figures in docs/benchmarks.md).
+    Give either a `reduction` or a `plan`. With `batches` the sizes are chosen by the effect of each on the model's
+    output on real inputs, from one backward pass, and the factors are fitted to those inputs and to the curvature
+    of the output, layer by layer; without them the factors are the truncated SVD of the dense products. Biases are
+    exact either way (docs/method.md; figures in docs/benchmarks.md).
 
     Args:
         model: a dense transformers model. It is left as it was. One that is compiled or wrapped for parallel training
@@ -62,9 +68,9 @@ def compress(
             to them, in one step; beside `batches` they need not be gathered again.
         scope: `"model"`, `"attention"` or `"mlp"`.
         metric: `"params"`, `"macs"` or `"latency"` (by a table of times, `latency=`); see [`allocate_ranks`].
-        strategy: how ranks and widths are chosen: `"uniform"`, `"spectrum"` or `"sensitivity"`; see
-            [`allocate_ranks`]. By default `"sensitivity"` where there are batches to measure on, or sensitivities and
-            statistics; else `"uniform"`.
+        strategy: how ranks and widths are chosen: `"uniform"`, `"spectrum"`, `"sensitivity"` or `"curvature"`; see
+            [`allocate_ranks`]. By default `"curvature"` where there are batches or statistics with curvature,
+            `"sensitivity"` where sensitivities are given; else `"uniform"`.
         mlp: how MLPs shrink: `"width"` (by default where there are batches or statistics), `"rank"` (else) or
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
@@ -102,23 +108,27 @@ def compress(
     else:
         check_allocation(request, reduction, latency)
         sites = request.find_sites(model)
-    if batches is not None and (request.compensate or request.refine or (request.measures and not given)):
+    repeated = request.compensate or request.refine or request.measures or request.weighs(given)
+    if batches is not None and repeated:
         data["batches"] = batches = read_batches(batches)
     choose = partial(allocate, model, sites, reduction, request, data, latency, inputs, progress)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
     if plan is None and not request.informed:
         plan = choose()
+    meant = sites_by_way(sites, request.mlp) if plan is None else {name: sites[name] for name in plan.ranks}
+    how = {"sites": meant.values(), "progress": progress}
     if request.gathers(planned=given):
-        needed = sites if plan is None else {name: sites[name] for name in plan.ranks}
-        scope = scope if plan is None else plan.scope
-        data["statistics"] = statistics = gather(model, batches, needed.values(), scope, progress=progress)
+        statistics = gather(model, batches, scope=scope if plan is None else plan.scope, **how)
+    if request.weighs(planned=given):
+        statistics = _weighed(model, batches, statistics, given, how)
+    data["statistics"] = statistics
     if plan is None:
         plan = choose()
     if statistics is not None:
         statistics.check_model(model, plan.ranks, sites)
     small = copy.deepcopy(model)
     if request.compensate:
-        compress_in_order(small, plan.ranks, batches, progress=progress)
+        compress_in_order(small, plan.ranks, batches, statistics=statistics, progress=progress)
     else:
         apply_ranks(small, plan.ranks, statistics=statistics)
     if request.refine:
@@ -126,6 +136,19 @@ def compress(
     if not is_native(small):
         return small
     return attach_plan(small, count_again(plan, model, small) if given else plan)
+
+
+def _weighed(
+    model: nn.Module, batches: Iterable[Any], statistics: Statistics, planned: bool, how: Mapping[str, Any]
+) -> Statistics:
+    """The statistics with curvature; where ranks are given, a model without gradients does without."""
+    try:
+        return gather_curvature(model, batches, statistics=statistics, **how)
+    except NoGradientsError as error:
+        if not planned:
+            raise
+        logger.warning("The factors are fitted to the statistics alone. %s", error)
+        return statistics
 
 
 def _check_ways(model: nn.Module, reduction: float | None, plan: RankPlan | None, how: Mapping[str, Any]) -> None:

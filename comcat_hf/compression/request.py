@@ -11,14 +11,14 @@ from ..errors import InvalidValueError
 from ..modeling import EVERYTHING, Site, Targets, find_sites
 
 
-__all__ = ["WAYS", "Request", "check_choice", "check_merged"]
+__all__ = ["WAYS", "Request", "check_choice", "check_merged", "sites_by_way"]
 
 # How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
 WAYS = ("width", "rank", "mixed")
 
 # Strategies that look at statistics, and those that measure on batches.
-_INFORMED = ("spectrum", "sensitivity")
-_MEASURING = ("sensitivity",)
+_INFORMED = ("spectrum", "sensitivity", "curvature")
+_MEASURING = ("sensitivity", "curvature")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
         strategy, mlp, compensate: see [`compress`]; `None` is decided by the data that there is.
         refine: steps of training on the batches; 0 for none.
         targets: which modules are meant.
-        batches, statistics, sensitivities: whether there are any.
+        batches, statistics, sensitivities, curvature: whether there are any.
         weights_only: the factors are fitted to no data, whatever the ranks are chosen by.
     """
 
@@ -45,12 +45,13 @@ class Request:
     batches: bool = False
     statistics: bool = False
     sensitivities: bool = False
+    curvature: bool = False
     weights_only: bool = False
 
     def __post_init__(self) -> None:
         fitted = (self.batches or self.statistics) and not self.weights_only
         decided = {
-            "strategy": "sensitivity" if self._can_measure else "uniform",
+            "strategy": self._measured_by,
             # Without data nothing makes up for the units that are cut, and a search chooses ranks alone.
             "mlp": "width" if fitted and self.strategy != "search" else "rank",
             "compensate": self.batches and not self.weights_only,
@@ -70,6 +71,7 @@ class Request:
     ) -> "Request":
         """A request with this data, by name; raises InvalidValueError for modules that the model does not have."""
         given = {name: value is not None for name, value in data.items()}
+        given["curvature"] = getattr(data.get("statistics"), "has_curvature", False)
         return cls(targets=Targets.of(model, target_modules, exclude_modules).check(model), **given, **how)
 
     @property
@@ -89,8 +91,13 @@ class Request:
 
     def gathers(self, planned: bool) -> bool:
         """Whether statistics must be gathered from the batches; `planned`: the ranks are given."""
-        needed = not self.compensate or (self.informed and not planned)
+        needed = not self.compensate or (self.informed and not planned) or self.weighs(planned)
         return needed and self.batches and not self.statistics
+
+    def weighs(self, planned: bool) -> bool:
+        """Whether the curvature must be gathered from the batches; `planned`: the ranks are given."""
+        wanted = (self.strategy == "curvature" or planned) and not self.weights_only
+        return wanted and self.batches and not self.curvature
 
     def find_sites(self, model: nn.Module) -> dict[str, Site]:
         """The sites of a model that are meant, MLPs as wholes among them."""
@@ -102,17 +109,20 @@ class Request:
         if self.mlp == "mixed" and self.strategy == "uniform":
             raise InvalidValueError(
                 "mlp='mixed' compares what width and rank cost, which strategy='uniform' does not look at: choose "
-                "mlp='width' or 'rank', or strategy='spectrum' or 'sensitivity'."
+                "mlp='width' or 'rank', or strategy='spectrum', 'sensitivity' or 'curvature'."
             )
-        if self.measures and not self._can_measure:
+        enough = self.curvature if self.strategy == "curvature" else self.sensitivities and self.statistics
+        if self.measures and not (self.batches or enough):
             raise InvalidValueError(
                 f"strategy={self.strategy!r} measures on calibration inputs: pass batches=, mappings or tensors of "
                 "the main input, or choose strategy='spectrum', which needs none."
             )
 
     @property
-    def _can_measure(self) -> bool:
-        return self.batches or (self.sensitivities and self.statistics)
+    def _measured_by(self) -> str:
+        if self.sensitivities and (self.batches or self.statistics):
+            return "sensitivity"
+        return "curvature" if self.batches or self.curvature else "uniform"
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
@@ -128,3 +138,11 @@ def check_merged(model: nn.Module) -> None:
             f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
             "model = model.merge_and_unload(), or load the model again without them."
         )
+
+
+def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:
+    """Of all sites of a model those that this way of making its MLPs smaller (`WAYS`) chooses from."""
+    if mlp == "rank":
+        return {name: site for name, site in sites.items() if site.kind != "mlp"}
+    known = {path for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}
+    return {name: site for name, site in sites.items() if mlp == "mixed" or name not in known}

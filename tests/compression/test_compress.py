@@ -54,9 +54,11 @@ def test_the_input_is_left_as_it_was():
     assert all(torch.equal(a, b) for a, b in zip(outputs(model, inputs), before, strict=True))
 
 
-@pytest.mark.parametrize("passes", [3, 60, 400, 900, 1300])
-def test_ctrl_c_leaves_the_model_as_it_was(passes):
-    """In the statistics, the sensitivities and the compensation."""
+@pytest.mark.parametrize(
+    ("strategy", "passes"), [("curvature", n) for n in (3, 60, 150, 400)] + [("sensitivity", 1300)]
+)
+def test_ctrl_c_leaves_the_model_as_it_was(strategy, passes):
+    """In the statistics, the curvature, the sensitivities and the compensation."""
     model, inputs = small_vit()
     state, classes = state_of(model), classes_of(model)
     kept = [(module.training, len(module._forward_hooks), "forward" in vars(module)) for module in model.modules()]
@@ -69,7 +71,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(passes):
     hook = torch.nn.modules.module.register_module_forward_pre_hook(stop)
     try:
         with pytest.raises(KeyboardInterrupt):
-            compress(model, 0.4, batches=[inputs] * 2)
+            compress(model, 0.4, batches=[inputs] * 2, strategy=strategy)
     finally:
         hook.remove()
     assert_unchanged(model, state, classes)
@@ -143,7 +145,7 @@ def test_with_batches_sizes_are_measured_and_outputs_compensated():
     model, _ = small_vit()
     seen, unseen = correlated_images(32, 1).split(8), {"pixel_values": correlated_images(32, 2)}
     small = compress(model, 0.4, batches=seen)
-    plan = allocate_ranks(model, 0.4, strategy="sensitivity", batches=seen)
+    plan = allocate_ranks(model, 0.4, strategy="curvature", batches=seen)
     assert plan_of(small).ranks == plan.ranks
     assert any("width" in entry for entry in plan.ranks.values() if isinstance(entry, dict))
     same = compress(model, plan=plan, batches=seen, compensate=True)

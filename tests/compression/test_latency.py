@@ -11,10 +11,11 @@ from transformers import DeiTConfig, DeiTForImageClassification
 from comcat_hf import LatencyTable, RankPlan, allocate_ranks, compress, measure_latency, plan_of, search_ranks
 from comcat_hf.compression import measure_sensitivities
 from comcat_hf.compression.budget import allocation
-from comcat_hf.compression.budget.budget import TOLERANCE, sites_by_way
+from comcat_hf.compression.budget.budget import TOLERANCE
 from comcat_hf.compression.budget.latency import LATENCY_NAME, LatencyMetric, ShapeTimes
 from comcat_hf.compression.budget.timing import _WHOLE, _shapes
 from comcat_hf.compression.counting import trace
+from comcat_hf.compression.request import sites_by_way
 from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
 from comcat_hf.modeling import find_sites
 from tests.helpers import (

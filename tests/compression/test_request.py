@@ -9,26 +9,30 @@ from tests.helpers import small_vit
 
 
 @pytest.mark.parametrize(
-    ("given", "strategy", "mlp", "compensate", "gathers"),
+    ("given", "strategy", "mlp", "compensate", "gathers", "weighs"),
     [
-        ({}, "uniform", "rank", False, False),
-        ({"batches": True}, "sensitivity", "width", True, True),
-        ({"batches": True, "statistics": True}, "sensitivity", "width", True, False),
-        ({"batches": True, "strategy": "uniform"}, "uniform", "width", True, False),
-        ({"batches": True, "strategy": "uniform", "compensate": False}, "uniform", "width", False, True),
-        ({"batches": True, "weights_only": True}, "sensitivity", "rank", False, True),
-        ({"batches": True, "strategy": "search"}, "search", "rank", True, False),
-        ({"statistics": True}, "uniform", "width", False, False),
-        ({"statistics": True, "sensitivities": True}, "sensitivity", "width", False, False),
-        ({"sensitivities": True}, "uniform", "rank", False, False),
-        ({"batches": True, "strategy": "spectrum", "mlp": "mixed"}, "spectrum", "mixed", True, True),
+        ({}, "uniform", "rank", False, False, False),
+        ({"batches": True}, "curvature", "width", True, True, True),
+        ({"batches": True, "statistics": True}, "curvature", "width", True, False, True),
+        ({"batches": True, "sensitivities": True}, "sensitivity", "width", True, True, False),
+        ({"batches": True, "strategy": "uniform"}, "uniform", "width", True, False, False),
+        ({"batches": True, "strategy": "uniform", "compensate": False}, "uniform", "width", False, True, False),
+        ({"batches": True, "weights_only": True}, "curvature", "rank", False, True, False),
+        ({"batches": True, "strategy": "search"}, "search", "rank", True, False, False),
+        ({"statistics": True}, "uniform", "width", False, False, False),
+        ({"statistics": True, "curvature": True}, "curvature", "width", False, False, False),
+        ({"statistics": True, "sensitivities": True}, "sensitivity", "width", False, False, False),
+        ({"sensitivities": True}, "uniform", "rank", False, False, False),
+        ({"batches": True, "strategy": "spectrum", "mlp": "mixed"}, "spectrum", "mixed", True, True, False),
     ],
 )
-def test_defaults(given, strategy, mlp, compensate, gathers):
+def test_defaults(given, strategy, mlp, compensate, gathers, weighs):
     request = Request(**given)
     assert (request.strategy, request.mlp, request.compensate) == (strategy, mlp, compensate)
     assert request.gathers(planned=False) is gathers
-    assert request.gathers(planned=True) is (gathers and not compensate)
+    assert request.weighs(planned=False) is weighs
+    # Factors of given ranks are fitted to the curvature wherever there is data.
+    assert request.weighs(planned=True) is (request.batches and not request.weights_only)
 
 
 def test_compensation_needs_batches():

@@ -14,7 +14,7 @@ from ...modeling import Site, Targets, apply_ranks, known_sites, meta_copy, unwr
 from ..calibration.moments import Statistics
 from ..calibration.statistics import gather
 from ..counting import trace
-from ..request import Request, check_choice
+from ..request import Request, check_choice, sites_by_way
 from .budget import (
     METRICS,
     TOLERANCE,
@@ -22,7 +22,6 @@ from .budget import (
     counted_paths,
     entries,
     find_budget,
-    sites_by_way,
     sites_of,
 )
 from .latency import LatencyMetric, LatencyTable
@@ -66,8 +65,10 @@ def allocate_ranks(
             each choice saves, summed over choices.
         strategy: `"uniform"`: the same share of every site. `"spectrum"`: the least discarded energy, summed over
             sites, each relative to its own. `"sensitivity"`: the least movement of the model's output, measured one
-            site at a time; logs beforehand how many forward passes that takes. By default `"sensitivity"` where there
-            are batches, or sensitivities and statistics; else `"uniform"`.
+            site at a time; logs beforehand how many forward passes that takes. `"curvature"`: the same movements to
+            second order, those of all ranks of all sites from one backward pass; the model needs gradients. By default
+            `"curvature"` where there are batches or statistics with curvature, `"sensitivity"` where sensitivities are
+            given; else `"uniform"`.
         mlp: how MLPs shrink. `"width"`: hidden units are cut; MLPs that are not known, and the classifier, get ranks.
             `"rank"`: their layers get ranks, the paper's way. `"mixed"`: the one or the other, MLP by MLP, whichever
             costs less; not for `"uniform"`, which knows no cost. By default `"width"` where there are statistics or
@@ -77,9 +78,10 @@ def allocate_ranks(
             paths. Every other module stays as it is and need not be known.
         exclude_modules: modules to leave as they are, written alike. For scope `"model"` they count all the same.
         statistics: what [`collect_statistics`] returned for this model and scope. `"spectrum"` does without,
-            `"sensitivity"` gathers them from the batches where none are given, `"uniform"` does not look at them.
+            `"sensitivity"` and `"curvature"` gather them from the batches where none are given, `"uniform"` does not
+            look at them.
         batches: calibration inputs, read once and kept: mappings, or tensors of the main input. `"sensitivity"` needs
-            them.
+            them, `"curvature"` where the statistics have none.
         sensitivities: what [`measure_sensitivities`] returned for this model, in place of measuring again. With it and
             statistics `"sensitivity"` needs no batches.
         latency: for `metric="latency"`, what [`measure_latency`] returned for this model, here or on the device that
@@ -123,7 +125,7 @@ def allocate(
     budget, count = find_budget(model, sites, reduction, measure, request, inputs)
     if isinstance(data["statistics"], Statistics) and request.informed:
         data["statistics"].check_model(model, sites_of(budget.options), found)
-    collect = partial(gather, sites=found.values(), scope=request.scope, progress=progress)
+    collect = partial(gather, sites=sites.values(), scope=request.scope, progress=progress)
     chosen = STRATEGIES[request.strategy](budget, model=model, collect=collect, progress=progress, **data)
     return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, request)
 

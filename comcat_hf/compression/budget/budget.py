@@ -31,7 +31,6 @@ __all__ = [
     "land",
     "module_paths",
     "prepare_sites",
-    "sites_by_way",
     "sites_of",
 ]
 
@@ -333,14 +332,6 @@ def counted_paths(model: nn.Module, sites: Mapping[str, Site], request: Request)
     # The modules named as a whole: the reduction of a tower is that of the tower alone.
     roots = request.targets.roots(model) if request.scope == "model" else ()
     return (*roots, *module_paths(sites))
-
-
-def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:
-    """Of all sites of a model those that this way of making its MLPs smaller (`WAYS`) chooses from."""
-    if mlp == "rank":
-        return {name: site for name, site in sites.items() if site.kind != "mlp"}
-    known = {path for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}
-    return {name: site for name, site in sites.items() if mlp == "mixed" or name not in known}
 
 
 def module_paths(sites: Mapping[str, Site]) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ from ...modeling import Site, measuring, replace_module, unwrapped
 from ...modeling.filling import fill
 from ...modeling.sites import block_of
 from ...progress import progress_bar
+from ..calibration.inputs import prepare_batch, read_batches, run_batch
 from ..calibration.outputs import Movement, main_output
-from ..calibration.statistics import gather, prepare_batch, read_batches, run_batch
-from ..request import WAYS, Request, check_choice
+from ..calibration.statistics import gather
+from ..request import WAYS, Request, check_choice, sites_by_way
 from .budget import (
     METRICS,
     Budget,
@@ -26,7 +27,6 @@ from .budget import (
     default_step,
     find_options,
     prepare_sites,
-    sites_by_way,
 )
 from .solver import ranks_of, solve
 

@@ -1,9 +1,11 @@
 """Strategies: how ranks are chosen under a budget. A further one is a function here and a row in `STRATEGIES`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .budget import Budget, Choice, land, prepare_sites
+from ..calibration.curvature import gather_curvature, movements
+from ..calibration.inputs import read_batches
+from .budget import Budget, Choice, land, prepare_sites, sites_of
 from .sensitivity import sensitivity
 from .solver import solve
 
@@ -43,8 +45,33 @@ def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_
     return solve(budget, {option: option.discarded(prepared[option.site.name]) for option in budget.options})
 
 
+def curvature(
+    budget: Budget,
+    *,
+    model: Any,
+    collect: Callable[..., Any],
+    batches: Iterable[Any] | None = None,
+    statistics: Any | None = None,
+    progress: bool | None = None,
+    **_: Any,
+) -> Choice:
+    """The least sum of movements of the model's output, all ranks of all sites from one backward pass."""
+    if not getattr(statistics, "has_curvature", False):
+        batches = read_batches(batches)
+        statistics = collect(model, batches) if statistics is None else statistics
+        sites = sites_of(budget.options).values()
+        statistics = gather_curvature(model, batches, sites, statistics, progress=progress)
+    moved = {(o.site.name, o.choice): _below(movements(statistics, o.site, o.choice), o) for o in budget.options}
+    return sensitivity(budget, model=model, collect=collect, statistics=statistics, sensitivities=moved)
+
+
+def _below(moved: Mapping[int, float], option: Any) -> dict[int, float]:
+    return {rank: value for rank, value in moved.items() if rank < option.limit}
+
+
 STRATEGIES: Mapping[str, Callable[..., Choice]] = {
     "uniform": uniform,
     "spectrum": spectrum,
     "sensitivity": sensitivity,
+    "curvature": curvature,
 }

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, some_of, whole
 from ...closed_forms.attention import AttentionMoments
+from ...closed_forms.curvature import Curvature
 from ...closed_forms.linear import LinearMoments
 from ...errors import CheckpointError, InvalidValueError
 from ...hub import push_folder, resolve_file, write_bytes_atomic
@@ -21,7 +22,7 @@ from ...modeling.views import class_path
 from ...tensor_files import read_safetensors
 
 
-__all__ = ["STATISTICS_NAME", "Statistics", "Sums"]
+__all__ = ["STATISTICS_NAME", "Statistics", "Sums", "sum_names", "weighed"]
 
 STATISTICS_NAME = "comcat_statistics.safetensors"
 
@@ -37,11 +38,22 @@ class Sums:
         side: `"heads"` for attention; for a linear layer the side of its covariance, `"input"` or `"output"`.
         values: the sums by name. Attention: `count`, `query` (H, p, p); `keys`, `key` (H, p, p), centred within each
             sample; `rows`, `attended` (H, p, p), `attended_sum` (H, p). Linear: `count`, `input` (d_in), `mean` (n),
-            `second` (n, n).
+            `second` (n, n). With curvature besides `weight`, that of the movements, and: attention: `qk_moved`,
+            `vo_moved` (p + 1), `qk_left`, `qk_right`, `vo_left`, `vo_right` (H, p, p); linear: `gradient`
+            (d_out, d_out) and `rank_moved` by rank or `width_moved` at a few widths.
     """
 
     side: str
     values: Mapping[str, Tensor]
+
+    @property
+    def has_curvature(self) -> bool:
+        return "weight" in self.values
+
+    def moved(self, choice: str) -> Tensor | None:
+        """The movement of the model's output by a choice: at every rank from 0 on, or at a few widths."""
+        found = self.values.get(f"{choice}_moved")
+        return None if found is None else (found / self.values["weight"].clamp(min=1e-300)).cpu()
 
     def moments(self) -> AttentionMoments | LinearMoments:
         return _MOMENTS[self.side](self.values, self.side)
@@ -56,6 +68,13 @@ def sum_names(side: str) -> tuple[str, ...]:
     return _NAMES[side]
 
 
+def weighed(moments: Any, sums: Sums) -> Any:
+    """Moments with the curvature that other sums of the same module hold."""
+    if sums.side == "heads":
+        return replace(moments, **{f"{pair}_curvature": _curvature(sums.values, pair) for pair in ("qk", "vo")})
+    return replace(moments, curvature=sums.values.get("gradient"))
+
+
 def _attention_moments(sums: Mapping[str, Tensor], side: str) -> AttentionMoments:
     mean = sums["attended_sum"] / sums["rows"]
     second = sums["attended"] / sums["rows"]
@@ -64,13 +83,19 @@ def _attention_moments(sums: Mapping[str, Tensor], side: str) -> AttentionMoment
         key=sums["key"] / sums["keys"],
         attended=second - mean[:, :, None] * mean[:, None, :],
         attended_mean=mean,
+        qk_curvature=_curvature(sums, "qk"),
+        vo_curvature=_curvature(sums, "vo"),
     )
+
+
+def _curvature(sums: Mapping[str, Tensor], choice: str) -> Curvature | None:
+    return Curvature(sums[f"{choice}_left"], sums[f"{choice}_right"]) if f"{choice}_left" in sums else None
 
 
 def _linear_moments(sums: Mapping[str, Tensor], side: str) -> LinearMoments:
     mean = sums["mean"] / sums["count"]
     covariance = sums["second"] / sums["count"] - mean[:, None] * mean
-    return LinearMoments(covariance=covariance, mean=sums["input"] / sums["count"], side=side)
+    return LinearMoments(covariance, sums["input"] / sums["count"], side, sums.get("gradient"))
 
 
 _LINEAR_NAMES = ("count", "input", "mean", "second")
@@ -79,10 +104,23 @@ _NAMES = {
     "input": _LINEAR_NAMES,
     "output": _LINEAR_NAMES,
 }
+_PAIRS = ("qk_left", "qk_right", "vo_left", "vo_right")
+_MOVED = ("qk_moved", "vo_moved", "rank_moved", "width_moved")
+# What curvature adds, all or nothing; of an output layer either or both kinds of movement.
+_LINEAR_CURVATURE, _WAYS = frozenset(("weight", "gradient")), frozenset(("rank_moved", "width_moved"))
+_CURVATURE = {
+    "heads": frozenset(("weight", *_PAIRS, "qk_moved", "vo_moved")),
+    "input": _LINEAR_CURVATURE,
+    "output": _LINEAR_CURVATURE,
+}
+_EITHER = {"heads": frozenset(), "input": _WAYS, "output": _WAYS}
 _COUNTS = ("count", "keys", "rows")
 # By name, from the shape of the second moments; `input` is as wide as the layer's input.
 _SHAPE_OF: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
-    **dict.fromkeys(_COUNTS, lambda shape: ()),
+    **dict.fromkeys((*_COUNTS, "weight"), lambda shape: ()),
+    **dict.fromkeys(_PAIRS, lambda shape: shape),
+    **dict.fromkeys(_MOVED, lambda shape: (shape[-1] + 1,)),
+    "gradient": lambda shape: (shape[-1], shape[-1]),
     **dict.fromkeys(("query", "key", "attended"), lambda shape: (shape[0], shape[-1], shape[-1])),
     **dict.fromkeys(("attended_sum", "mean", "input"), lambda shape: shape[:-1]),
     "second": lambda shape: (shape[0], shape[0]),
@@ -149,11 +187,18 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
                 f"Statistics can be merged if they come from the same model; at {name} one has "
                 f"{_signature(self, name)}, the other {_signature(other, name)}. Gather both with the same model."
             )
-        sums = {
-            name: Sums(one.side, {k: v + other.sums[name].values[k].to(v.device) for k, v in one.values.items()})
-            for name, one in self.sums.items()
-        }
+        sums = {}
+        for name, one in self.sums.items():
+            # Curvature that one of the two lacks is not that of both.
+            theirs = other.sums[name].values
+            alike = one.values if one.values.keys() == theirs.keys() else sum_names(one.side)
+            sums[name] = Sums(one.side, {k: one.values[k] + theirs[k].to(one.values[k].device) for k in alike})
         return Statistics(sums, self.architecture, self.samples + other.samples, self.scope)
+
+    @property
+    def has_curvature(self) -> bool:
+        """Whether the curvature of the model's output was gathered too."""
+        return any(sums.has_curvature for sums in self.sums.values())
 
     def check_model(
         self, model: nn.Module, names: Iterable[str] = (), sites: Mapping[str, Site] | None = None
@@ -237,23 +282,33 @@ def _read(
     check(samples, whole(1), f"{path}: samples", error=CheckpointError)
     sides = parse_json(fields["sides"], f"{path}: sides")
     check(sides, mapping_of(listed(*_NAMES)), f"{path}: sides", error=CheckpointError)
-    expected = {f"{name}:{key}" for name, side in sides.items() for key in _NAMES[side]}
+    expected = {f"{name}:{key}" for name, side in sides.items() for key in _keys(name, side, tensors)}
     if differing := sorted(expected - tensors.keys()) or sorted(tensors.keys() - expected):
         raise CheckpointError(
             f"{path}: expected the sums of the modules that its header names, found {differing[0]} in one of the "
             "two only. Save or download it again."
         )
-    sums = {name: Sums(side, {k: tensors[f"{name}:{k}"] for k in _NAMES[side]}) for name, side in sides.items()}
+    sums = {
+        name: Sums(side, {k: tensors[f"{name}:{k}"] for k in _keys(name, side, tensors)})
+        for name, side in sides.items()
+    }
     for name, found in sums.items():
         _check_sums(f"{path}: {name}", found)
     return sums, fields["architecture"], samples, fields["scope"]
+
+
+def _keys(name: str, side: str, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Which sums a file must hold of a module: with one of the curvature, all of it."""
+    here = {key for key in (*_CURVATURE[side], *_EITHER[side]) if f"{name}:{key}" in tensors}
+    return (*_NAMES[side], *sorted(_CURVATURE[side] | here if here else here))
 
 
 def _check_sums(where: str, sums: Sums) -> None:
     """Raise CheckpointError if sums are not of one module, not finite or of no token."""
     shape = sums.shape
     for name, value in sums.values.items():
-        wanted = value.shape if name == "input" and value.ndim == 1 else _SHAPE_OF[name](shape)
+        free = value.ndim == 1 if name == "input" or name in _MOVED else name == "gradient" and value.ndim == 2
+        wanted = value.shape if free else _SHAPE_OF[name](shape)
         if value.shape != wanted or not value.is_floating_point() or not value.isfinite().all():
             raise CheckpointError(
                 f"{where}: expected {name} to be {tuple(wanted)} finite numbers, found {tuple(value.shape)} of "

@@ -76,7 +76,7 @@ class Movement:
 
     def add(self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], mask: Tensor | None = None) -> None:
         for name, wanted in expected.items():
-            divergence = name == "logits" and self._is_distribution(wanted)
+            divergence = name == "logits" and self.is_distribution(wanted)
             compare = _divergence if divergence else _squares
             sums = torch.stack(compare(_rows(wanted, mask), _rows(found[name], mask)))
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
@@ -85,7 +85,8 @@ class Movement:
         shares: Iterable[Tensor] = [moved / whole.clamp(min=1e-300) for moved, whole in self._sums.values()]
         return float(torch.stack(list(shares)).mean())
 
-    def _is_distribution(self, logits: Tensor) -> bool:
+    def is_distribution(self, logits: Tensor) -> bool:
+        """Whether logits are of classes or words, one of which is right."""
         return self._distribution and logits.ndim in (2, 3) and logits.shape[-1] in self._classes
 
 

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -16,16 +15,16 @@ from ...errors import InvalidValueError
 from ...modeling import AttentionSite, LinearSite, MLPSite, Site, measuring, unwrapped
 from ...modeling.views import class_path
 from ...progress import progress_bar
-from ..request import Request
+from ..request import Request, sites_by_way
+from .curvature import gather_curvature
+from .inputs import Batch, check_any, main_input, prepare_batch, read_batches, run_batch, several
 from .moments import Statistics, Sums, sum_names
 
 
-__all__ = ["Statistics", "collect_statistics", "gather", "main_input", "prepare_batch", "read_batches", "run_batch"]
+__all__ = ["Statistics", "collect_statistics", "gather"]
 
 # Added to a score, anything lower takes the key away; the hosts use -10000 or the least number of the dtype.
 _REFUSED = -5000.0
-
-Batch = Mapping[str, Any] | Tensor
 
 
 def collect_statistics(
@@ -35,6 +34,8 @@ def collect_statistics(
     scope: str = "model",
     target_modules: Collection[str] | str | None = None,
     exclude_modules: Collection[str] | str | None = None,
+    curvature: bool = False,
+    mlp: str = "width",
     progress: bool | None = None,
     accelerator: Any | None = None,
 ) -> Statistics:
@@ -53,6 +54,10 @@ def collect_statistics(
             read once.
         scope: `"model"`, `"attention"` or `"mlp"`.
         target_modules, exclude_modules: which modules; see [`allocate_ranks`].
+        curvature: gather besides how the model's output sees errors at each site, for `strategy="curvature"`: a second
+            pass forward, and one backward to the activations. The batches are kept.
+        mlp: whether the curvature is that of the widths of MLPs, the ranks of their layers, or both; see
+            [`allocate_ranks`].
         progress: show a bar, under several processes that of the first; by default where transformers shows its own.
         accelerator: an `accelerate.Accelerator`: every process reads its own batches and gets the statistics of all.
             A sample that a prepared loader repeats to even out its batches counts again.
@@ -68,8 +73,11 @@ def collect_statistics(
         model = accelerator.unwrap_model(model)
         progress = progress if accelerator.is_main_process else False
     model = unwrapped(model)
-    sites = Request.of(model, target_modules, exclude_modules, scope=scope).find_sites(model)
-    return gather(model, batches, sites.values(), scope, progress=progress, accelerator=accelerator)
+    sites = Request.of(model, target_modules, exclude_modules, scope=scope, mlp=mlp).find_sites(model)
+    batches = read_batches(batches) if curvature else batches
+    how = {"progress": progress, "accelerator": accelerator}
+    found = gather(model, batches, sites.values(), scope, **how)
+    return gather_curvature(model, batches, sites_by_way(sites, mlp).values(), found, **how) if curvature else found
 
 
 @torch.no_grad()
@@ -84,14 +92,15 @@ def gather(
 ) -> Statistics:
     """[`collect_statistics`] at the sites given."""
     # Of an MLP and its output layer the MLP: what it gathers serves both.
-    sites = {site.moments_path: site for site in sorted(sites, key=lambda site: site.kind == "mlp")}
+    sites = list(sites)
+    sites = {site.moments_path: site for site in (*sites, *(site for site in sites if site.kind == "mlp"))}
     samples, error = 0, None
     with ExitStack() as stack:
         stack.enter_context(measuring(model))
         mask = stack.enter_context(token_mask(model))
         collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
         try:
-            for index, batch in enumerate(progress_bar(_several(batches), desc="Statistics", progress=progress)):
+            for index, batch in enumerate(progress_bar(several(batches), desc="Statistics", progress=progress)):
                 samples += _run(model, batch, index)
         except Exception as caught:
             if accelerator is None:
@@ -99,7 +108,7 @@ def gather(
             error = caught
     if accelerator is not None:
         samples = _reduce(accelerator, collectors, samples, error, next(model.parameters()).device)
-    _check_any(samples)
+    check_any(samples)
     return Statistics({n: c.finish(n) for n, c in collectors.items()}, class_path(type(model)), samples, scope)
 
 
@@ -107,39 +116,6 @@ def _run(model: nn.Module, batch: Batch, index: int) -> int:
     inputs = prepare_batch(model, batch, index, next(model.parameters()).device)
     run_batch(model, inputs, index)
     return len(inputs[main_input(model)])
-
-
-def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
-    """The model's output; inputs that it does not take give one InvalidValueError naming the batch."""
-    try:
-        return model(**inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise InvalidValueError(
-            f"Calibration batch {index} does not fit {type(model).__name__}: {error} (inputs: {_describe(inputs)})"
-        ) from error
-
-
-def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
-    """Keep batches that are gone through more than once; raises InvalidValueError where there are none."""
-    kept = [] if batches is None else list(_several(batches))
-    _check_any(len(kept))
-    return kept
-
-
-def _several(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """The batches, after a check that they are not a single one, whose rows or names would be taken for batches."""
-    if isinstance(batches, (Tensor, Mapping)):
-        raise InvalidValueError(
-            f"batches: expected several, such as a DataLoader or [batch], found one {type(batches).__name__}."
-        )
-    return batches
-
-
-def _check_any(count: int) -> None:
-    if count == 0:
-        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
 
 
 def _reduce(
@@ -160,26 +136,6 @@ def _reduce(
         own = {name: collector.sums.get(name, zeros) for name, zeros in collector.zeros(device).items()}
         collector.sums, collector.calls = accelerator.reduce(own, "sum"), called
     return samples
-
-
-def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
-    """A batch as keyword arguments of the model, on its device, without labels."""
-    main = main_input(model)
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-        batch = batch[0]
-    inputs = {main: batch} if isinstance(batch, Tensor) else batch
-    if not isinstance(inputs, Mapping) or not isinstance(inputs.get(main), Tensor):
-        found = sorted(inputs) if isinstance(inputs, Mapping) else type(batch).__name__
-        raise InvalidValueError(
-            f"Batch {index} has no tensor {main!r}, the main input of {type(model).__name__}; found {found}. "
-            f"Give mappings with {main!r}, or tensors of it."
-        )
-    if inputs[main].ndim < 2 or len(inputs[main]) == 0:
-        raise InvalidValueError(
-            f"Batch {index}: {main!r} must have a batch dimension and samples, got the shape "
-            f"{tuple(inputs[main].shape)}."
-        )
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if not k.startswith("label")}
 
 
 class TokenMask:
@@ -371,14 +327,3 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def main_input(model: nn.Module) -> str:
-    # diffusers says it by its place alone.
-    default = "pixel_values" if isinstance(model, PreTrainedModel) else next(iter(signature(model.forward).parameters))
-    return getattr(model, "main_input_name", default)
-
-
-def _describe(inputs: Mapping[str, Any]) -> str:
-    shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in inputs.items()}
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -21,7 +21,9 @@ from ...modeling.filling import fill, warn_not_finite
 from ...modeling.sites import block_of
 from ...modeling.surgery import sites_for, substitute_module
 from ...progress import progress_bar
-from ..calibration.statistics import TokenMask, collecting, prepare_batch, read_batches, run_batch, token_mask
+from ..calibration.inputs import prepare_batch, read_batches, run_batch
+from ..calibration.moments import Statistics, weighed
+from ..calibration.statistics import TokenMask, collecting, token_mask
 from .regression import Regression
 
 
@@ -40,6 +42,7 @@ def compress_in_order(
     ranks: Mapping[str, Any],
     batches: Iterable[Any],
     *,
+    statistics: Statistics | None = None,
     ridge: float | None = None,
     progress: bool | None = None,
 ) -> None:
@@ -52,6 +55,7 @@ def compress_in_order(
         model: a dense model, changed in place; on an error it may be half changed, so pass a copy.
         ranks: entries of a plan by module path.
         batches: calibration inputs, read once.
+        statistics: of the dense model; where they have its curvature, the factors are fitted to that too.
         ridge: pull of the output factors toward the closed form, as a share of their inputs' mean variance; by
             default the one with which either half of the batches predicts the other best.
         progress: show a bar over the blocks; by default where transformers shows its own.
@@ -83,11 +87,11 @@ def compress_in_order(
         for path in progress_bar(called, desc="Compressing", progress=progress):
             record = calls.pop(path)
             record.follow(before)
-            block = _Block(model, path, record, ridge)
+            block = _Block(model, path, record, ridge, statistics)
             unfitted += block.compress({name: sites[name] for name in sites if name in blocks.get(path, ())}, chosen)
             before = record
         if rest:
-            moments = _rest_moments(model, sites, rest, inputs)
+            moments = _rest_moments(model, {name: sites[name] for name in rest}, inputs, statistics)
             apply_ranks(model, {name: ranks[name] for name in rest}, statistics=moments)
     warn_not_finite(unfitted)
     for name in training.intersection(path for site in sites.values() for path in site.dense_modules()):
@@ -141,8 +145,10 @@ class _Residual:
 
 
 class _Block:
-    def __init__(self, model: nn.Module, path: str, calls: Calls, ridge: float | None) -> None:
-        self.model, self.calls, self.ridge = model, calls, ridge
+    def __init__(
+        self, model: nn.Module, path: str, calls: Calls, ridge: float | None, statistics: Statistics | None
+    ) -> None:
+        self.model, self.calls, self.ridge, self.statistics = model, calls, ridge, statistics
         self.module = model.get_submodule(path)
         self.mask = TokenMask()
 
@@ -156,7 +162,7 @@ class _Block:
                 for _ in self._run(self.calls.small_in, outputs[name][1]):
                     pass
             substitutes = site.substitutes(ranks[name])
-            fitted = fill(site, substitutes, collector.moments(name))
+            fitted = fill(site, substitutes, _weighed(collector.moments(name), site, self.statistics))
             for path, dense in site.dense_modules().items():
                 if path in substitutes:
                     substitute_module(self.model, dense, substitutes[path])
@@ -310,11 +316,17 @@ def _scale(added: Tensor, output: Tensor, energy: Tensor) -> Tensor:
 
 
 def _rest_moments(
-    model: nn.Module, sites: Mapping[str, Site], names: list[str], inputs: list[dict[str, Any]]
+    model: nn.Module, sites: Mapping[str, Site], inputs: list[dict[str, Any]], statistics: Statistics | None
 ) -> dict[str, Any]:
     with ExitStack() as stack:
         mask = stack.enter_context(token_mask(model))
-        collectors = {name: stack.enter_context(collecting(sites[name], mask)) for name in names}
+        collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
         for batch in inputs:
             model(**batch)
-    return {sites[name].moments_path: collector.moments(name) for name, collector in collectors.items()}
+    found = {name: collector.moments(name) for name, collector in collectors.items()}
+    return {site.moments_path: _weighed(found[name], site, statistics) for name, site in sites.items()}
+
+
+def _weighed(moments: Any, site: Site, statistics: Statistics | None) -> Any:
+    sums = None if statistics is None else statistics.sums.get(site.moments_path)
+    return moments if sums is None else weighed(moments, sums)

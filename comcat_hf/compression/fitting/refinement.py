@@ -20,8 +20,9 @@ from ...errors import InvalidValueError
 from ...modeling import measuring, unwrapped
 from ...modeling.sites import block_of
 from ...progress import progress_bar
+from ..calibration.inputs import main_input, prepare_batch, read_batches, run_batch
 from ..calibration.outputs import main_output
-from ..calibration.statistics import main_input, prepare_batch, read_batches, run_batch, token_mask
+from ..calibration.statistics import token_mask
 from ..request import check_merged
 from .compensation import Calls, blocks_between, record_calls
 from .descent import Descent, Errors, Refinement

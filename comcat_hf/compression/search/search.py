@@ -25,9 +25,9 @@ from ...modeling import unwrapped
 from ...progress import progress_bar
 from ...tensor_files import read_saved, write_saved
 from ..budget.allocation import check_ask, finish_plan
-from ..budget.budget import METRICS, Budget, entries, find_budget, sites_by_way
+from ..budget.budget import METRICS, Budget, entries, find_budget
 from ..distillation import DistillationLoss, ask_teacher
-from ..request import Request
+from ..request import Request, sites_by_way
 from .nested import Candidates, Key, NestedModel
 
 

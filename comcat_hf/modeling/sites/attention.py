@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...closed_forms.attention import AttentionMoments, factorize_qk, factorize_vo, qk_spectrum, vo_spectrum
+from ...closed_forms.attention import (
+    AttentionMoments,
+    factorize_qk,
+    factorize_vo,
+    qk_maps,
+    qk_spectrum,
+    vo_maps,
+    vo_spectrum,
+)
+from ...closed_forms.curvature import Curvature
 from ...errors import RankPlanError
 from ..lowrank import LowRankAttention, empty_linear
 from ..views import AttentionView
@@ -127,6 +136,13 @@ class AttentionSite(Site):
             return qk_spectrum(*self._query_key(), moments=moments)
         return vo_spectrum(*self._value_output(), moments=moments)
 
+    def maps(self, choice: str, moments: AttentionMoments | None = None) -> tuple[Tensor, Tensor]:
+        """The head maps (H, p, p) of every rank: of rank r the first r columns."""
+        with errors_name(f"{self.name}, {choice}"):
+            if choice == "qk":
+                return qk_maps(*self._query_key(), moments=moments)
+            return vo_maps(*self._value_output(), moments=moments)
+
     def to_singular_basis(
         self, choice: str, moments: AttentionMoments | None = None
     ) -> tuple[nn.Module, Mapping[str, nn.Module]]:
@@ -205,4 +221,7 @@ def _padded(moments: AttentionMoments | None) -> AttentionMoments | None:
     if moments is None:
         return None
     square = {name: F.pad(getattr(moments, name), (0, 1, 0, 1)) for name in ("query", "key", "attended")}
+    for name in ("qk_curvature", "vo_curvature"):
+        if (found := getattr(moments, name)) is not None:
+            square[name] = Curvature(*(F.pad(side, (0, 1, 0, 1)) for side in (found.left, found.right)))
     return AttentionMoments(**square, attended_mean=F.pad(moments.attended_mean, (0, 1)))

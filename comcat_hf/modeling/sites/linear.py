@@ -93,7 +93,9 @@ class LinearSite(Site):
         size = self.full_ranks["rank"]
         bias = None if self.linear.bias is None else F.pad(self.linear.bias, (0, 1))
         if moments is not None:
-            moments = LinearMoments(F.pad(moments.covariance, (0, 1, 0, 1)), F.pad(moments.mean, (0, 1)), moments.side)
+            curvature = None if moments.curvature is None else F.pad(moments.curvature, (0, 1, 0, 1))
+            covariance, mean = F.pad(moments.covariance, (0, 1, 0, 1)), F.pad(moments.mean, (0, 1))
+            moments = LinearMoments(covariance, mean, moments.side, curvature)
         # At full rank the closed form returns the weight as it is; padded by zeros, it orders it.
         factors = factorize_linear(F.pad(self.linear.weight, (0, 1, 0, 1)), bias, size, moments=moments)
         substitutes = self.substitutes({"rank": size})

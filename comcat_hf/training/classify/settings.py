@@ -28,7 +28,7 @@ ALTERNATIVES = MappingProxyType(
 )
 
 Precision = Literal["no", "fp16", "bf16"]
-Strategy = Literal["uniform", "spectrum", "sensitivity", "search"]
+Strategy = Literal["uniform", "spectrum", "sensitivity", "curvature", "search"]
 
 _STAGES_KEPT = ("calibrate", "allocate", "initialize", "finetune")
 # What a setting decides, for its flag. A stage "by search" depends on it only where ranks are searched.
@@ -72,7 +72,7 @@ class CompressSettings:
     )
     exclude_modules: str | None = flag(None, "Modules to leave as they are, written alike.", SMALL_MODEL)
     metric: Literal["params", "macs", "latency"] = flag("params", "What the reduction is of.", PLAN)
-    strategy: Strategy = flag("sensitivity", "How ranks are chosen; search is the paper's.", PLAN)  # noqa: RUF009
+    strategy: Strategy = flag("curvature", "How ranks are chosen; search is the paper's.", PLAN)  # noqa: RUF009
     mlp: Literal["width", "rank", "mixed"] | None = flag(
         None, "How MLPs shrink; default: width, rank with search.", PLAN
     )
@@ -91,7 +91,7 @@ class CompressSettings:
         None, "Other reductions, such as 0.3,0.7, to measure without fine-tuning; the report draws them.", NOTHING
     )
     calibration_samples: int = flag(
-        256, "Training images for statistics, sensitivity and compensation.", SMALL_MODEL, COUNT
+        256, "Training images for statistics, curvature and compensation.", SMALL_MODEL, COUNT
     )
     calibration_batch_size: int = flag(32, "Images per calibration batch.", SMALL_MODEL, COUNT)
     search_epochs: int = flag(5, "Times through the search split.", SEARCH, COUNT)
@@ -246,7 +246,7 @@ class CompressSettings:
     @property
     def needs_images(self) -> bool:
         """Whether any stage reads training or validation images."""
-        from_data = not self.weights_only or self.strategy in ("sensitivity", "search")
+        from_data = not self.weights_only or self.strategy in ("sensitivity", "curvature", "search")
         return from_data or "finetune" in self.stage_names or bool(self.sweep_reductions)
 
     def facts(self, stage: str, seed: int) -> dict[str, Any]:

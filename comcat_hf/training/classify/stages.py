@@ -141,10 +141,13 @@ def calibrate(run: Setting) -> Statistics | None:
             return None
         accelerator = run.accelerator
         run.say(f"Stage calibrate: statistics of {run.settings.calibration_samples} images.")
+        curvature = run.settings.strategy == "curvature"
         found = collect_statistics(
             run.dense.to(accelerator.device),
             _own_batches(run),
             **run.settings.where,
+            curvature=curvature,
+            mlp=request_of(run.settings).mlp,
             progress=True,
             accelerator=accelerator,
         )
@@ -217,7 +220,8 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
     settings, request = run.settings, request_of(run.settings)
     run.dense.to(run.accelerator.device)
     # One reduction measures what it needs by itself; several share it.
-    shared = {"sensitivities": run.sensitivities(statistics)} if request.measures and settings.sweep_reductions else {}
+    measured = settings.strategy == "sensitivity" and settings.sweep_reductions
+    shared = {"sensitivities": run.sensitivities(statistics)} if measured else {}
     if settings.metric == "latency":
         shared["latency"] = run.latency()
     return allocate_ranks(

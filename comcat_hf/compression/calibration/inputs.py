@@ -1,0 +1,82 @@
+"""Calibration batches as keyword arguments of a model."""
+
+from collections.abc import Iterable, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...errors import InvalidValueError
+
+
+__all__ = ["Batch", "check_any", "main_input", "prepare_batch", "read_batches", "run_batch", "several"]
+
+Batch = Mapping[str, Any] | Tensor
+
+
+def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:
+    """The model's output; inputs that it does not take give one InvalidValueError naming the batch."""
+    try:
+        return model(**inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidValueError(
+            f"Calibration batch {index} does not fit {type(model).__name__}: {error} (inputs: {_describe(inputs)})"
+        ) from error
+
+
+def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
+    """Keep batches that are gone through more than once; raises InvalidValueError where there are none."""
+    kept = [] if batches is None else list(several(batches))
+    check_any(len(kept))
+    return kept
+
+
+def several(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The batches, after a check that they are not a single one, whose rows or names would be taken for batches."""
+    if isinstance(batches, (Tensor, Mapping)):
+        raise InvalidValueError(
+            f"batches: expected several, such as a DataLoader or [batch], found one {type(batches).__name__}."
+        )
+    return batches
+
+
+def check_any(count: int) -> None:
+    """Raise InvalidValueError where there is no batch."""
+    if count == 0:
+        raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+
+
+def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
+    """A batch as keyword arguments of the model, on its device, without labels."""
+    main = main_input(model)
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        batch = batch[0]
+    inputs = {main: batch} if isinstance(batch, Tensor) else batch
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get(main), Tensor):
+        found = sorted(inputs) if isinstance(inputs, Mapping) else type(batch).__name__
+        raise InvalidValueError(
+            f"Batch {index} has no tensor {main!r}, the main input of {type(model).__name__}; found {found}. "
+            f"Give mappings with {main!r}, or tensors of it."
+        )
+    if inputs[main].ndim < 2 or len(inputs[main]) == 0:
+        raise InvalidValueError(
+            f"Batch {index}: {main!r} must have a batch dimension and samples, got the shape "
+            f"{tuple(inputs[main].shape)}."
+        )
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if not k.startswith("label")}
+
+
+def main_input(model: nn.Module) -> str:
+    """Name of the input that a batch cannot lack."""
+    # diffusers says it by its place alone.
+    default = "pixel_values" if isinstance(model, PreTrainedModel) else next(iter(signature(model.forward).parameters))
+    return getattr(model, "main_input_name", default)
+
+
+def _describe(inputs: Mapping[str, Any]) -> str:
+    shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in inputs.items()}
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
