@@ -37,6 +37,13 @@ shares = [images(5)[:3].split(2), [images(5)[3:]]]
 wrapped = accelerator.prepare(model)
 statistics = collect_statistics(wrapped, shares[accelerator.process_index], accelerator=accelerator)
 assert statistics.samples == 5
+share = shares[accelerator.process_index]
+curved = collect_statistics(wrapped, iter(share), curvature=True, accelerator=accelerator)
+# One row of logits a sample; the sums of both processes are what both have.
+assert {sums.values["weight"].item() for sums in curved.sums.values() if sums.has_curvature} == {5.0}
+table = torch.cat([value.flatten() for sums in curved.sums.values() for value in sums.values.values()])
+both = accelerator.gather(table[None].float())
+assert torch.equal(both[0], both[1])
 lone = collect_statistics(model, [[images(5)], []][accelerator.process_index], accelerator=accelerator)
 assert lone.samples == 5
 statistics.save_pretrained(f"{sys.argv[1]}/{accelerator.process_index}")

@@ -32,7 +32,8 @@ class Probe:
             drawn = self._classes if name == "logits" and self._kinds.is_distribution(output) else self._signs
             term, weight = drawn(output.float(), _of_tokens(output, mask))
             # Several outputs count alike, whatever their scales.
-            unit = self._unit.setdefault(name, max(weight / len(output), 1e-30) * len(outputs))
+            alone = len(outputs) == 1
+            unit = self._unit.setdefault(name, 1.0 if alone else max(weight / len(output), 1e-30) * len(outputs))
             terms.append(term / unit**0.5)
             weights.append(weight / unit)
         return torch.stack(terms).sum(), sum(weights)

@@ -17,7 +17,7 @@ from ...modeling.views import class_path
 from ...progress import progress_bar
 from ..request import Request, sites_by_way
 from .curvature import gather_curvature
-from .inputs import Batch, check_any, main_input, prepare_batch, read_batches, run_batch, several
+from .inputs import Batch, check_any, main_input, prepare_batch, run_batch, several
 from .moments import Statistics, Sums, sum_names
 
 
@@ -55,7 +55,7 @@ def collect_statistics(
         scope: `"model"`, `"attention"` or `"mlp"`.
         target_modules, exclude_modules: which modules; see [`allocate_ranks`].
         curvature: gather besides how the model's output sees errors at each site, for `strategy="curvature"`: a second
-            pass forward, and one backward to the activations. The batches are kept.
+            pass forward, and one backward to the activations. Batches are read twice.
         mlp: whether the curvature is that of the widths of MLPs, the ranks of their layers, or both; see
             [`allocate_ranks`].
         progress: show a bar, under several processes that of the first; by default where transformers shows its own.
@@ -74,7 +74,8 @@ def collect_statistics(
         progress = progress if accelerator.is_main_process else False
     model = unwrapped(model)
     sites = Request.of(model, target_modules, exclude_modules, scope=scope, mlp=mlp).find_sites(model)
-    batches = read_batches(batches) if curvature else batches
+    # Not by `read_batches`: under several processes one may have none.
+    batches = list(batches) if curvature and isinstance(batches, Iterator) else batches
     how = {"progress": progress, "accelerator": accelerator}
     found = gather(model, batches, sites.values(), scope, **how)
     return gather_curvature(model, batches, sites_by_way(sites, mlp).values(), found, **how) if curvature else found
