@@ -47,7 +47,7 @@ def refine(
     batches: Iterable[Any],
     steps: int = 300,
     *,
-    learning_rate: float = 0.02,
+    learning_rate: float | None = None,
     batch_size: int = 16,
     by_block: bool = False,
     seed: int = 0,
@@ -69,7 +69,8 @@ def refine(
         dense: the dense model, on the same device; it is left as it was.
         batches: calibration inputs, read once: at least two samples, better some hundreds.
         steps: optimizer steps.
-        learning_rate: the highest.
+        learning_rate: the highest, relative to the root mean square of a layer's weights and to the root of the drift
+            at the start; by default a thousandth of the root of the steps, so that few steps are careful ones.
         batch_size: samples per step; larger batches are split.
         by_block: train one block after the other, each for so many steps, on what the refined blocks before it give.
             For models too large to be trained as a whole: memory for the gradients of one block, and for the hidden
@@ -88,14 +89,17 @@ def refine(
     check(steps, whole(1), "steps")
     check(batch_size, whole(1), "batch_size")
     check(seed, whole(), "seed")
-    check(learning_rate, finite(0), "learning_rate")
+    learning_rate = check(0.001 * steps**0.5 if learning_rate is None else learning_rate, finite(0), "learning_rate")
     model, dense = unwrapped(model), unwrapped(dense)
     names = _factors(model, dense)
     parts = _mini_batches(model, read_batches(batches), batch_size)
     apart = _apart(parts, main_input(model))
     learned = [index for index in range(len(parts)) if index not in apart]
     descent = Descent(steps, learning_rate, seed, learned, apart)
-    blocks = blocks_between(model, {block for name in names if (block := _block_of(name))})
+    found = {block for name in names if (block := _block_of(name))}
+    # Without lists of layers within a block.
+    outer = {one for one in found if not any(one.startswith(f"{other}.") for other in found)}
+    blocks = blocks_between(model, outer)
     run = _by_block if by_block else _whole
     with measuring(dense), measuring(model):
         return run(model, dense, names, blocks, parts, descent, progress)
