@@ -299,6 +299,8 @@ def test_info_refuses_what_is_not_ours_by_name(tmp_path):
     assert "found an adapter of PEFT of the method LORA; load it with PeftModel.from_pretrained" in result.stderr
     (tmp_path / "empty").mkdir()
     assert "found none of these" in run("info", str(tmp_path / "empty")).stderr
+    (tmp_path / "empty" / "comcat_ranks.json").write_text("[1")
+    assert "comcat_ranks.json: expected JSON, found" in run("info", str(tmp_path / "empty")).stderr
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "unet/x"])

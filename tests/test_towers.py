@@ -157,12 +157,14 @@ class TestATower:
         assert statistics and all(n.startswith(path) and ".0." not in n for n in statistics)
         measured = measure_sensitivities(model, [inputs], statistics=statistics, **targets)
         plan = allocate_ranks(model, 0.1, statistics=statistics, sensitivities=measured, **targets)
-        assert plan == allocate_ranks(model, 0.1, batches=[inputs], **targets)
+        assert plan == allocate_ranks(model, 0.1, batches=[inputs], strategy="sensitivity", **targets)
         assert all(n.startswith(path) and ".0." not in n for n in plan.ranks)
-        small = compress(model, 0.1, batches=[inputs], **targets)
+        small = compress(model, 0.1, batches=[inputs], strategy="sensitivity", **targets)
         assert plan_of(small).ranks == plan.ranks and 0.1 <= plan_of(small).reached <= 0.105
-        fitted = compress(model, plan=plan, batches=[inputs], compensate=False)
-        again = compress(model, plan=plan, statistics=statistics)
+        fitted, again = (
+            compress(model, plan=plan, batches=[inputs], compensate=False, statistics=given)
+            for given in (None, statistics)
+        )
         assert all(map(torch.equal, outputs(fitted, inputs), outputs(again, inputs)))
 
     @pytest.mark.parametrize("mode", ["compress", "customize"])
@@ -176,6 +178,36 @@ class TestATower:
         assert len(layers) == 2 and all(n.startswith(f"base_model.model.{path}.") for n in layers)
         if mode == "customize":
             assert_close(outputs(model, inputs), expected)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_towers_are_loaded_alone_from_the_whole(kind, tmp_path):
+    (model, inputs), (dense, _) = MODELS[kind](), MODELS[kind]()
+    given = {"vision": {"pixel_values": inputs.pop("pixel_values")}, "text": inputs}
+    classes = {part: type(getattr(model, f"{part}_model")) for part in given}
+
+    def assert_loaded(folder, *small):
+        model.save_pretrained(folder)
+        for part, cls in classes.items():
+            loaded = cls.from_pretrained(folder)
+            assert torch.equal(
+                loaded(**given[part]).last_hidden_state,
+                getattr(model, f"{part}_model")(**given[part]).last_hidden_state,
+            )
+            assert bool(read_ranks(loaded)) == (part in small)
+        assert (folder / "config.json").read_text().count("quantization_config") == len(small) + bool(small)
+
+    with torch.no_grad():
+        # One tower after the other, the second in what was loaded again, and dense ones in their place.
+        model.vision_model = compress(model.vision_model, 0.4)
+        assert_loaded(tmp_path / "vision", "vision")
+        model = transformers.AutoModel.from_pretrained(tmp_path / "vision")
+        model.text_model = compress(model.text_model, 0.2)
+        assert_loaded(tmp_path / "both", "vision", "text")
+        model.vision_model = dense.vision_model
+        assert_loaded(tmp_path / "text", "text")
+        model.text_model = dense.text_model
+        assert_loaded(tmp_path / "dense")
 
 
 def test_two_towers_in_one_model(tmp_path):
@@ -354,8 +386,8 @@ def test_a_plan_has_its_targets_already():
         ("MochiTransformer3DModel", {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}),
     ],
 )
-def test_poolers_stay_dense(name, settings):
-    """A pooling module is no reason to refuse a model: what is refused is the attention of its blocks, if any."""
+def test_poolers_are_no_reason_to_refuse(name, settings):
+    """The reason is attention in the blocks: the processor of HunyuanDiT, the class of Mochi's."""
     model = getattr(diffusers, name)(**settings)
     pooler = next(n for n, m in model.named_modules() if "Pool" in type(m).__name__)
     with pytest.raises(UnsupportedModuleError, match=r"HunyuanAttnProcessor2_0|MochiAttention") as caught:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..checks import FLAG, TEXT, check, check_fields, list_of, optional, whole
 from ..configs.index import INDEX, read_index
-from ..configs.ranks import RANKS_FORMAT, RankPlan
+from ..configs.ranks import RANKS_FORMAT, RANKS_NAME, RankPlan
 from ..errors import CheckpointError
 from ..hub import kind_of, list_files, pull_folder, push_folder, read_json, readable_size, sizes_in
 from .shell import app, command, table
@@ -134,10 +134,9 @@ def _facts(folder: Path) -> dict[str, object] | None:
             check(names, list_of(TEXT), f"{model}: architectures", error=CheckpointError)
             plan = RankPlan.from_dict({k: v for k, v in recorded.items() if k != "quant_method"}, str(model))
             return {"kind": "compressed model", "architecture": ", ".join(names)} | _of_plan(plan)
-    try:
-        return {"kind": "rank plan"} | _of_plan(RankPlan.from_pretrained(folder))
-    except CheckpointError:
+    if not (folder / RANKS_NAME).is_file():
         return None
+    return {"kind": "rank plan"} | _of_plan(RankPlan.from_pretrained(folder))
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

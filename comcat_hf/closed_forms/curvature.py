@@ -78,20 +78,20 @@ def basis_movement(outputs: Tensor, gradients: Tensor, write: Tensor, read: Tens
     return _cumulative(kept) - (outputs * gradients).sum((1, 2))[:, None].to(kept)
 
 
-def width_movement(product: Tensor, order: Tensor, factors: list[Tensor], output_weight: Tensor) -> Tensor:
+def width_movement(product: Tensor, order: Tensor, factors: list[Tensor]) -> Tensor:
     """First-order movement of L by narrowing an MLP to several widths.
 
     Args:
         product: (n, d_out), of one sample `h^T dL/dy`, with h the centred hidden units and y the MLP's output.
         order: (n,), the units, the most valuable first.
-        factors: for each width k the refitted output factor (k, d_out), rows in this order.
-        output_weight: (d_out, n), dense.
+        factors: for each width k the refitted output factor (k, d_out), rows in this order; the last is the dense one.
 
     Returns:
-        (number of widths,).
+        (number of widths,), without the last.
     """
-    whole, ordered = (product * output_weight.mT).sum(), product[order]
-    return torch.stack([(ordered[: len(factor)] * factor).sum() - whole for factor in factors])
+    ordered = product[order].flatten()
+    kept = torch.stack([torch.dot(ordered[: factor.numel()], factor.flatten()) for factor in factors])
+    return kept[:-1] - kept[-1]
 
 
 def mixed(moment: Tensor, curvature: Tensor | None, share: float) -> Tensor:

@@ -32,6 +32,9 @@ SHARE = 0.7
 # Share of the sum of squared means that a covariance may be off by where next to nothing varies.
 _ROUNDING = 1e-14
 
+# From so many units on orders and trial fits are computed in float32: the ridge keeps them well conditioned.
+_MANY = 512
+
 # Units are picked from the most promising `_POOL`, `_BLOCK` at a time, so that what is large is updated in products.
 _POOL = 128
 _BLOCK = 32
@@ -89,7 +92,9 @@ def order_units(
         if moments.curvature is not None:
             square = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
             weight = moment_root(mixed(square, moments.curvature, SHARE), 0.0, weight.device) @ weight
-        order, energy = _pivot(_regularised(moments, ridge, weight.device), weight)
+        dtype = torch.float32 if weight.shape[1] >= _MANY else torch.float64
+        order, energy = _pivot(_regularised(moments, ridge, weight.device).to(dtype), weight.to(dtype))
+        energy = energy.double()
     left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     share = left / left[0] if left[0] > 0 else torch.zeros_like(left)
     return HiddenUnits(order.to(output_weight.device), share.cpu(), moments)
@@ -106,7 +111,15 @@ def output_factors(
     order = units.order.to(output_weight.device)
     if units.moments is None:
         return [output_weight.detach().mT[order[:width]].float() for width in widths]
-    return [_refit(output_weight, units.moments, order[:width], ridge).float() for width in widths]
+    weight, mean = in_float64(output_weight).float(), in_float64(units.moments.mean, output_weight.device)
+    covariance = in_float64(units.moments.covariance, weight.device).float()[order][:, order]
+    fitted, ordered = [], weight[:, order].mT
+    cross = covariance @ ordered
+    for width in widths:
+        system, pull = _add_ridge(covariance[:width, :width], ridge, mean)
+        factor = torch.linalg.cholesky(system.float())
+        fitted.append(torch.cholesky_solve(cross[:width] + pull.float() * ordered[:width], factor))
+    return fitted
 
 
 @torch.no_grad()

@@ -1,7 +1,12 @@
 """Names of base models in files for others: a Hub id, never a local folder."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -9,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-__all__ = ["hub_id", "shareable"]
+__all__ = ["hub_id", "shareable", "shareable_folder"]
 
 # Fields in which PEFT, diffusers and this package name a base model.
 _FIELDS = ("base_model_name_or_path", "_name_or_path")
@@ -40,6 +45,25 @@ def shareable(path: Path) -> bytes | None:
     # An unreadable file names no base. The Hub's client passes on errors of its YAML parser.
     except Exception:
         return None
+
+
+@contextmanager
+def shareable_folder(folder: str | os.PathLike) -> Iterator[str]:
+    """A temporary folder with links to the files of another one, and with what [`shareable`] makes of them.
+
+    Times of files and folders are kept: transformers uploads those that changed.
+    """
+
+    def place(source: str, target: str) -> None:
+        content = shareable(Path(source))
+        if content is None:
+            os.symlink(os.path.abspath(source), target)
+        else:
+            Path(target).write_bytes(content)
+            shutil.copystat(source, target)
+
+    with TemporaryDirectory() as parent:
+        yield shutil.copytree(folder, f"{parent}/folder", copy_function=place, ignore_dangling_symlinks=True)
 
 
 def _cleaned(content: Any) -> Any:

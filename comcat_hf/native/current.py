@@ -1,18 +1,22 @@
 """What a model's rank plan is now, and saving with it."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..configs.ranks import RankPlan
+from ..configs.adapter import ComCATConfig
+from ..configs.ranks import RANKS_NAME, RankPlan
 from ..errors import InvalidValueError
+from ..hub.sources import shareable_folder
 from ..modeling import fit_names, read_ranks, unwrapped
 
 
-__all__ = ["QUANT_METHODS", "check_saveable", "current_plan", "teach_saving"]
+__all__ = ["QUANT_METHODS", "check_saveable", "current_plan", "teach_saving", "teach_uploading"]
 
 # By these a config.json asks for this package. The first is written: a process without the package prints it, so it
 # says what to import. Earlier versions wrote the others.
@@ -34,6 +38,27 @@ def teach_saving(cls: type, save: Callable[..., Any]) -> None:
         return save(functools.partial(dense, self), self, *args, **kwargs)
 
     cls.save_pretrained = save_pretrained
+
+
+@functools.cache
+def teach_uploading(mixin: type, method: str) -> None:
+    """Let a library's `push_to_hub` upload adapters and compressed models without local folders as base models.
+
+    Args:
+        mixin: the library's class with `push_to_hub`, of models, pipelines and configurations.
+        method: its private method that uploads a folder.
+    """
+    upload = getattr(mixin, method)
+
+    @functools.wraps(upload)
+    def upload_shareable(self: Any, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        configs = getattr(self, "peft_config", {"": self}).values()
+        if not any(isinstance(c, ComCATConfig) for c in configs) and not any(Path(working_dir).rglob(RANKS_NAME)):
+            return upload(self, working_dir, *args, **kwargs)
+        with shareable_folder(working_dir) as folder:
+            return upload(self, folder, *args, **kwargs)
+
+    setattr(mixin, method, upload_shareable)
 
 
 def current_plan(model: nn.Module, recorded: RankPlan | None) -> RankPlan | None:

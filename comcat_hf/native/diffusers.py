@@ -21,7 +21,7 @@ from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..hub import hub_id
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks
-from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
+from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving, teach_uploading
 
 
 __all__ = ["attach", "is_model", "naming_no_folder", "recorded", "register", "watch"]
@@ -165,6 +165,9 @@ class _OnImport(MetaPathFinder):
 
 def _add_to(tables: ModuleType) -> None:
     from diffusers.quantizers.base import DiffusersQuantizer
+    from diffusers.utils import PushToHubMixin
+
+    teach_uploading(PushToHubMixin, "_upload_folder")
 
     class ComCATDiffusersQuantizer(DiffusersQuantizer):
         """Rebuilds the compressed skeleton before the weights are read, then withdraws."""

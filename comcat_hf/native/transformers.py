@@ -7,15 +7,17 @@ model holds ordinary floating point parameters, and casting and training it are 
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checks import some_of
@@ -23,7 +25,7 @@ from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..tensor_files import open_safetensors
-from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving
+from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving, teach_uploading
 
 
 __all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
@@ -103,14 +105,40 @@ def recorded(model: nn.Module) -> RankPlan | None:
 
 def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
     """Put a plan into the model's configuration; `None` takes it away."""
-    if plan is None:
-        # A backbone of which only the head was compressed, or every low-rank module was replaced since.
-        if recorded(model) is not None:
-            del model.config.quantization_config
-    else:
-        model.config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
+    _note(model.config, plan)
+    ranks = {} if plan is None else plan.ranks
+    for path, part in _towers(model):
+        own = {name.removeprefix(f"{path}."): entry for name, entry in ranks.items() if name.startswith(f"{path}.")}
+        facts = {"architecture": type(model.get_submodule(path)).__name__, "reached": None, "target_modules": None}
+        _note(part, replace(plan, ranks=own, **facts) if own else None)
+
+
+def _towers(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Paths and configurations of the towers that their own class loads from the folder of the whole."""
+    for key in model.config.sub_configs:
+        part = getattr(model.config, key, None)
+        for path, module in model.named_modules():
+            if path and isinstance(module, PreTrainedModel) and type(module.config) is type(part):
+                if type(part).base_config_key == key:
+                    yield path, part
+                break
+
+
+def _note(config: PreTrainedConfig, plan: RankPlan | None) -> None:
+    if plan is not None:
+        config.quantization_config = ComCATQuantizationConfig(**plan.to_dict())
         # In memory it may name a folder of this machine as base.
-        model.config.quantization_config.plan = plan
+        config.quantization_config.plan = plan
+    elif getattr(config, "quantization_config", None) is not None and _is_ours(config.quantization_config):
+        # A backbone of which only the head was compressed, or every low-rank module was replaced since.
+        del config.quantization_config
+
+
+def _is_ours(found: Any) -> bool:
+    # In the configuration of a tower the library leaves it a mapping.
+    return isinstance(found, ComCATQuantizationConfig) or (
+        isinstance(found, Mapping) and found.get("quant_method") in QUANT_METHODS
+    )
 
 
 def _save_pretrained(
@@ -147,6 +175,8 @@ def _save_pretrained(
 
 
 teach_saving(PreTrainedModel, _save_pretrained)
+# PEFT's mixin, too.
+teach_uploading(PushToHubMixin, "_upload_modified_files")
 
 
 def _joins_tensors(model: PreTrainedModel) -> bool:

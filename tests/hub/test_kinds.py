@@ -1,5 +1,7 @@
 """What the project makes, pushed and pulled through the real client: every kind comes back byte for byte."""
 
+import json
+
 import pytest
 
 from tests.customization.pipelines import tiny_unet
@@ -124,6 +126,75 @@ def test_every_kind_is_pushed_as_its_library_does_it(hub, client, tmp_path, unet
     }
     use = USE[kind.split(",")[0]].replace("cache_dir=cache", f"cache_dir=cache, revision={revision!r}")
     assert client(use) is True
+
+
+# An adapter on a base that was read from a folder: calls that make it, save it and upload it.
+LOCAL_BASE = {
+    "PEFT": (
+        'model = get_peft_model(base, config, adapter_name="cat")',
+        "model.save_pretrained(folder)",
+        'model.push_to_hub("user/repo")',
+    ),
+    "transformers": ("base.add_adapter(config)", "base.save_pretrained(folder)", 'base.push_to_hub("user/repo")'),
+    "saving": ("base.add_adapter(config)", 'base.save_pretrained(folder, push_to_hub=True, repo_id="user/repo")', ""),
+    "configuration": (
+        "config.base_model_name_or_path = base.name_or_path",
+        "config.save_pretrained(folder)",
+        'config.push_to_hub("user/repo")',
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOCAL_BASE)
+def test_a_local_base_is_kept_in_the_folder_and_not_uploaded(hub, client, tmp_path, kind):
+    base, folder = tmp_path / "base", write(tmp_path / "out", {"old/mine.json": b"{}"})
+    make, save, push = LOCAL_BASE[kind]
+    client(
+        f"{START}from peft import get_peft_model\nbase_folder, folder = {str(base)!r}, {str(folder)!r}\n"
+        "vit().save_pretrained(base_folder)\nbase = ViTForImageClassification.from_pretrained(base_folder)\n"
+        f"config = comcat_hf.ComCATConfig(qk_rank=4, vo_rank=4)\n{make}\n{save}\n{push}"
+    )
+    uploaded = {name.removeprefix("cat/"): content for name, content in hub.files("user/repo").items()}
+    saved = {path.name: path.read_bytes() for path in (folder / "cat" if kind == "PEFT" else folder).glob("adapter*")}
+    configs = [json.loads(files.pop("adapter_config.json")) for files in (saved, uploaded)]
+    assert configs[0]["base_model_name_or_path"] == str(base)
+    assert configs[1] == configs[0] | {"base_model_name_or_path": None}
+    assert not any(bytes(base) in content for content in uploaded.values())
+    # Besides, what was saved and nothing else.
+    assert uploaded.keys() - {"README.md", ".gitattributes"} == saved.keys()
+    assert all(uploaded[name] == content for name, content in saved.items())
+
+
+# Models and pipelines whose configurations name where their parts were read from.
+PARTS = {
+    "captioner": """
+from tests.test_towers import captioner
+from transformers import VisionEncoderDecoderModel
+parts = captioner()[0]
+parts.encoder.save_pretrained(folder + "/encoder"), parts.decoder.save_pretrained(folder + "/decoder")
+model = VisionEncoderDecoderModel.from_encoder_decoder_pretrained(folder + "/encoder", folder + "/decoder")
+model.encoder = comcat_hf.compress(model.encoder, 0.4)
+""",
+    "pipeline": """
+from pathlib import Path
+from diffusers import DiffusionPipeline
+from tests.customization.pipelines import tiny_sd
+model = DiffusionPipeline.from_pretrained(tiny_sd(Path(folder)))
+model.text_encoder = comcat_hf.compress(model.text_encoder, 0.2)
+""",
+}
+
+
+@pytest.mark.parametrize(
+    "push", ["model.push_to_hub(name)", "model.save_pretrained(saved, push_to_hub=True, repo_id=name)"]
+)
+@pytest.mark.parametrize("kind", PARTS)
+def test_folders_of_parts_are_not_uploaded(hub, client, tmp_path, kind, push):
+    places = f"folder, saved, name = {str(tmp_path / 'base')!r}, {str(tmp_path / 'saved')!r}, 'user/repo'\n"
+    client(f"{START}{places}{PARTS[kind]}{push}")
+    uploaded = hub.files("user/repo")
+    assert any(name.endswith("comcat_ranks.json") for name in uploaded)
+    assert not [name for name, content in uploaded.items() if bytes(tmp_path) in content]
 
 
 def test_only_the_adapter_is_pushed_from_a_folder_that_holds_more(hub, client, tmp_path, unet_folder):

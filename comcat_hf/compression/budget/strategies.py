@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..calibration.curvature import gather_curvature, movements
 from ..calibration.inputs import read_batches
 from .budget import Budget, Choice, land, prepare_sites, sites_of
-from .sensitivity import sensitivity
+from .sensitivity import interpolate, sensitivity
 from .solver import solve
 
 
@@ -61,12 +64,13 @@ def curvature(
         statistics = collect(model, batches) if statistics is None else statistics
         sites = sites_of(budget.options).values()
         statistics = gather_curvature(model, batches, sites, statistics, progress=progress)
-    moved = {(o.site.name, o.choice): _below(movements(statistics, o.site, o.choice), o) for o in budget.options}
-    return sensitivity(budget, model=model, collect=collect, statistics=statistics, sensitivities=moved)
+    return solve(budget, {o: _every(movements(statistics, o.site, o.choice), o.limit) for o in budget.options})
 
 
-def _below(moved: Mapping[int, float], option: Any) -> dict[int, float]:
-    return {rank: value for rank, value in moved.items() if rank < option.limit}
+def _every(moved: Mapping[int, float], limit: int) -> Tensor:
+    """The movement at every rank up to the limit, where it is dense; beyond known ones as the square of the cut."""
+    energy = torch.linspace(1, 0, limit + 1, dtype=torch.float64).square()
+    return interpolate(energy, {rank: value for rank, value in moved.items() if rank < limit})
 
 
 STRATEGIES: Mapping[str, Callable[..., Choice]] = {

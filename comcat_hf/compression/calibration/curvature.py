@@ -23,10 +23,10 @@ from .probes import Probe
 __all__ = ["NoGradientsError", "gather_curvature", "movements"]
 
 # Shares of an MLP's hidden units at which its movement is taken; widths between are interpolated.
-_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
+_WIDTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 
 # Samples whose activations are held at a time.
-_SAMPLES = 16
+_SAMPLES = 8
 
 
 class NoGradientsError(InvalidValueError):
@@ -238,9 +238,12 @@ class _LinearMeter(_OutputMeter):
 class _MLPMeter(_OutputMeter):
     def __init__(self, site: MLPSite, moments: Any) -> None:
         super().__init__(site, "width_moved", len(_WIDTHS))
-        self.units = site.prepare(moments)
+        units = site.prepare(moments)
+        # Not the units themselves, which hold their covariance.
+        self.order = units.order
         self.mean = moments.mean.to(self.layer.weight)
-        self.factors = output_factors(self.layer.weight, self.units, _widths(site.view.width))
+        self.factors = output_factors(self.layer.weight, units, _widths(site.view.width))
+        self.factors.append(self.layer.weight.detach().mT[self.order].float())
 
     def _on_call(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         hidden = args[0].detach() - self.mean
@@ -248,9 +251,8 @@ class _MLPMeter(_OutputMeter):
 
     def take(self, name: str, states: Tensor, gradients: Tensor) -> None:
         states, gradients = _three(states).float(), _three(gradients).float()
-        order, weight = self.units.order, self.layer.weight.detach().float()
         moved = [
-            width_movement(hidden.mT @ gradient, order, self.factors, weight)
+            width_movement(hidden.mT @ gradient, self.order, self.factors)
             for hidden, gradient in zip(states, gradients, strict=True)
         ]
         self.hold("width_moved", torch.stack(moved))

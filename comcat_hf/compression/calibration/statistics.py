@@ -26,6 +26,9 @@ __all__ = ["Statistics", "collect_statistics", "gather"]
 # Added to a score, anything lower takes the key away; the hosts use -10000 or the least number of the dtype.
 _REFUSED = -5000.0
 
+# Layers as wide as this have the products of their moments in float32, whose rounding is far below the ridge.
+_WIDE = 512
+
 
 def collect_statistics(
     model: nn.Module,
@@ -271,15 +274,28 @@ class _LinearCollector(_Collector):
 
     def _on_call(self, states: Tensor, output: Tensor) -> None:
         weights = self.mask.weights(states).flatten()
-        states = states.to(torch.float64).flatten(0, -2)
-        inner = states if self.side == "input" else output.to(torch.float64).flatten(0, -2)
+        inner = _precise((states if self.side == "input" else output).flatten(0, -2))
+        mean = (weights.to(inner) @ inner).double()
+        entered = mean.clone() if self.side == "input" else weights @ states.flatten(0, -2).double()
         self.calls += 1
-        self._add(
-            count=weights.sum(),
-            input=weights @ states,
-            mean=weights @ inner,
-            second=(inner * weights[:, None]).T @ inner,
-        )
+        self._add(count=weights.sum(), input=entered, mean=mean, second=_gram(inner, weights))
+
+
+def _precise(rows: Tensor) -> Tensor:
+    return rows.to(torch.float64 if rows.shape[1] < _WIDE else torch.promote_types(rows.dtype, torch.float32))
+
+
+def _gram(rows: Tensor, weights: Tensor) -> Tensor:
+    """The weighted second moment of rows, summed, float64."""
+    size = rows.shape[1]
+    weighted = rows * weights[:, None].to(rows)
+    second = torch.empty(size, size, dtype=torch.float64, device=rows.device)
+    # Above the diagonal alone, in blocks.
+    for start in range(0, size, block := max(size // 4, 1)):
+        end = start + block
+        second[start:end, start:] = weighted[:, start:end].mT @ rows[:, start:]
+        second[end:, start:end] = second[start:end, end:].mT
+    return second
 
 
 def _of_linear(site: LinearSite, mask: TokenMask) -> _LinearCollector:

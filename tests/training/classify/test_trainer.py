@@ -16,6 +16,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers.trainer_pt_utils import safe_globals
 
 import comcat_hf
 from comcat_hf import ComCATConfig, DistillationTrainer
@@ -168,7 +169,8 @@ def test_dropout_goes_on_where_it_was(tmp_path):
     whole = make(tmp_path, save_steps=3)
     whole.train()
     checkpoint = tmp_path / "checkpoint-3"
-    other = torch.load(checkpoint / "rng_state.pth", weights_only=False)
+    with safe_globals():
+        other = torch.load(checkpoint / "rng_state.pth", weights_only=True)
     torch.manual_seed(99)
     torch.save(other | {"cpu": torch.random.get_rng_state()}, checkpoint / "rng_state.pth")
     Progress(3, 42).write(checkpoint)
