@@ -14,6 +14,7 @@ from .compression import count_macs as count_macs
 from .compression import count_parameters as count_parameters
 from .compression import measure_latency as measure_latency
 from .compression import measure_sensitivities as measure_sensitivities
+from .compression import refine as refine
 from .compression import search_ranks as search_ranks
 from .configs.adapter import ComCATConfig as ComCATConfig
 from .configs.ranks import RankPlan as RankPlan

@@ -347,8 +347,9 @@ def digits_vit(tmp_path):
 def test_a_classifier_is_compressed_measured_and_reported(digits_vit):
     out = digits_vit / "out"
     options = ("--reduction", "0.4", "--data", str(digits_vit / "data"), "--samples", "16", "--sweep", "0.2")
-    result = run("compress", str(digits_vit / "vit"), str(out), *options)
+    result = run("compress", str(digits_vit / "vit"), str(out), *options, "--refine", "3")
     assert result.exit_code == 0, result.output
+    assert "Stage initialize: factors, then 3 steps without labels." in result.stdout
     assert "top-1" in result.stdout
     assert re.search(r"Sweep: 2\d\.\d\d% removed, top-1 \d+\.\d\d%, top-5 100\.00%\.\n", result.stdout)
     assert f"Report: {out / 'report.html'}" in result.stdout
@@ -402,6 +403,7 @@ def test_models_of_any_kind_are_compressed(tmp_path, kind):
     ("options", "says"),
     [
         (["--reduction", "0.4", "--data", "x"], "--data: expected an image classifier, found BertForMaskedLM"),
+        (["--reduction", "0.4", "--refine", "3"], "--refine: expected an image classifier, found BertForMaskedLM"),
         (["--reduction", "0.4", "--strategy", "sensitivity"], "--strategy sensitivity: expected an image classifier"),
         ([], "Give one of --reduction and --plan, got neither"),
     ],
@@ -446,3 +448,5 @@ def test_weights_alone_will_do_and_errors_speak_of_this_commands_options(digits_
     result = run("compress", none, str(digits_vit / "no"), "--reduction", "0.4")
     assert f"comcat compress: MODEL {none}: expected a folder or Hub id" in result.stderr
     assert "Give one of --reduction and --plan" in run("compress", none, str(digits_vit / "no")).stderr
+    result = run("compress", str(digits_vit / "vit"), str(digits_vit / "no"), "--reduction", "0.4", "--refine", "3")
+    assert "--refine: expected images to train the factors on, found none. Give --data" in result.stderr

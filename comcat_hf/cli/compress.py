@@ -16,6 +16,7 @@ _WORDS = {
     "output_dir": "OUT",
     "overwrite_output_dir": "--overwrite",
     "dataset_name": "--data",
+    "refine_steps": "--refine",
     "calibration_samples": "--samples",
     "max_eval_samples": "--eval-samples",
     "target_modules": "--target-modules",
@@ -44,6 +45,9 @@ def compress(
         str | None,
         typer.Option(help="How ranks are chosen.", show_default="curvature with data, else uniform"),
     ] = None,
+    refine: Annotated[
+        int, typer.Option(help="Steps of training without labels on the images, after the closed forms.", min=0)
+    ] = 0,
     samples: Annotated[int, typer.Option(help="Training images to calibrate on.", min=1)] = 256,
     eval_samples: Annotated[int | None, typer.Option(help="Validation images to use.", show_default="all")] = None,
     sweep: Annotated[str | None, typer.Option(help="Other reductions to measure, such as 0.3,0.7.")] = None,
@@ -65,6 +69,7 @@ def compress(
     how = {"scope": scope, "metric": metric}
     if subfolder is not None or (name is not None and not is_image_classifier(name)):
         of_images = {"--data": data, "--sweep": sweep, "--epochs": epochs, "--eval-samples": eval_samples}
+        of_images |= {"--refine": refine}
         of_images |= {f"--strategy {strategy}": strategy in ("sensitivity", "curvature", "search")}
         if unfit := [flag for flag, value in of_images.items() if value]:
             raise InvalidValueError(
@@ -79,6 +84,8 @@ def compress(
         how |= {"reduction": reduction, "strategy": strategy}
         _compress_folder(model, out, how, plan=plan, subfolder=subfolder, overwrite=overwrite)
         return
+    if refine and data is None:
+        raise InvalidValueError("--refine: expected images to train the factors on, found none. Give --data.")
     _compress_classifier(
         out,
         epochs,
@@ -91,6 +98,7 @@ def compress(
         strategy=strategy or ("uniform" if data is None else "curvature"),
         weights_only=data is None,
         dataset_name=data,
+        refine_steps=refine,
         calibration_samples=samples,
         max_eval_samples=eval_samples,
         sweep=sweep,

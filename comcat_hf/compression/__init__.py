@@ -11,6 +11,7 @@ from .counting import count_macs as count_macs
 from .counting import count_parameters as count_parameters
 from .distillation import DistillationLoss as DistillationLoss
 from .finetuning import finetune as finetune
+from .fitting.refinement import refine as refine
 from .search.search import SearchState as SearchState
 from .search.search import search_ranks as search_ranks
 from .search.search import split_for_search as split_for_search

@@ -20,7 +20,8 @@ from .calibration.curvature import NoGradientsError, gather_curvature
 from .calibration.inputs import read_batches
 from .calibration.statistics import Statistics, gather
 from .fitting.compensation import compress_in_order
-from .request import Request, sites_by_way
+from .fitting.refinement import refine as refine_factors
+from .request import Request, check_merged, sites_by_way
 
 
 __all__ = ["compress"]
@@ -40,6 +41,7 @@ def compress(
     strategy: str | None = None,
     mlp: str | None = None,
     compensate: bool | None = None,
+    refine: int = 0,
     target_modules: Collection[str] | str | None = None,
     exclude_modules: Collection[str] | str | None = None,
     sensitivities: Sensitivities | None = None,
@@ -73,6 +75,8 @@ def compress(
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, and fit each block's
             output again to the dense model's residual stream. Needs `batches`; by default done where there are any.
+        refine: steps of training, without labels, after that: all factors together follow the dense model's hidden
+            states on the `batches`; see [`refine`], which also does it later, or block by block.
         target_modules, exclude_modules: which modules to compress, a tower of a larger model say; see
             [`allocate_ranks`].
         sensitivities, latency, step, inputs: see [`allocate_ranks`].
@@ -96,7 +100,7 @@ def compress(
     _check_ways(model, reduction, plan, where | choosing)
     data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities}
     how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step}
-    request = Request.of(model, **where, data=data, **how, compensate=compensate)
+    request = Request.of(model, **where, data=data, **how, compensate=compensate, refine=refine)
     given = plan is not None
     if given:
         plan.check_model(model)
@@ -104,7 +108,8 @@ def compress(
     else:
         check_allocation(request, reduction, latency)
         sites = request.find_sites(model)
-    if batches is not None and (request.compensate or request.measures or request.weighs(given)):
+    repeated = request.compensate or request.refine or request.measures or request.weighs(given)
+    if batches is not None and repeated:
         data["batches"] = batches = read_batches(batches)
     choose = partial(allocate, model, sites, reduction, request, data, latency, inputs, progress)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
@@ -126,6 +131,8 @@ def compress(
         compress_in_order(small, plan.ranks, batches, statistics=statistics, progress=progress)
     else:
         apply_ranks(small, plan.ranks, statistics=statistics)
+    if request.refine:
+        refine_factors(small, model, batches, request.refine, progress=progress)
     if not is_native(small):
         return small
     return attach_plan(small, count_again(plan, model, small) if given else plan)
@@ -147,11 +154,7 @@ def _weighed(
 def _check_ways(model: nn.Module, reduction: float | None, plan: RankPlan | None, how: Mapping[str, Any]) -> None:
     if (reduction is None) == (plan is None):
         raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
-    if getattr(model, "peft_config", None):
-        raise InvalidValueError(
-            f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
-            "model = model.merge_and_unload(), or load the model again without them."
-        )
+    check_merged(model)
     if plan is not None and not plan.ranks:
         raise InvalidValueError("plan: expected modules and their ranks, found none, so nothing would be compressed.")
     chosen = [name for name, value in how.items() if value is not None]

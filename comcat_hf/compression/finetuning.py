@@ -17,7 +17,7 @@ from ..progress import progress_bar
 from .distillation import DistillationLoss, LossParts, ask_teacher
 
 
-__all__ = ["finetune", "parameter_groups"]
+__all__ = ["finetune", "one_cycle", "parameter_groups"]
 
 EpochLosses = dict[str, float]
 
@@ -69,7 +69,7 @@ def finetune(
     accelerator = Accelerator() if accelerator is None else accelerator
     optimizer = AdamW(parameter_groups(student, weight_decay), lr=learning_rate)
     steps = epochs * math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
-    scheduler = LambdaLR(optimizer, lambda step: _rate(step, steps, warmup))
+    scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, steps, warmup))
     model, optimizer, loader, scheduler = accelerator.prepare(student, optimizer, loader, scheduler)
     teacher = None if teacher is None else teacher.to(accelerator.device)
     training = _Training(accelerator, model, teacher, optimizer, scheduler, loss, max_norm)
@@ -149,7 +149,7 @@ def _mean_losses(accelerator: Accelerator, seen: list[Tensor], epoch: int) -> Ep
     return dict(zip(_PARTS, means, strict=True))
 
 
-def _rate(step: int, steps: int, warmup: float) -> float:
+def one_cycle(step: int, steps: int, warmup: float) -> float:
     """Share of the peak rate at a step: up along a line, down along a cosine."""
     rising = max(round(warmup * steps), 1)
     if step < rising:

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import check, whole
 from ..errors import InvalidValueError
 from ..modeling import EVERYTHING, Site, Targets, find_sites
 
 
-__all__ = ["WAYS", "Request", "check_choice", "sites_by_way"]
+__all__ = ["WAYS", "Request", "check_choice", "check_merged", "sites_by_way"]
 
 # How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
 WAYS = ("width", "rank", "mixed")
@@ -27,6 +28,7 @@ class Request:
     Attributes:
         scope, metric, step: see [`allocate_ranks`].
         strategy, mlp, compensate: see [`compress`]; `None` is decided by the data that there is.
+        refine: steps of training on the batches; 0 for none.
         targets: which modules are meant.
         batches, statistics, sensitivities, curvature: whether there are any.
         weights_only: the factors are fitted to no data, whatever the ranks are chosen by.
@@ -37,6 +39,7 @@ class Request:
     strategy: str | None = None
     mlp: str | None = None
     compensate: bool | None = None
+    refine: int = 0
     targets: Targets = EVERYTHING
     step: int | None = None
     batches: bool = False
@@ -58,6 +61,9 @@ class Request:
                 object.__setattr__(self, name, value)
         if self.compensate and not self.batches:
             raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
+        check(self.refine, whole(), "refine", fix="Give the number of steps, such as refine=300.")
+        if self.refine and (not self.batches or self.weights_only):
+            raise InvalidValueError(f"refine={self.refine} trains the factors on real inputs: give batches.")
 
     @classmethod
     def of(
@@ -123,6 +129,15 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Raise InvalidValueError if an argument is none of the values allowed."""
     if value not in allowed:
         raise InvalidValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_merged(model: nn.Module) -> None:
+    """Raise InvalidValueError if a model carries adapters."""
+    if getattr(model, "peft_config", None):
+        raise InvalidValueError(
+            f"{type(model).__name__} carries the adapters {', '.join(model.peft_config)}. Merge them first, "
+            "model = model.merge_and_unload(), or load the model again without them."
+        )
 
 
 def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:

@@ -27,7 +27,7 @@ from ..calibration.statistics import TokenMask, collecting, token_mask
 from .regression import Regression
 
 
-__all__ = ["compress_in_order"]
+__all__ = ["Calls", "blocks_between", "compress_in_order", "record_calls"]
 
 # Relative error below which a sum of two captured tensors counts as the residual stream.
 _EXACT = 1e-3
@@ -75,21 +75,18 @@ def compress_in_order(
         # Not by its name: an MLP may have that of its block.
         blocks.setdefault(block_of(sites[name].moments_path) or "", []).append(name)
     rest = blocks.pop("", [])
-    order = _in_between(model, blocks)
+    order = blocks_between(model, blocks)
     training = {name for name, module in model.named_modules() if module.training}
     with eval_mode(model):
-        calls = _record_calls(model, order, inputs)
+        calls = record_calls(model, order, inputs)
         # A block that is only a list of its parts is never called, so it has no stream to be fitted to.
         rest += [name for path in order if not calls[path].arguments for name in blocks.get(path, ())]
-        before: _Calls | None = None
+        before: Calls | None = None
         unfitted: list[str] = []
         called = [path for path in order if calls[path].arguments]
         for path in progress_bar(called, desc="Compressing", progress=progress):
             record = calls.pop(path)
-            if record.chained:
-                record.dense_in, record.small_in = before.dense_out, before.small_out
-            else:
-                record.small_in = record.dense_in
+            record.follow(before)
             block = _Block(model, path, record, ridge, statistics)
             unfitted += block.compress({name: sites[name] for name in sites if name in blocks.get(path, ())}, chosen)
             before = record
@@ -102,7 +99,7 @@ def compress_in_order(
 
 
 @dataclass
-class _Calls:
+class Calls:
     """The calls of one block, one a batch: arguments, token masks, hidden states in and out of either model.
 
     `chained`: it takes what the block before it gives, so that its inputs need not be kept.
@@ -115,6 +112,19 @@ class _Calls:
     dense_out: list[Tensor] = field(default_factory=list)
     small_in: list[Tensor] = field(default_factory=list)
     small_out: list[Tensor] = field(default_factory=list)
+
+    def follow(self, before: "Calls | None") -> None:
+        """Take what the block before gives, in either model; both take the same where it does not give it."""
+        if self.chained:
+            self.dense_in, self.small_in = before.dense_out, before.small_out
+        else:
+            self.small_in = self.dense_in
+
+    def run(self, block: nn.Module, states: Tensor, index: int) -> Tensor:
+        """The hidden states that the block gives for those, called as it was with a batch."""
+        args, kwargs = self.arguments[index]
+        output = block(states, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
 
 class _Reached(Exception):
@@ -136,7 +146,7 @@ class _Residual:
 
 class _Block:
     def __init__(
-        self, model: nn.Module, path: str, calls: _Calls, ridge: float | None, statistics: Statistics | None
+        self, model: nn.Module, path: str, calls: Calls, ridge: float | None, statistics: Statistics | None
     ) -> None:
         self.model, self.calls, self.ridge, self.statistics = model, calls, ridge, statistics
         self.module = model.get_submodule(path)
@@ -167,13 +177,13 @@ class _Block:
         """Run the block on all batches; with `until` only until that module has been called."""
         handle = until.register_forward_hook(_stop) if until is not None else None
         try:
-            for index, (args, kwargs) in enumerate(self.calls.arguments):
-                self.mask.mask = self.calls.masks[index]
+            for index, mask in enumerate(self.calls.masks):
+                self.mask.mask = mask
                 try:
-                    output = self.module(states[index], *args, **kwargs)
+                    output = self.calls.run(self.module, states[index], index)
                 except _Reached:
                     output = None
-                yield output[0] if isinstance(output, tuple) else output
+                yield output
         finally:
             if handle is not None:
                 handle.remove()
@@ -224,7 +234,7 @@ class _Block:
         return True
 
 
-def _in_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
+def blocks_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
     """These blocks and, since what was compressed before drifts through them, those between them; in order."""
     names = [name for name, _ in model.named_modules()]
     order: list[str] = []
@@ -235,9 +245,9 @@ def _in_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
     return [name for name in names if name in order]
 
 
-def _record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]]) -> dict[str, _Calls]:
+def record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]]) -> dict[str, Calls]:
     """Run the dense model and keep what its blocks are called with."""
-    calls = {path: _Calls() for path in paths}
+    calls = {path: Calls() for path in paths}
     running: dict[str, Any] = {}
     gave: dict[str, Tensor] = {}
 

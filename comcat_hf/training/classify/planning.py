@@ -28,6 +28,7 @@ def request_of(settings: CompressSettings) -> Request:
         strategy=settings.strategy,
         mlp=settings.mlp,
         compensate=None if settings.compensate else False,
+        refine=settings.refine_steps,
         step=settings.rank_step,
         batches=True,
         weights_only=settings.weights_only,
@@ -125,6 +126,8 @@ class CompressPlan:
             "Parameters": f"{dense:,} -> {small:,} ({small / dense - 1:+.1%}){note}",
             "MACs": f"{dense_macs:,} -> {small_macs:,} ({small_macs / dense_macs - 1:+.1%})",
         }
+        if settings.refine_steps:
+            lines["Refined"] = f"{settings.refine_steps:,} steps on {settings.calibration_samples:,} images, no labels"
         if settings.has_source:
             lines["Images"] = "unknown (streamed)" if self.images is None else f"{self.images:,}"
         if "finetune" in settings.stage_names:

@@ -84,6 +84,9 @@ class CompressSettings:
         False, "Factors from the weights alone, as the paper does, not from statistics.", (*PLAN, *FACTORS)
     )
     compensate: bool = flag(True, "Factorise layer by layer on what the compressed layers before produce.", FACTORS)
+    refine_steps: int = flag(
+        0, "Steps of training without labels on the calibration images, after that; 0 for none.", FACTORS, FROM_ZERO
+    )
     sweep: str | None = flag(
         None, "Other reductions, such as 0.3,0.7, to measure without fine-tuning; the report draws them.", NOTHING
     )
@@ -292,6 +295,10 @@ class CompressSettings:
             raise InvalidValueError("--reduction must be a share above 0 and below 1, got 0.")
         if self.strategy == "search" and self.mlp in ("width", "mixed"):
             raise InvalidValueError(f"--strategy search chooses ranks only, got --mlp {self.mlp}. Give --mlp rank.")
+        if self.refine_steps and self.weights_only:
+            raise InvalidValueError(
+                "--refine_steps trains the factors on images, got --weights_only True. Leave one of them out."
+            )
         if self.strategy == "search" and self.metric == "latency":
             raise InvalidValueError(
                 "--strategy search counts parameters or MACs, got --metric latency. Take another strategy or metric."

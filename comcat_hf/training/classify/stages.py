@@ -202,17 +202,17 @@ def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> N
     if not run.done("initialize"):
         if "initialize" not in run.settings.stage_names:
             raise _missing(run, "initialize", "a factorised model")
-        run.say("Stage initialize: factors.")
+        steps = run.settings.refine_steps
+        run.say(f"Stage initialize: factors{f', then {steps} steps without labels' if steps else ''}.")
         run.on_main(lambda: _initialize(run, plan, statistics))
 
 
 def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
     """A small model as the settings make it, on the CPU; by this process alone."""
-    compensate = request_of(run.settings).compensate
-    batches = run.calibration_batches() if compensate else None
-    run.dense.to(run.accelerator.device)
-    how = {"batches": batches, "statistics": statistics, "compensate": compensate, "progress": True}
-    return compress(run.dense, plan=plan, **how).cpu()
+    request = request_of(run.settings)
+    how = {"compensate": request.compensate, "refine": request.refine, "statistics": statistics}
+    batches = run.calibration_batches() if request.compensate or request.refine else None
+    return compress(run.dense.to(run.accelerator.device), plan=plan, batches=batches, **how, progress=True).cpu()
 
 
 def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> RankPlan:

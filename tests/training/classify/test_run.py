@@ -247,6 +247,18 @@ class TestStages:
         assert same(tmp_path / "out", whole[0])
         assert result.metrics == whole[1].metrics
 
+    def test_the_initial_model_is_refined_on_the_calibration_images(self, base, whole, tmp_path):
+        settings = {"stages": "calibrate,allocate,initialize,export", "compensate": False}
+        for steps in (0, 20):
+            result = run(base, tmp_path / str(steps), refine_steps=steps, **settings)
+            assert result.plan.plan == whole[1].plan.plan
+        assert not same(tmp_path / "0", tmp_path / "20")
+        assert re.search(r"Refined: +20 steps on 48 images, no labels", (tmp_path / "20" / "README.md").read_text())
+
+    def test_refinement_needs_images(self, base, tmp_path):
+        with pytest.raises(InvalidValueError, match="--refine_steps trains the factors on images, got --weights_only"):
+            run(base, tmp_path / "out", weights_only=True, refine_steps=2)
+
     def test_without_fine_tuning(self, base, whole, tmp_path):
         result = run(base, tmp_path / "out", stages="calibrate,allocate,initialize,evaluate,export")
         assert same(tmp_path / "out", whole[0] / "initial")
@@ -262,6 +274,7 @@ class TestStages:
             ("allocate", {"reduction": 0.3}),
             ("calibrate", {"calibration_batch_size": 8}),
             ("initialize", {"compensate": False}),
+            ("initialize", {"refine_steps": 2}),
             ("finetune", {"label_smoothing": 0.1}),
             ("finetune", {"mixup_alpha": 0.8}),
             ("finetune", {"warmup_steps": 2}),
