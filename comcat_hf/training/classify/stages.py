@@ -144,7 +144,7 @@ def calibrate(run: Setting) -> Statistics | None:
         curvature = run.settings.strategy == "curvature"
         found = collect_statistics(
             run.dense.to(accelerator.device),
-            _own_batches(run),
+            _OwnBatches(run),
             **run.settings.where,
             curvature=curvature,
             mlp=request_of(run.settings).mlp,
@@ -247,14 +247,19 @@ def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> 
     run.finish("initialize")
 
 
-def _own_batches(run: Setting) -> Iterator[dict[str, Tensor]]:
+@dataclass(frozen=True)
+class _OwnBatches:
     """The calibration batches of this process; between two, all processes ask for signals together."""
-    accelerator = run.accelerator
-    with run.interruption.at_once() if accelerator.num_processes == 1 else nullcontext():
-        batches = run.calibration_batches()
-    for first in range(0, len(batches), accelerator.num_processes):
-        run.end_if_stopped()
-        yield from batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]
+
+    run: Setting
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        accelerator = self.run.accelerator
+        with self.run.interruption.at_once() if accelerator.num_processes == 1 else nullcontext():
+            batches = self.run.calibration_batches()
+        for first in range(0, len(batches), accelerator.num_processes):
+            self.run.end_if_stopped()
+            yield from batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]
 
 
 def _make_plan(run: Setting, statistics: Statistics | None) -> RankPlan:
