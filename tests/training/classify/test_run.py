@@ -72,6 +72,8 @@ def flags(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "train_file": str(base / "train.parquet"),
         "validation_file": str(base / "validation.parquet"),
         "reduction": 0.4,
+        # Measured pass by pass, so that there are places to interrupt it at.
+        "strategy": "sensitivity",
         "rank_step": 2,
         "calibration_samples": 48,
         "calibration_batch_size": 16,
