@@ -87,10 +87,15 @@ class Subject:
     measure: Callable[[nn.Module], Samples]
     plans: dict[Any, comcat_hf.RankPlan] = field(default_factory=dict)
     sensitivities: dict[str, Any] = field(default_factory=dict)
+    starts: dict[Any, nn.Module] = field(default_factory=dict)
 
     @cached_property
     def statistics(self) -> comcat_hf.Statistics:
         return comcat_hf.collect_statistics(self.model, self.batches)
+
+    @cached_property
+    def curved(self) -> comcat_hf.Statistics:
+        return comcat_hf.collect_statistics(self.model, self.batches, curvature=True)
 
     def measured(self, scope: Scope) -> Mapping[tuple[str, str], Mapping[int, float]]:
         """Sensitivities of everything that could be chosen within a scope."""
@@ -114,7 +119,7 @@ class Subject:
                 self.model,
                 scope.asked(self.model, reduction),
                 scope=scope.sites,
-                statistics=self.statistics,
+                statistics=self.curved if allocation["strategy"] == "curvature" else self.statistics,
                 sensitivities=self.measured(scope) if allocation["strategy"] == "sensitivity" else None,
                 **allocation,
             )

@@ -11,6 +11,7 @@ mean over test samples.
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +36,20 @@ def ours(
 ) -> nn.Module:
     """The package on calibration data: `allocation` are arguments of `allocate_ranks`."""
     plan = subject.plan(scope, reduction, **allocation)
-    fitted = {"batches": subject.batches} if compensate else {"statistics": subject.statistics}
-    return comcat_hf.compress(subject.model, plan=plan, compensate=compensate, **fitted)
+    curved = compensate or allocation["strategy"] == "curvature"
+    fitted = {"batches": subject.batches} if compensate else {}
+    statistics = subject.curved if curved else subject.statistics
+    return comcat_hf.compress(subject.model, plan=plan, compensate=compensate, statistics=statistics, **fitted)
+
+
+def refined(subject: Subject, scope: Scope, reduction: float, *, steps: int) -> nn.Module:
+    """Curvature and compensation, then steps without labels."""
+    key = scope.name, reduction
+    if key not in subject.starts:
+        subject.starts[key] = ours(subject, scope, reduction, allocation=ALLOCATIONS["curvature"], compensate=True)
+    small = copy.deepcopy(subject.starts[key])
+    comcat_hf.refine(small, subject.model, subject.batches, steps)
+    return small
 
 
 # Rows of the table by name: how sizes are chosen, as arguments of `allocate_ranks`; a further way is a row here.
@@ -47,14 +60,18 @@ ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
     "sensitivity": {"strategy": "sensitivity", "mlp": "width"},
     "sensitivity, MLP by rank": {"strategy": "sensitivity", "mlp": "rank"},
     "sensitivity, MLP mixed": {"strategy": "sensitivity", "mlp": "mixed"},
+    "curvature": {"strategy": "curvature", "mlp": "width"},
 }
 # These are measured with compensation besides.
-COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed")
+COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature")
+# And these steps of refinement behind it.
+REFINED = (100, 300, 1000)
 METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES | {
     name + (" + compensation" if compensate else ""): partial(ours, allocation=allocation, compensate=compensate)
     for name, allocation in ALLOCATIONS.items()
     for compensate in ((False, True) if name in COMPENSATED else (False,))
 }
+METHODS |= {f"curvature + compensation + {steps} steps": partial(refined, steps=steps) for steps in REFINED}
 
 
 @dataclass(frozen=True)

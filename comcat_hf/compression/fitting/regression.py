@@ -14,6 +14,8 @@ _DEFAULT_RIDGE = 0.25
 
 _FOLDS = 2
 
+_MANY = 512
+
 # Share of the inputs' mean square that their rounding in float32 may be, and more.
 _ROUNDING = 1e-12
 
@@ -30,9 +32,16 @@ class Regression:
 
     def add(self, inputs: Tensor, wanted: Tensor, weights: Tensor) -> None:
         """Add one batch: `(..., k)`, `(..., d)` and one weight per token, `(...)`."""
-        inputs, wanted, w = inputs.double().flatten(0, -2), wanted.double().flatten(0, -2), weights.flatten().double()
+        # Of many inputs the products are taken in float32, whose rounding is far below the pull; their sums never.
+        dtype = torch.float64 if inputs.shape[-1] < _MANY else torch.float32
+        inputs, wanted, w = (
+            inputs.to(dtype).flatten(0, -2),
+            wanted.to(dtype).flatten(0, -2),
+            weights.flatten().to(dtype),
+        )
         weighted = inputs * w[:, None]
         new = [w.sum(), weighted.sum(0), w @ wanted, weighted.T @ inputs, weighted.T @ wanted]
+        new = [value.double() for value in new]
         fold = self._added % _FOLDS
         old = self._folds[fold]
         self._folds[fold] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
