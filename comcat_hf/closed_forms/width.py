@@ -193,16 +193,18 @@ def _pivot(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _greedy(schur: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Exactly greedy picks within a pool: local indices and gains."""
-    schur, missing = schur.clone(), missing.clone()
+    """Exactly greedy picks within a pool: local indices and gains; `missing` by its products alone."""
+    schur, products = schur.clone(), missing @ missing.mT
     picks, gains = [], []
     for _ in range(count):
-        score = missing.square().sum(1) / schur.diagonal().clamp(min=torch.finfo(schur.dtype).tiny)
+        score = products.diagonal().clamp(min=0) / schur.diagonal().clamp(min=torch.finfo(schur.dtype).tiny)
         score[picks] = -1.0
         best = int(score.argmax())
         row = schur[best] / schur[best, best].sqrt()
-        missing -= torch.outer(row, missing[best] / row[best])
-        schur -= torch.outer(row, row)
+        seen = products[best] / row[best]
+        seen = seen - row * (seen[best] / row[best] / 2)
+        products.addr_(row, seen, alpha=-1).addr_(seen, row, alpha=-1)
+        schur.addr_(row, row, alpha=-1)
         picks.append(best)
         gains.append(score[best])
     return torch.tensor(picks, device=schur.device), torch.stack(gains)
@@ -218,7 +220,9 @@ def _add_ridge(covariance: Tensor, ridge: float, mean: Tensor) -> tuple[Tensor, 
     """The covariance with a ridge, and that ridge, no less than the rounding of the means; one where nothing is."""
     pull = torch.maximum(ridge * covariance.diagonal().mean(), _ROUNDING * mean.square().sum())
     pull = torch.where(pull > torch.finfo(pull.dtype).tiny, pull, 1.0)
-    return covariance + pull * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device), pull
+    system = covariance.clone()
+    system.diagonal().add_(pull.to(system))
+    return system, pull
 
 
 def _check(output_weight: Tensor, moments: LinearMoments | None, ridge: float) -> None:

@@ -236,26 +236,26 @@ class _AttentionCollector(_Collector):
         return weights
 
     def _heads(self, states: Tensor) -> Tensor:
-        return states.to(torch.float64).unflatten(-1, (self.view.num_heads, self.view.head_dim))
+        """(samples, H, tokens, p)"""
+        return _precise(states).unflatten(-1, (self.view.num_heads, self.view.head_dim)).transpose(1, 2)
 
     def _on_query(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
         self.calls += 1
-        self._add(count=weights.sum(), query=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
+        self._add(count=weights.sum(), query=_second(heads, weights))
 
     def _on_key(self, states: Tensor) -> None:
         weights, heads = self._weights(states, keys=True), self._heads(states)
         total = weights.sum(1).clamp(min=1e-12)
-        mean = torch.einsum("bn,bnhi->bhi", weights, heads) / total[:, None, None]
-        heads = heads - mean[:, None]
-        self._add(keys=weights.sum(), key=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads))
+        mean = torch.einsum("bn,bhni->bhi", weights.to(heads), heads) / total.to(heads)[:, None, None]
+        self._add(keys=weights.sum(), key=_second(heads - mean[:, :, None], weights))
 
     def _on_attended(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
         self._add(
             rows=weights.sum(),
-            attended=torch.einsum("bn,bnhi,bnhj->hij", weights, heads, heads),
-            attended_sum=torch.einsum("bn,bnhi->hi", weights, heads),
+            attended=_second(heads, weights),
+            attended_sum=torch.einsum("bn,bhni->hi", weights.to(heads), heads).double(),
         )
 
 
@@ -282,7 +282,13 @@ class _LinearCollector(_Collector):
 
 
 def _precise(rows: Tensor) -> Tensor:
-    return rows.to(torch.float64 if rows.shape[1] < _WIDE else torch.promote_types(rows.dtype, torch.float32))
+    return rows.to(torch.float64 if rows.shape[-1] < _WIDE else torch.promote_types(rows.dtype, torch.float32))
+
+
+def _second(heads: Tensor, weights: Tensor) -> Tensor:
+    """The weighted second moment of each head, summed, float64."""
+    weighted = heads * weights[:, None, :, None].to(heads)
+    return (weighted.mT @ heads).sum(0, dtype=torch.float64)
 
 
 def _gram(rows: Tensor, weights: Tensor) -> Tensor:
@@ -291,7 +297,7 @@ def _gram(rows: Tensor, weights: Tensor) -> Tensor:
     weighted = rows * weights[:, None].to(rows)
     second = torch.empty(size, size, dtype=torch.float64, device=rows.device)
     # Above the diagonal alone, in blocks.
-    for start in range(0, size, block := max(size // 4, 1)):
+    for start in range(0, size, block := max(size // 8, 1)):
         end = start + block
         second[start:end, start:] = weighted[:, start:end].mT @ rows[:, start:]
         second[end:, start:end] = second[start:end, end:].mT
