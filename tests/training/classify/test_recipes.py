@@ -54,7 +54,7 @@ SMALL = {"reduction": 0.5, "search_batch_size": 64, "min_learning_rate": 5e-6, "
 BASE = {"reduction": 0.6, "search_batch_size": 16, "min_learning_rate": 1e-6, "weight_decay": 0.05, "scale_lr": False}
 SMALL_MODEL = {"model_name_or_path": "facebook/deit-small-patch16-224"}
 BASE_MODEL = {"model_name_or_path": "facebook/deit-base-patch16-224"}
-OURS = {"strategy": "sensitivity", "mlp": "width", "compensate": True, "weights_only": False}
+OURS = {"strategy": "curvature", "mlp": "width", "compensate": True, "weights_only": False}
 OURS |= {"distillation_type": "soft"}
 EXPECTED = {
     "deit_small_paper": PAPER | SMALL | SMALL_MODEL | {"alignment": 1.0, "alignment_blocks": 2},
