@@ -126,8 +126,7 @@ def allocate(
     if isinstance(data["statistics"], Statistics) and request.informed:
         data["statistics"].check_model(model, sites_of(budget.options), found)
     collect = partial(gather, sites=sites.values(), scope=request.scope, progress=progress)
-    how = {"collect": collect, "compensate": request.compensate, "progress": progress}
-    chosen = STRATEGIES[request.strategy](budget, model=model, **how, **data)
+    chosen = STRATEGIES[request.strategy](budget, model=model, collect=collect, progress=progress, **data)
     return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, request)
 
 

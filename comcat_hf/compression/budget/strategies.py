@@ -48,9 +48,9 @@ def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_
     return solve(budget, {option: option.discarded(prepared[option.site.name]) for option in budget.options})
 
 
-# Of the movement by a truncated query/key pair, the share that compensation leaves against that of other choices: it
-# fits the outputs of values and hidden units again, which their movement has already seen (docs/benchmarks.md).
-_LEFT = {"qk": 0.5}
+# Derivatives overstate the effect of large truncations of a query/key pair: the softmax bounds it, and later layers make
+# up for some. On an encoder half of it keeps most (docs/benchmarks.md).
+_TRUST = {"qk": 0.5}
 
 
 def curvature(
@@ -60,7 +60,6 @@ def curvature(
     collect: Callable[..., Any],
     batches: Iterable[Any] | None = None,
     statistics: Any | None = None,
-    compensate: bool = False,
     progress: bool | None = None,
     **_: Any,
 ) -> Choice:
@@ -70,9 +69,10 @@ def curvature(
         statistics = collect(model, batches) if statistics is None else statistics
         sites = sites_of(budget.options).values()
         statistics = gather_curvature(model, batches, sites, statistics, progress=progress)
-    errors = {o: _every(movements(statistics, o.site, o.choice), o.limit) for o in budget.options}
-    if compensate:
-        errors = {option: moved * _LEFT.get(option.choice, 1.0) for option, moved in errors.items()}
+    errors = {}
+    for option in budget.options:
+        moved = movements(statistics, option.site, option.choice)
+        errors[option] = _every(moved, option.limit) * _TRUST.get(option.choice, 1.0)
     return solve(budget, errors)
 
 
