@@ -48,8 +48,8 @@ def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_
     return solve(budget, {option: option.discarded(prepared[option.site.name]) for option in budget.options})
 
 
-# Derivatives overstate the effect of large truncations of a query/key pair: the softmax bounds it, and later layers make
-# up for some. On an encoder half of it keeps most (docs/benchmarks.md).
+# Derivatives overstate the effect of large truncations of a query/key pair, as the softmax bounds it; on an encoder
+# half of it keeps most (docs/benchmarks.md).
 _TRUST = {"qk": 0.5}
 
 
