@@ -88,7 +88,11 @@ def _pull(covariance: Tensor, ridge: float, least: Tensor) -> Tensor:
 
 
 def _choose(folds: list[_Centred], start: Tensor, scale: Tensor) -> float:
-    errors = torch.zeros(len(RIDGES), dtype=start.dtype)
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    if len(start) >= _MANY:
+        # The pulls that are compared are far apart.
+        folds = [tuple(part.float() for part in fold) for fold in folds]
+        start, scale = start.float(), scale.float()
     for index, (covariance, cross, _, _, least) in enumerate(folds):
         other, other_cross, *_ = folds[1 - index]
         energy, basis = torch.linalg.eigh(covariance)
