@@ -138,6 +138,19 @@ def _shifted(value, index):
     return value
 
 
+def test_towers_may_see_different_numbers_of_samples():
+    model, inputs = small_clip()
+    apart = {
+        name: torch.cat([value, value[:1]]) if name != "pixel_values" else value for name, value in inputs.items()
+    }
+    small = compress(model, 0.3, batches=[apart])
+    alike = collect_statistics(model, [inputs], curvature=True)
+    more = collect_statistics(model, [apart], curvature=True)
+    seen = [name for name, sums in alike.sums.items() if name.startswith("vision") and sums.has_curvature]
+    assert seen and all(more.sums[name].values.keys() == alike.sums[name].values.keys() for name in seen)
+    assert comcat_hf.plan_of(small).strategy == "curvature"
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_leaves_the_model_as_it_was(context):
     model, inputs = small_vit()

@@ -1,7 +1,7 @@
 """Curvature of a model's output at its sites, from one backward pass over the calibration batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -109,9 +109,10 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], index: int, probe: Probe, 
             f"{type(model).__name__} has no backward pass here, which the curvature needs ({brief(error)}). Choose "
             'strategy="spectrum", or load the model without its kernels.'
         ) from error
-    samples = len(next(iter(output.values())))
+    # Two towers may see different numbers of samples.
+    counts = {len(value) for value in output.values()}
     for meter in meters:
-        meter.close(samples)
+        meter.close(counts)
     return weight
 
 
@@ -160,10 +161,10 @@ class _Meter(ABC):
     def add(self, name: str, value: Tensor) -> None:
         self.sums[name] += value
 
-    def close(self, samples: int) -> None:
-        """A batch has ended: add up its samples."""
+    def close(self, counts: Collection[int]) -> None:
+        """A batch of so many samples has ended: add them up."""
         for name, value in self.held.items():
-            self.add(name, _by_sample(value, samples, self.site.name).double().square().sum(0))
+            self.add(name, _by_sample(value, counts, self.site.name).double().square().sum(0))
         self.held = {}
 
     def _watch(self, states: Tensor, name: str, of: Callable[[Tensor], Tensor] = lambda states: states) -> Tensor:
@@ -194,9 +195,9 @@ class _AttentionMeter(_Meter):
     def take(self, name: str, states: Tensor, gradients: Tensor) -> None:
         self.hold(name, head_gradients(_three(states), _three(gradients), self.view.num_heads))
 
-    def close(self, samples: int) -> None:
+    def close(self, counts: Collection[int]) -> None:
         for name, value in self.held.items():
-            found = _by_sample(value, samples, self.site.name)
+            found = _by_sample(value, counts, self.site.name)
             self.add(f"{name}_moved", pair_movement(found.double(), *self.maps[name]).square().sum(0))
             self.add(f"{name}_left", torch.einsum("bhij,bhkj->hik", found, found))
             self.add(f"{name}_right", torch.einsum("bhji,bhjk->hik", found, found))
@@ -307,12 +308,15 @@ def _three(states: Tensor) -> Tensor:
     return states.flatten(1, -2) if states.ndim > 2 else states[:, None]
 
 
-def _by_sample(value: Tensor, samples: int, name: str) -> Tensor:
+def _by_sample(value: Tensor, counts: Collection[int], name: str) -> Tensor:
     """Sums over what a model makes of one sample in the batch dimension: windows, frames."""
-    if len(value) % samples:
+    if len(value) in counts:
+        return value
+    samples = next((count for count in sorted(counts, reverse=True) if len(value) % count == 0), None)
+    if samples is None:
         raise InvalidValueError(
-            f"{name}: expected the {samples} samples of a batch, found {len(value)} there, so gradients of single "
-            'samples cannot be told apart. Choose strategy="sensitivity" or "spectrum".'
+            f"{name}: expected the {' or '.join(map(str, counts))} samples of a batch, found {len(value)} there, so "
+            'gradients of single samples cannot be told apart. Choose strategy="sensitivity" or "spectrum".'
         )
     return value.unflatten(0, (samples, -1)).sum(1)
 
