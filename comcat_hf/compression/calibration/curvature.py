@@ -25,8 +25,9 @@ __all__ = ["NoGradientsError", "gather_curvature", "movements"]
 # Shares of an MLP's hidden units at which its movement is taken; widths between are interpolated.
 _WIDTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 
-# Samples whose activations are held at a time.
-_SAMPLES = 8
+# Activations are held of so many samples at a time, or of fewer whose inputs have so many numbers: four images of
+# 224 x 224.
+_SAMPLES, _NUMBERS = 16, 4 * 3 * 224 * 224
 
 
 class NoGradientsError(InvalidValueError):
@@ -298,8 +299,10 @@ def _parts(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     lengths = {len(value) if value.ndim else None for value in tensors.values()}
     length = lengths.pop() if len(lengths) == 1 else None
-    for start in range(0, length or 1, _SAMPLES if length else 1):
-        rows = slice(start, start + _SAMPLES) if length else slice(None)
+    largest = max((value.numel() // length for value in tensors.values()), default=1) if length else 1
+    step = max(min(_SAMPLES, _NUMBERS // max(largest, 1)), 1)
+    for start in range(0, length or 1, step if length else 1):
+        rows = slice(start, start + step) if length else slice(None)
         yield {**inputs, **{name: value[rows].clone() for name, value in tensors.items()}}
 
 
