@@ -14,7 +14,7 @@ from ...closed_forms.width import output_factors
 from ...errors import InvalidValueError, brief
 from ...modeling import AttentionSite, LinearSite, MLPSite, Site, measuring
 from ...progress import progress_bar
-from .inputs import prepare_batch, run_batch
+from .inputs import all_counts, prepare_batch, run_batch
 from .moments import Statistics, Sums
 from .outputs import main_output
 from .probes import Probe
@@ -328,15 +328,7 @@ def _reduce(
     accelerator: Any, meters: Sequence[_Meter], weight: float, error: Exception | None, device: torch.device
 ) -> float:
     """Sum over all processes, in place; returns the weight of all."""
-    counts = torch.tensor([float(error is not None), weight], dtype=torch.float64, device=device)
-    failed, weight = accelerator.reduce(counts, "sum").tolist()
-    if error is not None:
-        raise error
-    if failed:
-        raise InvalidValueError(
-            f"The curvature could not be gathered in {failed:.0f} of {accelerator.num_processes} processes; their own "
-            "errors say why."
-        )
+    (weight,) = all_counts(accelerator, [weight], error, "The curvature", device)
     for meter in meters:
         meter.sums = accelerator.reduce(meter.sums, "sum")
     return weight

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...errors import InvalidValueError
 
 
-__all__ = ["Batch", "check_any", "main_input", "prepare_batch", "read_batches", "run_batch", "several"]
+__all__ = ["Batch", "all_counts", "check_any", "main_input", "prepare_batch", "read_batches", "run_batch", "several"]
 
 Batch = Mapping[str, Any] | Tensor
 
@@ -48,6 +48,26 @@ def check_any(count: int) -> None:
     """Raise InvalidValueError where there is no batch."""
     if count == 0:
         raise InvalidValueError("The calibration batches are empty: expected at least one batch, got none.")
+
+
+def all_counts(
+    accelerator: Any, counts: Iterable[float], error: Exception | None, what: str, device: torch.device
+) -> list[float]:
+    """Counts summed over all processes. Every process must come here, also one that failed: the others wait for it.
+
+    Raises:
+        InvalidValueError: another process failed; in that one its own error is raised.
+    """
+    told = torch.tensor([float(error is not None), *counts], dtype=torch.float64, device=device)
+    failed, *totals = accelerator.reduce(told, "sum").tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise InvalidValueError(
+            f"{what} could not be gathered in {failed:.0f} of {accelerator.num_processes} processes; their own errors "
+            "say why."
+        )
+    return totals
 
 
 def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:

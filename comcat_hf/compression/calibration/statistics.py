@@ -17,7 +17,7 @@ from ...modeling.views import class_path
 from ...progress import progress_bar
 from ..request import Request, sites_by_way
 from .curvature import gather_curvature
-from .inputs import Batch, check_any, main_input, prepare_batch, run_batch, several
+from .inputs import Batch, all_counts, check_any, main_input, prepare_batch, run_batch, several
 from .moments import Statistics, Sums, sum_names
 
 
@@ -53,12 +53,12 @@ def collect_statistics(
 
     Args:
         model: a dense model; run in eval mode, without gradients, and left in the mode it was in.
-        batches: model inputs: mappings, or tensors of the main input. Labels are allowed and not used. Finite; it is
-            read once.
+        batches: model inputs: mappings, or tensors of the main input. Labels are allowed and not used. Finite; read
+            once, with `curvature` twice, where an iterator is kept.
         scope: `"model"`, `"attention"` or `"mlp"`.
         target_modules, exclude_modules: which modules; see [`allocate_ranks`].
         curvature: gather besides how the model's output sees errors at each site, for `strategy="curvature"`: a second
-            pass forward, and one backward to the activations. Batches are read twice.
+            pass forward, and one backward to the activations.
         mlp: whether the curvature is that of the widths of MLPs, the ranks of their layers, or both; see
             [`allocate_ranks`].
         progress: show a bar, under several processes that of the first; by default where transformers shows its own.
@@ -126,16 +126,8 @@ def _reduce(
     accelerator: Any, collectors: Mapping[str, Any], samples: int, error: Exception | None, device: torch.device
 ) -> int:
     """Sum over all processes, in place; returns the number of samples of all of them."""
-    # Every process must come here, also one that failed: the others wait for it.
-    counts = [int(error is not None), samples, *(collector.calls for collector in collectors.values())]
-    failed, samples, *calls = accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
-    if error is not None:
-        raise error
-    if failed:
-        raise InvalidValueError(
-            f"Statistics could not be gathered in {failed} of {accelerator.num_processes} processes; their own errors "
-            "say why."
-        )
+    counts = [samples, *(collector.calls for collector in collectors.values())]
+    samples, *calls = map(int, all_counts(accelerator, counts, error, "Statistics", device))
     for collector, called in zip(collectors.values(), calls, strict=True):
         own = {name: collector.sums.get(name, zeros) for name, zeros in collector.zeros(device).items()}
         collector.sums, collector.calls = accelerator.reduce(own, "sum"), called
