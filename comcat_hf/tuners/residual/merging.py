@@ -152,7 +152,7 @@ def with_rows(
             elif width != p:
                 setattr(module, name, HeadNorm(norm, p, width, layout, given))
             setattr(module, getattr(stream, role), _linear_in(wide, view.projection(role, stream)))
-        if stream.output is not None and "output" in rows:
+        if "output" in rows and (stream != family.stream or view.sibling is None):
             name, _, index = stream.output.partition(".")
             dense = base_module(view.projection("output", stream))
             bias = dense.bias if output_bias is None or stream != family.stream else output_bias
