@@ -1,6 +1,5 @@
 """Mode "customize" in diffusion transformers: norms, rotations, second streams, sibling projections."""
 
-import warnings
 from typing import Any
 
 import pytest
