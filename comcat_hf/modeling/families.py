@@ -63,7 +63,8 @@ class AttentionFamily:
 
     Args:
         host: import path of the class, for example `"transformers.models.vit.modeling_vit.ViTAttention"`.
-        query, key, value: attribute names of the three input projections (`nn.Linear`).
+        query, key, value: attribute names of the three input projections (`nn.Linear`); one name three times where one
+            layer has the rows of all three, in this order, and perhaps others behind.
         output: attribute name of the output projection, or its path: seen from the class or, with `output_in_parent`,
             from the module that holds the attention.
         output_in_parent: `True` where the class returns the heads' outputs and a sibling projects them.
@@ -101,6 +102,11 @@ class AttentionFamily:
     processors: Mapping[str, Form] = field(default_factory=dict, hash=False)
     sibling: str | None = None
     sizes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+    @property
+    def fused(self) -> bool:
+        """Whether one layer projects to queries, keys and values."""
+        return self.query == self.key == self.value
 
     @property
     def stream(self) -> Stream:

@@ -38,6 +38,8 @@ class Projections(Protocol):
 
     def output(self, states: Tensor) -> Tensor: ...
 
+    def fused(self, states: Tensor) -> Tensor: ...
+
 
 class StandIn(nn.Module):
     """An instance of a subclass of a host's attention class that has no parameters of its own.
@@ -134,8 +136,9 @@ def common_width(query: int, value: int) -> int:
 
 def _replace(own: dict[str, Any], host: nn.Module, stream: Stream, projections: Projections) -> None:
     """Put projections and norms in the place of those of one stream of the host."""
+    fused = stream.query == stream.key == stream.value
     for role in ("query", "key", "value"):
-        own[getattr(stream, role)] = getattr(projections, role)
+        own[getattr(stream, role)] = projections.fused if fused else getattr(projections, role)
         name = getattr(stream, f"norm_{role}", None)
         if name is not None and hasattr(projections, f"norm_{role}") and getattr(host, name, None) is not None:
             own[name] = getattr(projections, f"norm_{role}")

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UnsupportedModuleError
 from .families import AttentionFamily, Form, Registry, Stream, at_path
 from .hosts import diffusers, transformers
+from .rows import Rows
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
 from .wrappers import base_module, is_tuner_layer
 
@@ -69,16 +70,24 @@ class AttentionView:
         return self.family.head_dim_of(self.module)
 
     @property
-    def query(self) -> nn.Linear:
-        return getattr(self.module, self.family.query)
+    def query(self) -> nn.Linear | Rows:
+        return self._input(0)
 
     @property
-    def key(self) -> nn.Linear:
-        return getattr(self.module, self.family.key)
+    def key(self) -> nn.Linear | Rows:
+        return self._input(1)
 
     @property
-    def value(self) -> nn.Linear:
-        return getattr(self.module, self.family.value)
+    def value(self) -> nn.Linear | Rows:
+        return self._input(2)
+
+    def _input(self, place: int) -> nn.Linear | Rows:
+        family = self.family
+        linear = getattr(self.module, (family.query, family.key, family.value)[place])
+        if not family.fused:
+            return linear
+        size = self.num_heads * self.head_dim
+        return Rows(linear, place * size, (place + 1) * size)
 
     @property
     def num_kv_heads(self) -> int:
@@ -105,15 +114,16 @@ class AttentionView:
     def projection(self, role: str, stream: Stream) -> nn.Linear | None:
         """One projection of one stream, `None` where it has none."""
         name = getattr(stream, role)
+        if stream == self.family.stream:
+            return getattr(self, role)
         if role != "output":
             return getattr(self.module, name)
-        if stream == self.family.stream:
-            return self.output
         return None if getattr(self.module, name, None) is None else at_path(self.module, name)
 
     def projections(self) -> dict[str, nn.Linear]:
-        """All projections by their paths in the model: the four, then those of further streams."""
-        found = {f"{self.name}.{getattr(self.family, role)}": getattr(self, role) for role in _INPUTS}
+        """All projections by their paths in the model: the four (two, if fused), then those of further streams."""
+        names = dict.fromkeys(getattr(self.family, role) for role in _INPUTS)
+        found = {f"{self.name}.{name}": getattr(self.module, name) for name in names}
         found[self.output_name] = self.output
         for stream in self.streams[1:]:
             for role in (*_INPUTS, "output"):

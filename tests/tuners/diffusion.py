@@ -80,6 +80,29 @@ _ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         _packed(attention_mask=_mask(21, torch.float)),
     ),
+    "flux2": (
+        "Flux2Transformer2DModel",
+        {
+            **_HEADS,
+            **_PACKED,
+            "num_single_layers": 1,
+            "timestep_guidance_channels": 8,
+            "axes_dims_rope": [4, 4, 4, 4],
+        },
+        _packed(4, guidance=torch.tensor([1.0, 2.0])),
+    ),
+    "flux3": (
+        "Flux3Transformer2DModel",
+        {
+            **_HEADS,
+            **_PACKED,
+            "cond_in_channels": 4,
+            "num_single_layers": 1,
+            "timestep_channels": 8,
+            "axes_dims_rope": [4, 4, 4, 4],
+        },
+        _packed(4, image_cond_hidden_states=_noise(2, 6, 4, seed=2), image_cond_ids=_positions(6, 4, 2)),
+    ),
     "qwen": (
         "QwenImageTransformer2DModel",
         {**_HEADS, **_PACKED, "out_channels": 4, "num_layers": 2, "patch_size": 1, "axes_dims_rope": _AXES},

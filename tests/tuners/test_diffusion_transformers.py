@@ -79,7 +79,7 @@ class WrittenOut:
         handles = []
         for index, stream in enumerate(self.view.streams):
             for role in ("query", "key", "value"):
-                linear = self.view.projection(role, stream)
+                linear = getattr(self.layer.base_layer, getattr(stream, role))
                 handles.append(linear.register_forward_pre_hook(self._keep(index, role)))
             if stream.output is not None and self.view.projection("output", stream) is not None:
                 output = at_path(self.layer.base_layer, stream.output) if self.view.sibling is None else None
@@ -102,7 +102,8 @@ class WrittenOut:
         heads, p = self.view.num_heads, query.shape[-1]
         assert query.shape[1] == key.shape[1] == heads and p == self.view.head_dim
         order = list(range(len(self.view.streams)))
-        first = _heads(self.view.value(self.states[0, "value"]), self.view.num_kv_heads)
+        dense = self.view.value
+        first = _heads(F.linear(self.states[0, "value"], dense.weight, dense.bias), self.view.num_kv_heads)
         if len(order) > 1 and not torch.equal(first[:, 0], value[:, 0, : first.shape[2]]):
             order.reverse()
 
@@ -190,7 +191,7 @@ def test_start_gradients_and_off(name, adapter):
     assert equal(run(model, inputs), base)
 
 
-@pytest.mark.parametrize("adapters", [(), ({"vo_rank": 2, "core": True},)], ids=["full", "core"])
+@pytest.mark.parametrize("adapters", [(), [{"vo_rank": 2, "core": True}] * 2], ids=["full", "core"])
 @every_model
 def test_merged(name, adapters):
     model, inputs = adapted(name, *adapters)

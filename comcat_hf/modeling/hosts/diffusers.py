@@ -96,7 +96,8 @@ class _Scale:
             raise _unknown(type(module.processor).__name__, self.processors)
         if form.scale == "given":
             return module.scale
-        return (module.to_q.out_features // module.heads) ** -0.5
+        width = getattr(module, "head_dim", None) or module.to_q.out_features // module.heads
+        return width**-0.5
 
 
 def _unknown(name: str, processors: Mapping[str, Form]) -> UnsupportedModuleError:
@@ -146,6 +147,12 @@ FAMILIES: tuple[AttentionFamily, ...] = (
 ADAPTED: tuple[AttentionFamily, ...] = (
     _flux("transformer_flux", "FluxAttention", "FluxAttnProcessor"),
     _flux("transformer_flux2", "Flux2Attention", "Flux2AttnProcessor"),
+    _family(
+        "transformers.transformer_flux2.Flux2ParallelSelfAttention",
+        {"Flux2ParallelSelfAttnProcessor": _rotary(rotary="image_rotary_emb")},
+        **dict.fromkeys(("query", "key", "value"), "to_qkv_mlp_proj"),
+        output="to_out",
+    ),
     _flux("transformer_flux3", "Flux3Attention", "Flux3AttnProcessor"),
     _flux("transformer_bria", "BriaAttention", "BriaAttnProcessor"),
     _flux("transformer_bria_fibo", "BriaFiboAttention", "BriaFiboAttnProcessor"),

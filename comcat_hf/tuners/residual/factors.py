@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...closed_forms.bases import head_basis
 from ...errors import InvalidValueError, UnsupportedModuleError
 from ...modeling.families import Stream
+from ...modeling.rows import Rows
 from ...modeling.sites import AttentionSite
 from ...modeling.views import AttentionView, attention_views, known_attention_classes
 from ...modeling.weights import class_path, compute_dtype, float_weight
@@ -223,8 +224,8 @@ def bases_of(view: AttentionView, pair: str, rank: int) -> tuple[Tensor, Tensor]
 
 def rows_in(linear: nn.Module, num_heads: int) -> Tensor:
     """The rows of an input projection by head, the bias as a further column: `(H, p, d)` or `(H, p, d + 1)`."""
-    with align_module_device(base_module(linear)):
-        linear = base_module(linear)
+    linear = base_module(linear)
+    with align_module_device(base_module(linear.layer) if isinstance(linear, Rows) else linear):
         rows = float_weight(linear)
         if linear.bias is not None:
             rows = torch.cat([rows, linear.bias.detach().to(rows)[:, None]], dim=1)

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UnsupportedModuleError
+from ...modeling.families import Stream
 from ...modeling.lowrank import LowRankAttention
 from ...modeling.rotary import HeadNorm, WiderTables, place
 from ...modeling.stand_in import common_width
 from ...modeling.views import AttentionView
-from ...modeling.weights import compute_dtype
+from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module, is_tuner_layer
 from .factors import Core, Residual, rows_in, rows_out
 from .handover import MergedHandover
@@ -93,22 +94,22 @@ def joined_rows(
     parts = {role: [_wide(rows_in(view.projection(role, stream), heads))] for role, heads in counts.items()}
     if view.projection("output", stream) is not None:
         parts["output"] = [_wide(rows_out(view, stream))]
+    dense = {role: rows[0] for role, rows in parts.items()}
     for residual, scale in residuals:
         factors = residual.streams[index]
         if factors.qk_core is not None:
-            (query,) = parts["query"][:1]
-            parts["query"][0] = query + scale * _moves(factors.qk_core, bases, "qk", query).mT @ query
+            moves = _moves(factors.qk_core, bases, "qk", dense["query"])
+            parts["query"][0] = parts["query"][0] + scale * moves.mT @ dense["query"]
         if factors.vo_core is not None:
             # The rows of a sibling stay as they are; values take the change over, which attention only averages.
             role = "output" if view.sibling is None else "value"
-            (rows,) = parts[role][:1]
-            moves = _moves(factors.vo_core, bases, "vo", rows)
-            parts[role][0] = rows + scale * (moves if role == "output" else moves.mT) @ rows
-        for role, dense in parts.items():
+            moves = _moves(factors.vo_core, bases, "vo", dense[role])
+            parts[role][0] = parts[role][0] + scale * (moves if role == "output" else moves.mT) @ dense[role]
+        for role, found in parts.items():
             if (linear := getattr(factors, role)) is not None:
                 weight = linear.weight.T if role == "output" else linear.weight
-                rows = _rows_like(weight, dense[0])
-                dense.append(scale * rows if role in ("key", "value") else rows)
+                rows = _rows_like(weight, dense[role])
+                found.append(scale * rows if role in ("key", "value") else rows)
     return {role: torch.cat(rows, dim=1) for role, rows in parts.items()}
 
 
@@ -137,30 +138,13 @@ def with_rows(
         streams: of each stream the rows by head, as of [`joined_rows`].
         output_bias: of the first stream, by default that of the dense module.
     """
-    family, host, p, form = view.family, view.module, view.head_dim, view.form
-    module = _copy_of(host)
-    factor = view.query_factor(width)
+    family, p, form = view.family, view.head_dim, view.form
+    module = _copy_of(view.module)
     for stream, rows in zip(view.streams, streams, strict=True):
-        for role in ("query", "key", "value"):
-            layout = "pairs" if role == "value" else form.layout
-            wide = _placed(rows[role], p, width, layout)
-            name = getattr(stream, f"norm_{role}", None)
-            norm = None if name is None else getattr(host, name, None)
-            given = factor if role == "query" else 1.0
-            if norm is None:
-                wide = wide * given
-            elif width != p:
-                setattr(module, name, HeadNorm(norm, p, width, layout, given))
-            setattr(module, getattr(stream, role), _linear_in(wide, view.projection(role, stream)))
+        _set_inputs(view, module, stream, rows, width)
         if "output" in rows and (stream != family.stream or view.sibling is None):
-            name, _, index = stream.output.partition(".")
-            dense = base_module(view.projection("output", stream))
-            bias = dense.bias if output_bias is None or stream != family.stream else output_bias
-            rows_of_output = _placed(rows["output"], p, width, "pairs")
-            output = _linear(rows_of_output.flatten(0, 1).T.to(compute_dtype(dense)), bias)
-            if index:
-                output = nn.ModuleList([output if i == int(index) else m for i, m in enumerate(getattr(host, name))])
-            setattr(module, name, output)
+            _set_output(view, module, stream, rows["output"], width, output_bias)
+            output_bias = None
     _set_sizes(view, module, width)
     if view.sibling is not None and width != p:
         further = streams[0]["output"][:, p:].flatten(0, 1).T.to(compute_dtype(base_module(view.output)))
@@ -168,10 +152,50 @@ def with_rows(
         handover = MergedHandover(base_module(view.sibling), view.num_heads, p, family.output_in_parent)
         module.register_forward_hook(handover)
     if form.rotary is not None and width != p:
-        tables = WiderTables.of(type(host), form.rotary, p, width, form.layout)
+        tables = WiderTables.of(type(view.module), form.rotary, p, width, form.layout)
         module.register_forward_pre_hook(tables, with_kwargs=True)
     _fuse_again(module)
     return module
+
+
+def _set_inputs(view: AttentionView, module: nn.Module, stream: Stream, rows: dict[str, Tensor], width: int) -> None:
+    """Give a module the input projections and the norms of one stream for wider heads."""
+    p, layers = view.head_dim, {}
+    for role in ("query", "key", "value"):
+        layout = "pairs" if role == "value" else view.form.layout
+        wide = _placed(rows[role], p, width, layout)
+        name = getattr(stream, f"norm_{role}", None)
+        norm = None if name is None else getattr(view.module, name, None)
+        factor = view.query_factor(width) if role == "query" else 1.0
+        if norm is None:
+            wide = wide * factor
+        elif width != p:
+            setattr(module, name, HeadNorm(norm, p, width, layout, factor))
+        layers[getattr(stream, role), role] = _linear_in(wide, view.projection(role, stream))
+    if not view.family.fused:
+        for (name, _), linear in layers.items():
+            setattr(module, name, linear)
+        return
+    # One layer; what stands behind the three (an MLP's units) stays.
+    dense, size = base_module(getattr(view.module, stream.query)), 3 * view.num_heads * p
+    parts = [*layers.values(), _linear(float_weight(dense)[size:], None if dense.bias is None else dense.bias[size:])]
+    bias = None if dense.bias is None else torch.cat([part.bias for part in parts])
+    setattr(module, stream.query, _linear(torch.cat([part.weight for part in parts]), bias))
+
+
+def _set_output(
+    view: AttentionView, module: nn.Module, stream: Stream, rows: Tensor, width: int, bias: Tensor | None
+) -> None:
+    """Give a module the output projection of one stream for wider heads."""
+    name, _, index = stream.output.partition(".")
+    dense = base_module(view.projection("output", stream))
+    columns = _placed(rows, view.head_dim, width, "pairs").flatten(0, 1).T.to(compute_dtype(dense))
+    # Behind the heads there may be units of an MLP.
+    columns = torch.cat([columns, float_weight(dense)[:, view.num_heads * view.head_dim :]], dim=1)
+    output = _linear(columns, dense.bias if bias is None else bias)
+    if index:
+        output = nn.ModuleList([output if i == int(index) else m for i, m in enumerate(getattr(module, name))])
+    setattr(module, name, output)
 
 
 def _copy_of(host: nn.Module) -> nn.Module:

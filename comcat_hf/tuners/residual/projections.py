@@ -52,6 +52,17 @@ class StreamProjections:
     def value(self, states: Tensor) -> Tensor:
         return self._input("value", states)
 
+    def fused(self, states: Tensor) -> Tensor:
+        """Queries, keys and values side by side, and whatever else the dense layer gives behind them."""
+        dense = getattr(self.layer.base_layer, self.stream.query)(states)
+        view = self.layer.view
+        size = view.num_heads * view.head_dim
+        own = dense.split([size, size, size, dense.shape[-1] - 3 * size], dim=-1)
+        factor = 1.0 if self._dense("norm_query") is not None else self._query_factor()
+        parts = [self._input("query", states, factor, own[0])]
+        parts += [self._input(role, states, own=part) for role, part in zip(("key", "value"), own[1:3], strict=True)]
+        return torch.cat([*parts, own[3]], dim=-1)
+
     def norm_query(self, states: Tensor) -> Tensor:
         return self._norm("norm_query", states, self._query_factor())
 
@@ -62,10 +73,13 @@ class StreamProjections:
         view = self.layer.view
         dense = at_path(self.layer.base_layer, self.stream.output)
         linears = [factors.output for factors, _ in self._active() if factors.output is not None]
-        if linears and not self._cores("vo_core") and can_join(dense, linears, states):
+        wide = view.num_heads * self.layer.size()[1]
+        states, behind = states[..., :wide], states[..., wide:]
+        whole = behind.shape[-1] == 0
+        if linears and whole and not self._cores("vo_core") and can_join(dense, linears, states):
             return joined_output(dense, self._side_by_side(linears, view.num_heads, out=True), view.num_heads, states)
         own, further = self.split(states)
-        result = dense(own)
+        result = dense(own if whole else torch.cat([own, behind], dim=-1))
         return result if further is None else result + further.to(result.dtype)
 
     def split(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -85,19 +99,20 @@ class StreamProjections:
                 start += rank
         return attended.flatten(-2), added
 
-    def _input(self, role: str, states: Tensor, factor: float = 1.0) -> Tensor:
-        """A projection with the further columns of adapters; those of keys and values times their scales."""
+    def _input(self, role: str, states: Tensor, factor: float = 1.0, own: Tensor | None = None) -> Tensor:
+        """A projection, or the columns given, with further ones of adapters; of keys and values times their scales."""
         view, width = self.layer.view, self.layer.size()[1]
         heads = view.num_heads if role == "query" else view.num_kv_heads
         layout = "pairs" if role == "value" else view.form.layout
         active = [(factors, scale) for factors, scale in self._active() if getattr(factors, role) is not None]
         linears, scales = [getattr(factors, role) for factors, _ in active], [scale for _, scale in active]
         dense = self._dense(role)
+        joins = own is None and layout == "pairs"
         cores = role == "query" and self._dense("norm_query") is None and self._cores("qk_core")
-        if linears and layout == "pairs" and not cores and can_join(dense, linears, states):
+        if linears and joins and not cores and can_join(dense, linears, states):
             added = self._side_by_side(linears, heads, None if role == "query" else scales)
             return joined_input(dense, added, heads, width, factor, states)
-        own = split_heads(dense(states), heads)
+        own = split_heads(dense(states) if own is None else own, heads)
         parts = [split_heads(_project(linear, states), heads).to(own.dtype) for linear in linears]
         if role != "query":
             parts = [scale * part for scale, part in zip(scales, parts, strict=True)]
