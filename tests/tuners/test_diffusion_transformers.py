@@ -1,11 +1,15 @@
 """Mode "customize" in diffusion transformers: norms, rotations, second streams, sibling projections."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from peft import inject_adapter_in_model
+from accelerate import cpu_offload
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from comcat_hf import ComCATConfig
@@ -222,3 +226,129 @@ def test_a_core_after_a_norm_is_not_merged():
         else:
             with pytest.raises(UnsupportedModuleError, match=r"normalises its queries.*vo_rank alone"):
                 layer.merge()
+
+
+FEW = ("sd3.5", "flux", "flux2", "qwen", "wan", "hunyuan-video")
+some_models = pytest.mark.parametrize("name", FEW)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating point numbers anywhere in arguments, in another dtype."""
+    if isinstance(value, dict):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    sum(tensor.float().square().sum() for tensor in run(model, inputs)).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@every_kind
+@some_models
+def test_gradient_checkpointing(name, adapter):
+    found = []
+    for checkpointing in (False, True):
+        model, inputs = adapted(name, adapter)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        found.append(gradients(model.train(), inputs))
+    assert found[0].keys() == found[1].keys() and found[0]
+    assert all(torch.equal(gradient, found[1][path]) for path, gradient in found[0].items())
+
+
+@every_kind
+@some_models
+def test_float32_factors_beside_a_half_precision_base(name, adapter):
+    model, inputs = adapted(name, adapter)
+    for path, parameter in model.named_parameters():
+        parameter.data = parameter.data if "comcat_" in path else parameter.data.bfloat16()
+    low = cast(inputs, torch.bfloat16)
+    found = gradients(model, low)
+    assert found and all(gradient.dtype == torch.float32 for gradient in found.values())
+    for path, (args, kwargs, output, *_) in record(model, low).items():
+        exact = copy.deepcopy(layers_of(model)[path]).float()
+        expected = exact(*cast(args, torch.float32), **cast(kwargs, torch.float32))
+        assert_close([tensors_of(output)[0].float()], tensors_of(expected)[:1], 0.03)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux2", "hunyuan-video"])
+def test_compiled(name):
+    """A block as one graph, with a sibling in it or a layer shared with an MLP; a scale may change."""
+    torch._dynamo.reset()
+    model, inputs = adapted(name, FULL, CORE)
+    path = list(layers_of(model))[-1].rpartition(".")[0]
+    block, counter = model.get_submodule(path), CompileCounter()
+    block.compile(backend=counter, fullgraph=True)
+    compiled, block._compiled_call_impl = block._compiled_call_impl, None
+    for scale in (1.0, 0.3):
+        for layer in layers_of(model).values():
+            layer.set_scale("a", scale)
+        expected = run(model, inputs)
+        block._compiled_call_impl = compiled
+        assert_close(run(model, inputs), expected, 1e-6)
+        block._compiled_call_impl = None
+    assert counter.frame_count == 1
+
+
+@some_models
+def test_through_the_model(name):
+    """As diffusers does it: several adapters, scales, fusing and back, deleting; a LoRA on the same projections."""
+    model, inputs = TRANSFORMERS[name]()
+    base = run(model, inputs)
+    for adapter, fields in (("one", FULL), ("two", {**FULL, "scale": 0.5})):
+        model.add_adapter(ComCATConfig(mode="customize", init_weights=False, **fields), adapter)
+    lora = LoraConfig(r=2, target_modules=["to_q", "add_k_proj", "proj_out", "to_out.0"], init_lora_weights=False)
+    model.add_adapter(lora, "style")
+    with torch.no_grad():
+        model.set_adapters(["one", "two"], [1.0, 0.4])
+        both = run(model, inputs)
+        model.set_adapters(["one", "two", "style"], [1.0, 0.4, 1.0])
+        three = run(model, inputs)
+        assert not equal(both, base) and not equal(three, both)
+        model.disable_adapters()
+        assert equal(run(model, inputs), base)
+        model.enable_adapters()
+        model.fuse_lora()
+        assert_close(run(model, inputs), three, 2e-5)
+        model.unfuse_lora()
+        assert_close(run(model, inputs), three, 2e-5)
+        model.set_adapters(["one", "two"], [1.0, 0.4])
+        assert_close(run(model, inputs), both, 2e-5)
+        model.delete_adapters(["one", "two", "style"])
+        assert_close(run(model, inputs), base, 2e-5)
+
+
+@some_models
+def test_offloaded(name):
+    model, inputs = adapted(name, FULL, CORE)
+    expected = run(model, inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        assert_close(run(model, inputs), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "auraflow", "wan"])
+def test_projections_that_diffusers_fuses(name):
+    model, inputs = adapted(name, FULL)
+    expected = run(model, inputs)
+    model.fuse_qkv_projections()
+    assert any("to_qkv" in path for path, _ in model.named_modules())
+    with torch.no_grad():
+        assert_close(run(model, inputs), expected)
+        for layer in layers_of(model).values():
+            layer.merge()
+        assert_close(run(model, inputs), expected)
+
+
+def test_copies():
+    model, inputs = adapted("flux", FULL, CORE)
+    expected = run(model, inputs)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert equal(run(copied, inputs), expected)
+        hooks = [layer._handover for layer in layers_of(copied).values() if layer._handover is not None]
+        assert hooks and not any(
+            hook is other._handover for hook in hooks for other in layers_of(model).values() if other._handover
+        )
