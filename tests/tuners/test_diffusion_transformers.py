@@ -352,3 +352,49 @@ def test_copies():
         assert hooks and not any(
             hook is other._handover for hook in hooks for other in layers_of(model).values() if other._handover
         )
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux", "flux2", "cogview4", "lumina2", "ltx", "wan", "hunyuan-video"])
+def test_the_formula_of_cores(name):
+    """Queries are moved within the head after their norm and before their rotation, attended values before `D`."""
+    model, inputs = adapted(name, CORE, {**CORE, "scale": -0.6})
+    for path, (args, kwargs, output, *_) in record(model, inputs).items():
+        layer, handles = layers_of(model)[path], []
+        view, dense = layer.view, layer.base_layer
+        residuals = [(layer.comcat_factors[adapter], t) for adapter, t in (("a", 1.0), ("b", -0.6))]
+
+        def moved(states: Tensor, index: int, pair: str, *, view=view, layer=layer, residuals=residuals) -> Tensor:
+            heads = states.unflatten(-1, (-1, view.head_dim)) if states.shape[-1] != view.head_dim else states
+            at = next(place for place in (-2, -3) if heads.shape[place] == view.num_heads)
+            rows = heads.movedim(at, 0).flatten(1, -2)
+            result = rows
+            for residual, t in residuals:
+                core = getattr(residual.streams[index], f"{pair}_core")
+                first, last = layer.bases(pair, core.rank)
+                result = result + t * rows @ first @ core.weight @ last.mT
+            shape = heads.movedim(at, 0).shape
+            return result.view(shape).movedim(0, at).reshape(states.shape)
+
+        for index, stream in enumerate(view.streams):
+            if residuals[0][0].streams[index].qk_core is None:
+                continue
+            norm = getattr(dense, stream.norm_query or "", None)
+            last = norm if norm is not None else getattr(dense, stream.query)
+            handles.append(last.register_forward_hook(lambda m, a, out, i=index, f=moved: f(out, i, "qk")))
+            if view.sibling is None and not view.family.fused:
+                to_out = at_path(dense, stream.output)
+                handles.append(to_out.register_forward_pre_hook(lambda m, a, i=index, f=moved: f(a[0], i, "vo")))
+        if view.family.fused:
+            size = view.num_heads * view.head_dim
+
+            def before(module, args, size=size, f=moved):
+                return torch.cat([f(args[0][..., :size], 0, "vo"), args[0][..., size:]], dim=-1)
+
+            handles.append(dense.to_out.register_forward_pre_hook(before))
+        with torch.no_grad():
+            expected = tensors_of(dense(*args, **kwargs))
+            if view.sibling is not None:
+                expected = [moved(tensor, 0, "vo") for tensor in expected]
+        for handle in handles:
+            handle.remove()
+        assert_close(tensors_of(output)[:1], expected[:1], 1e-5)
