@@ -7,18 +7,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 from comcat_hf import ComCATConfig
 from comcat_hf.errors import UnsupportedModuleError
 from comcat_hf.modeling.families import at_path
 from comcat_hf.tuners.residual.layer import CustomizeLayer
-from tests.helpers import assert_close, tensors_of
+from tests.helpers import assert_close, classes_of, in_processes, tensors_of
 from tests.tuners.cases import equal, layers_of
-from tests.tuners.diffusion import TRANSFORMERS
+from tests.tuners.diffusion import DIM, HEADS, TEXT, TRANSFORMERS, WIDTH
 
 
 # Ranks and scales of adapters that are active together.
@@ -354,7 +360,9 @@ def test_copies():
         )
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux", "flux2", "cogview4", "lumina2", "ltx", "wan", "hunyuan-video"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "sd3.5", "flux", "flux2", "cogview4", "lumina2", "ltx", "wan", "hunyuan-video"]
+)
 def test_the_formula_of_cores(name):
     """Queries are moved within the head after their norm and before their rotation, attended values before `D`."""
     model, inputs = adapted(name, CORE, {**CORE, "scale": -0.6})
@@ -398,3 +406,104 @@ def test_the_formula_of_cores(name):
         for handle in handles:
             handle.remove()
         assert_close(tensors_of(output)[:1], expected[:1], 1e-5)
+
+
+def _wan_image_to_video() -> nn.Module:
+    return TRANSFORMERS["wan"](added_kv_proj_dim=DIM, image_dim=TEXT)[0]
+
+
+def _with_processor(name: str, processor: Any) -> nn.Module:
+    model, _ = TRANSFORMERS[name]()
+    layer = next(m for m in model.modules() if hasattr(m, "processor"))
+    layer.set_processor(processor)
+    return model
+
+
+def _unknown() -> Any:
+    class OwnAttnProcessor(type(TRANSFORMERS["qwen"]()[0].transformer_blocks[0].attn.processor)):
+        pass
+
+    return OwnAttnProcessor()
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (
+            _wan_image_to_video,
+            r"blocks\.0\.attn2 is a .*second call.*image-to-video.*exclude_modules=",
+        ),
+        (
+            lambda: _with_processor("flux", FluxIPAdapterAttnProcessor(DIM, DIM)),
+            r"transformer_blocks\.0\.attn: .*FluxIPAdapterAttnProcessor calls its kernel a second.*unload_ip_adapter",
+        ),
+        (
+            lambda: _with_processor("sd3", SD3IPAdapterJointAttnProcessor2_0(DIM, DIM, WIDTH, timesteps_emb_dim=8)),
+            r"transformer_blocks\.0\.attn: .*SD3IPAdapterJointAttn.* calls its kernel a second.*unload_ip_adapter",
+        ),
+        (lambda: _with_processor("flux2", Flux2KVAttnProcessor()), "Flux2KVAttnProcessor keeps keys.*has no cache"),
+        (
+            lambda: _with_processor("qwen", _unknown()),
+            "OwnAttnProcessor does not compute.*Qwen.*exclude_modules",
+        ),
+    ],
+    ids=["wan-i2v", "flux-ip", "sd3-ip", "kv-cache", "unknown"],
+)
+@every_kind
+def test_what_is_refused_when_the_adapter_is_added(build, says, adapter):
+    model = build()
+    classes = classes_of(model)
+    with pytest.raises(UnsupportedModuleError, match=says):
+        model.add_adapter(ComCATConfig(mode="customize", **adapter))
+    assert classes_of(model) == classes and not hasattr(model, "peft_config")
+
+
+def test_sage_attention_takes_cores_alone():
+    model, _ = TRANSFORMERS["flux"]()
+    for layer in (m for m in model.modules() if hasattr(m, "processor")):
+        layer.processor._attention_backend = AttentionBackendName.SAGE
+    with pytest.raises(UnsupportedModuleError, match=r"attn: the attention backend sage takes heads of 64.*core=True"):
+        model.add_adapter(ComCATConfig(mode="customize", **FULL))
+    model.add_adapter(ComCATConfig(mode="customize", **CORE))
+    assert {layer.size() for layer in layers_of(model).values()} == {(HEADS, WIDTH)}
+
+
+def test_the_rest_of_a_model_with_an_image_to_video_module():
+    model = _wan_image_to_video()
+    model.add_adapter(ComCATConfig(mode="customize", exclude_modules=["attn2"], **FULL))
+    assert list(layers_of(model)) == ["blocks.0.attn1"]
+
+
+def _sharded() -> None:
+    model, _ = TRANSFORMERS["flux"]()
+    mesh = init_device_mesh("cpu", (1,))
+    linear = model.transformer_blocks[0].attn.add_k_proj
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, mesh, [Shard(0)]))
+    with pytest.raises(UnsupportedModuleError, match=r"attn\.add_k_proj: .*DTensor.*tensor parallel.*exclude_modules"):
+        model.add_adapter(ComCATConfig(mode="customize", **CORE))
+
+
+def test_tensor_parallel_weights_are_refused():
+    in_processes(_sharded, count=1)
+
+
+def test_linear_attention_takes_values_alone():
+    model, inputs = TRANSFORMERS["sana"]()
+    with pytest.raises(UnsupportedModuleError, match=r"attn1 is a Attention whose query/key.*linear.*qk_rank=None"):
+        inject_adapter_in_model(ComCATConfig(mode="customize", **FULL), model)
+    model, inputs = adapted("sana", {"vo_rank": 3, "scale": 0.6}, target_modules=["attn1"])
+    ((path, (args, kwargs, output, *_)),) = record(model, inputs).items()
+    layer = layers_of(model)[path]
+    factors, dense, value = layer.comcat_factors["a"], layer.base_layer, layer.base_layer.to_v
+    with torch.no_grad():
+        base = dense(*args, **kwargs)
+        # The same attention over other values, the first columns of a head in the place of its own.
+        padded = F.pad(factors.value.weight.unflatten(0, (HEADS, 3)), (0, 0, 0, WIDTH - 3)).flatten(0, 1)
+        states: list[Tensor] = []
+        handle = dense.to_out[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        value.weight.data, kept = padded, value.weight.data
+        dense(*args, **kwargs)
+        value.weight.data = kept
+        handle.remove()
+        further = states[0].unflatten(-1, (HEADS, WIDTH))[..., :3].flatten(-2)
+        assert_close([output], [base + 0.6 * factors.output(further)], 1e-5)
