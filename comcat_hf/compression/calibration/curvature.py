@@ -274,6 +274,8 @@ _METERS: Mapping[type, Callable[..., _Meter]] = {
 def _metering(site: Site, moments: Any) -> Iterator[_Meter]:
     with torch.no_grad():
         meter = _METERS[type(site)](site, moments)
+    # This frame lasts as long as the meter does, and covariances are large.
+    del moments
     handles = list(meter.hooks())
     try:
         yield meter
