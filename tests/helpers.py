@@ -262,10 +262,22 @@ def classes_of(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
+@torch.no_grad()
+def make_low_rank(model: nn.Module, qk: int, vo: int) -> None:
+    """Give the dense weights products of these ranks per head, so that those ranks lose nothing; biases stay."""
+    for site in find_sites(model, "attention").values():
+        view, ranks = site.view, {"qk": qk, "vo": vo}
+        for pair, linear in (("qk", view.key), ("vo", view.value)):
+            if pair in site.choices:
+                u, s, v = torch.linalg.svd(linear.weight.unflatten(0, (view.num_heads, -1)), full_matrices=False)
+                s[:, ranks[pair] :] = 0
+                linear.weight.copy_((u * s.unsqueeze(1) @ v).flatten(0, 1))
+
+
 def full_ranks(model: nn.Module, scope: str = "attention") -> dict[str, int | dict[str, int]]:
     """A plan at full rank: what it makes of a model must compute the same."""
     return {
-        name: dict.fromkeys(("qk", "vo"), site.view.head_dim) if site.kind == "attention" else min(_sides(site.linear))
+        name: dict(site.choices) if site.kind == "attention" else min(_sides(site.linear))
         for name, site in find_sites(model, scope).items()
     }
 
@@ -273,7 +285,10 @@ def full_ranks(model: nn.Module, scope: str = "attention") -> dict[str, int | di
 def attention_ranks(model: nn.Module, qk: int | None = None, vo: int | None = None) -> dict[str, dict[str, int]]:
     """The same ranks for all attention of a model."""
     entry = {pair: rank for pair, rank in (("qk", qk), ("vo", vo)) if rank is not None}
-    return {name: dict(entry) for name in find_sites(model, "attention")}
+    return {
+        name: {pair: rank for pair, rank in entry.items() if pair in site.choices}
+        for name, site in find_sites(model, "attention").items()
+    }
 
 
 def compressed(family: str = "vit", qk: int = 5, vo: int = 12, linear: int | None = None, **settings: Any) -> Built:

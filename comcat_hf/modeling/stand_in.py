@@ -29,6 +29,8 @@ class Projections(Protocol):
 
     def output(self, states: Tensor) -> Tensor: ...
 
+    def fused(self, states: Tensor) -> Tensor: ...
+
 
 class StandIn(nn.Module):
     """An instance of a subclass of a host's attention class that has no parameters of its own.
@@ -58,6 +60,8 @@ class StandIn(nn.Module):
             projections.key,
             projections.value,
         )
+        if family.fused:
+            own[family.query] = projections.fused
         if family.scale_of is not None:
             own["to_qkv"] = functools.partial(_side_by_side, (projections.query, projections.key, projections.value))
             own["to_kv"] = functools.partial(_side_by_side, (projections.key, projections.value))

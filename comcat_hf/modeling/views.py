@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from .families import AttentionFamily, Registry
 from .hosts import diffusers, transformers
+from .linears import Rows
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
 from .wrappers import base_module, is_tuner_layer
 
@@ -67,21 +68,35 @@ class AttentionView:
         return self.family.head_dim_of(self.module)
 
     @property
-    def query(self) -> nn.Linear:
-        return getattr(self.module, self.family.query)
+    def query(self) -> nn.Linear | Rows:
+        return self._input(0)
 
     @property
-    def key(self) -> nn.Linear:
-        return getattr(self.module, self.family.key)
+    def key(self) -> nn.Linear | Rows:
+        return self._input(1)
 
     @property
-    def value(self) -> nn.Linear:
-        return getattr(self.module, self.family.value)
+    def value(self) -> nn.Linear | Rows:
+        return self._input(2)
+
+    def _input(self, place: int) -> nn.Linear | Rows:
+        family = self.family
+        linear = getattr(self.module, (family.query, family.key, family.value)[place])
+        return Rows(linear, place) if family.fused else linear
+
+    @property
+    def refusal_of_qk(self) -> str | None:
+        """Why the query/key product cannot be compressed, if it cannot."""
+        return None if self.family.refuse_qk is None else self.family.refuse_qk(self.module)
 
     @property
     def keeps_width(self) -> bool:
         """Whether queries and keys must keep the width of the dense head."""
-        return self.family.refuse_qk is not None and self.family.refuse_qk(self.module) is not None
+        return self.refusal_of_qk is not None
+
+    def by_sample(self, attended: Tensor) -> Tensor:
+        """What enters the output projection, as `(samples, tokens, d)` where it has three dimensions."""
+        return attended.transpose(0, 1) if self.family.tokens_first else attended
 
     def query_factor(self, width: int) -> float:
         """What queries of another width are multiplied with, so that the kernel gives the scores of the dense head."""
@@ -91,15 +106,13 @@ class AttentionView:
         return 1.0 if abs(factor - 1) < 1e-9 else factor
 
     def projections(self) -> dict[str, nn.Linear]:
-        """The four projections by their paths in the model."""
-        inputs = {
-            f"{self.name}.{getattr(self.family, role)}": getattr(self, role) for role in ("query", "key", "value")
-        }
-        return {**inputs, self.output_name: self.output}
+        """The four projections, or the two of a fused module, by their paths in the model."""
+        names = dict.fromkeys((self.family.query, self.family.key, self.family.value))
+        return {**{f"{self.name}.{name}": getattr(self.module, name) for name in names}, self.output_name: self.output}
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *transformers.PARTIAL, *diffusers.FAMILIES)
+    return (*transformers.FAMILIES, *diffusers.FAMILIES)
 
 
 def _refusals() -> dict[str, str]:
@@ -113,11 +126,12 @@ def register_attention_family(family: AttentionFamily) -> None:
     """Make an attention class known that this package does not know yet.
 
     Args:
-        family: its description. The class must compute plain scaled-dot-product attention on the projections named:
-            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. With
-            `scale_of` its own `forward` runs, which must read the width of the heads off its projections (or from
-            `head_dim`); else it must call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`, and take and
-            return what attention does there.
+        family: its description. The class must compute scaled-dot-product attention on the projections named. With
+            `hosted` or `scale_of` its own `forward` runs, which must read the width of the heads off its projections
+            (or from `head_dim`), or be `fixed_width`; biases may be added to the scores, and what stands between
+            projection and score is said by `refuse_qk`. Else nothing may stand there or be added, and the class must
+            call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`, and take and return what attention does
+            there.
 
     Raises:
         InvalidValueError: if the class is registered already with another description.
@@ -127,8 +141,7 @@ def register_attention_family(family: AttentionFamily) -> None:
 
 def known_attention_classes() -> list[str]:
     """Names of the attention classes that can be factorised."""
-    hosts = _registry.families.keys() - {family.host for family in transformers.PARTIAL}
-    return sorted(host.rpartition(".")[2] for host in hosts)
+    return sorted({host.rpartition(".")[2] for host in _registry.families})
 
 
 def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -252,7 +265,8 @@ def _view(
     absent = [attribute for attribute in family.attributes() if not hasattr(module, attribute)]
     if absent:
         raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
-    refusals = [family.refuse, family.refuse_qk] if whole else [family.refuse]
+    # The value/output product alone is compressed where the host's own forward runs what stands in the way.
+    refusals = [family.refuse, family.refuse_qk] if whole and not family.runs_host else [family.refuse]
     reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
     if reason is not None:
         raise _unsupported(name, module, reason)
@@ -298,7 +312,7 @@ def check_no_adapter(path: str, module: nn.Module) -> None:
 def _check_unshared(view: AttentionView, users: dict[int, str]) -> None:
     # A whole attention module may be shared. A part of one may not: its factors would fit one of its users only.
     projections = view.projections()
-    if len(projections) < 4:
+    if len(projections) < (2 if view.family.fused else 4):
         raise _unsupported(view.name, view.module, "two of its projections are one module")
     for path, linear in projections.items():
         other = users.setdefault(id(linear.weight), path)

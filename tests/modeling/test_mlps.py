@@ -58,8 +58,9 @@ def test_rows_name_classes_of_transformers():
     for row in MLPS:
         module, _, name = row.host.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), name), nn.Module)
-    # Every module that has an attention row has one for its MLP.
-    assert {row.host.rpartition(".")[0] for row in MLPS} == {row.host.rpartition(".")[0] for row in FAMILIES}
+    # Every module that has an attention row has one for its MLP; that of Segformer mixes tokens between its layers.
+    without = {row.host.rpartition(".")[0] for row in FAMILIES} - {row.host.rpartition(".")[0] for row in MLPS}
+    assert without == {"transformers.models.segformer.modeling_segformer"}
 
 
 @every_family

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...closed_forms.bases import head_basis
 from ...errors import InvalidValueError, UnsupportedModuleError
-from ...modeling.sites import AttentionSite
+from ...modeling.sites.attention import ranks_of_pairs
 from ...modeling.views import AttentionView, attention_views, known_attention_classes
 from ...modeling.weights import class_path, compute_dtype, float_weight
 from ...modeling.wrappers import base_module
@@ -125,7 +125,7 @@ class ResidualSite:
         return {choice: ranks[choice] for choice in self.choices if ranks.get(choice) is not None} or None
 
     def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
-        ranks = AttentionSite(self.view).ranks(entry)
+        ranks = ranks_of_pairs(self.view, entry)
         reasons = {"qk": _refusal_of_qk(self.view), "vo": _refusal_of_vo(self.view)}
         for choice, reason in reasons.items():
             if ranks[choice] is not None and reason is not None:
