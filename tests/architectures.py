@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers import _TEXT, _VISION, build, image_inputs, images, text_inputs
+from tests.helpers import _TEXT, _VISION, Built, build, image_inputs, images, text_inputs
 
 
 _LABELS = {"num_labels": 5}
@@ -17,6 +17,12 @@ def _vision(model_class: str, config_class: str, inputs=image_inputs, **settings
 
 def _text(model_class: str, config_class: str, **settings: Any):
     return partial(build, model_class, config_class, text_inputs, **{**_TEXT, **settings})
+
+
+def _build_double(*args: Any, **settings: Any) -> Built:
+    """In double precision: an output of the model spans less than its hidden states round to."""
+    model, inputs = build(*args, **settings)
+    return model.double(), {k: v.double() if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
 def _naflex_inputs():
@@ -67,6 +73,20 @@ def _video_llama_inputs():
     return {"pixel_values": pixels, "grid_thw": grid, "merge_sizes": torch.tensor([1, 1])}
 
 
+def _tower_inputs(name: str = "hidden_states", frames: int = 2):
+    pixels, grid = _packed_inputs(frames=frames)
+    return {name: pixels, "grid_thw": grid}
+
+
+def _sam_inputs():
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "pixel_values": images(),
+        "input_points": 32 * torch.rand(2, 2, 1, 2, generator=generator),
+        "multimask_output": False,
+    }
+
+
 _SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 _SEGFORMER = {
     "num_encoder_blocks": 2,
@@ -82,6 +102,98 @@ _SEGFORMER = {
 _NO_MEAN = {"use_mean_pooling": True, "layer_scale_init_value": 0.5}
 _SQUARE = {"image_size": [32, 32], "patch_size": [8, 8]}
 _BEIT = {**_NO_MEAN, "num_hidden_layers": 2}
+
+_SAM = {
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "output_channels": 16,
+    "use_rel_pos": True,
+    "use_abs_pos": True,
+    "mlp_dim": 80,
+}
+_SAM_WHOLE = {
+    "vision_config": {**_VISION, **_SAM, "output_channels": 32, "num_pos_feats": 16},
+    "prompt_encoder_config": {
+        "hidden_size": 32,
+        "image_size": 32,
+        "patch_size": 8,
+        "image_embedding_size": 4,
+        "mask_input_channels": 4,
+    },
+    "mask_decoder_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mlp_dim": 48,
+        "iou_head_depth": 2,
+        "iou_head_hidden_dim": 16,
+    },
+}
+_HIERA_OF_SAM = {
+    "model_type": "sam2_hiera_det_model",
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "image_size": [32, 32],
+    "patch_kernel_size": [3, 3],
+    "patch_stride": [2, 2],
+    "patch_padding": [1, 1],
+    "query_stride": [2, 2],
+    "window_positional_embedding_background_size": [4, 4],
+    "num_query_pool_stages": 3,
+    "blocks_per_stage": [1, 2, 1, 1],
+    "embed_dim_per_stage": [16, 32, 48, 64],
+    "num_attention_heads_per_stage": [1, 2, 3, 4],
+    "window_size_per_stage": [4, 4, 4, 4],
+    "global_attention_blocks": [2],
+    "mlp_ratio": 2.0,
+}
+_TOWER = {
+    "depth": 2,
+    "hidden_size": 48,
+    "num_heads": 3,
+    "intermediate_size": 320,
+    "out_hidden_size": 48,
+    "patch_size": 8,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
+_QWEN3 = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+# The towers of vision language models that take packed patches: folder, model, configuration, settings.
+_TOWERS = {
+    "qwen2_vl_vision": (
+        "qwen2_vl",
+        "Qwen2VisionTransformerPretrainedModel",
+        "Qwen2VLVisionConfig",
+        {"embed_dim": 48, "mlp_ratio": 6, "hidden_size": 40},
+    ),
+    "qwen2_5_vl_vision": (
+        "qwen2_5_vl",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        "Qwen2_5_VLVisionConfig",
+        {"window_size": 16, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_vl_vision": ("qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionConfig", _QWEN3),
+    "qwen3_vl_moe_vision": ("qwen3_vl_moe", "Qwen3VLMoeVisionModel", "Qwen3VLMoeVisionConfig", _QWEN3),
+    "qwen3_5_vision": ("qwen3_5", "Qwen3_5VisionModel", "Qwen3_5VisionConfig", _QWEN3),
+    "qwen3_5_moe_vision": ("qwen3_5_moe", "Qwen3_5MoeVisionModel", "Qwen3_5MoeVisionConfig", _QWEN3),
+    "qwen3_omni_moe_vision": (
+        "qwen3_omni_moe",
+        "Qwen3OmniMoeVisionEncoder",
+        "Qwen3OmniMoeVisionEncoderConfig",
+        _QWEN3,
+    ),
+    "glm4v_vision": ("glm4v", "Glm4vVisionModel", "Glm4vVisionConfig", {"image_size": 32, "attention_bias": True}),
+    "glm4v_moe_vision": ("glm4v_moe", "Glm4vMoeVisionModel", "Glm4vMoeVisionConfig", {"image_size": 32}),
+    "glm_ocr_vision": ("glm_ocr", "GlmOcrVisionModel", "GlmOcrVisionConfig", {"image_size": 32}),
+    "glm_image_vision": ("glm_image", "GlmImageVisionModel", "GlmImageVisionConfig", {"image_size": 32}),
+}
+
+# Which modules are meant, where other attention cannot be compressed or most parameters lie elsewhere.
+MEANT = {
+    "florence2_vision": {"exclude_modules": ["channel_attn"]},
+    "glm4v_vision": {"target_modules": ["blocks"]},
+    "glm4v_moe_vision": {"target_modules": ["blocks"]},
+}
 
 ARCHITECTURES: dict[str, Any] = {
     "beit": _vision("BeitForImageClassification", "BeitConfig", use_relative_position_bias=True, **_BEIT, **_LABELS),
@@ -205,5 +317,102 @@ ARCHITECTURES: dict[str, Any] = {
         projector_input_dim=48,
         projector_output_dim=48,
         vision_output_dim=48,
+    ),
+    **{
+        name: partial(
+            build,
+            f"{folder}.{model}",
+            f"{folder}.{config}",
+            partial(_tower_inputs, "pixel_values", 1) if folder == "glm_image" else _tower_inputs,
+            **{**_TOWER, **settings},
+        )
+        for name, (folder, model, config, settings) in _TOWERS.items()
+    },
+    "modernbert": _text(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        attention_bias=True,
+        mlp_bias=True,
+        norm_bias=True,
+        local_attention=4,
+        global_attn_every_n_layers=2,
+        cls_token_id=0,
+        sep_token_id=2,
+        **_LABELS,
+    ),
+    "blip_vision": _vision("BlipVisionModel", "BlipVisionConfig", attn_implementation="eager"),
+    "blip_2_vision": _vision("Blip2VisionModel", "Blip2VisionConfig"),
+    "instructblip_vision": _vision("InstructBlipVisionModel", "InstructBlipVisionConfig"),
+    "instructblipvideo_vision": _vision("InstructBlipVideoVisionModel", "InstructBlipVideoVisionConfig"),
+    "sam_vision": _vision("SamVisionModel", "SamVisionConfig", **_SAM),
+    "sam_vision_eager": _vision("SamVisionModel", "SamVisionConfig", attn_implementation="eager", **_SAM),
+    "sam_vision_plain": _vision("SamVisionModel", "SamVisionConfig", **{**_SAM, "use_rel_pos": False}),
+    "sam_hq_vision": _vision("SamHQVisionModel", "SamHQVisionConfig", **_SAM),
+    "sam_hq_vision_eager": _vision("SamHQVisionModel", "SamHQVisionConfig", attn_implementation="eager", **_SAM),
+    "sam": partial(build, "SamModel", "SamConfig", _sam_inputs, **_SAM_WHOLE),
+    "sam_hq": partial(
+        build,
+        "SamHQModel",
+        "SamHQConfig",
+        _sam_inputs,
+        **{**_SAM_WHOLE, "mask_decoder_config": {**_SAM_WHOLE["mask_decoder_config"], "vit_dim": 48}},
+    ),
+    "sam2": partial(
+        _build_double,
+        "Sam2Model",
+        "Sam2Config",
+        _sam_inputs,
+        vision_config={
+            "backbone_config": _HIERA_OF_SAM,
+            "backbone_channel_list": [64, 48, 32, 16],
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+            "fpn_hidden_size": 32,
+        },
+        **{name: _SAM_WHOLE[name] for name in ("prompt_encoder_config", "mask_decoder_config")},
+    ),
+    "hiera": partial(
+        build,
+        "HieraForImageClassification",
+        "HieraConfig",
+        image_inputs,
+        attn_implementation="eager",
+        embed_dim=16,
+        image_size=[32, 32],
+        patch_size=[3, 3],
+        patch_stride=[4, 4],
+        patch_padding=[1, 1],
+        mlp_ratio=2.0,
+        depths=[1, 2],
+        num_heads=[1, 2],
+        num_query_pool=1,
+        query_stride=[2, 2],
+        masked_unit_size=[4, 4],
+        masked_unit_attention=[True, False],
+        **_LABELS,
+    ),
+    "sam2_hiera": partial(
+        build,
+        "Sam2HieraDetModel",
+        "Sam2HieraDetConfig",
+        image_inputs,
+        **_HIERA_OF_SAM,
+    ),
+    "florence2_vision": partial(
+        build,
+        "florence2.Florence2VisionBackbone",
+        "florence2.Florence2VisionConfig",
+        lambda: {"hidden_states": images()},
+        depths=[1, 1],
+        patch_size=[7, 3],
+        patch_stride=[4, 2],
+        patch_padding=[3, 1],
+        patch_prenorm=[False, True],
+        embed_dim=[16, 32],
+        num_heads=[1, 2],
+        num_groups=[1, 2],
+        window_size=4,
+        projection_dim=16,
+        max_temporal_embeddings=4,
+        max_position_embeddings=8,
     ),
 }

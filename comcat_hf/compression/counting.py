@@ -228,7 +228,7 @@ def _widths(module: nn.Module, family: AttentionFamily) -> dict[str, dict[str, i
     """What each input projection gives, by attribute name, with the width of each; 0 is the whole of its output."""
     if not family.fused:
         return {getattr(family, role): {role: 0} for role in ("query", "key", "value")}
-    heads, dense = getattr(module, family.num_heads), getattr(module, "dense_width", None)
+    heads, dense = family.heads_of(module), getattr(module, "dense_width", None)
     ranks = getattr(module, "qk_rank", None), getattr(module, "vo_rank", None)
     qk, vo = (heads * (rank or dense or family.head_dim_of(module)) for rank in ranks)
     return {family.query: {"query": qk, "key": qk, "value": vo}}

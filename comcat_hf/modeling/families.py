@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -27,8 +28,8 @@ class AttentionFamily:
         output: attribute name of the output projection, or its path: seen from the class or, with `output_in_parent`,
             from the module that holds the attention.
         output_in_parent: `True` where the class returns the heads' outputs and a sibling projects them.
-        num_heads, head_dim, scaling: attribute names of H, p and of the factor on the scores; without `head_dim` the
-            projections give p.
+        num_heads, head_dim, scaling: attribute names of H (perhaps a path), of p and of the factor on the scores;
+            without `head_dim` the projections give p.
         dropout: attribute name of the attention dropout: a number or an `nn.Dropout`; `None` where there is none.
         refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
         refuse_qk: the same for the query/key product alone.
@@ -69,18 +70,21 @@ class AttentionFamily:
         """Whether the class's own `forward` runs on the smaller projections."""
         return self.hosted or self.scale_of is not None
 
+    def heads_of(self, module: nn.Module) -> int:
+        return attrgetter(self.num_heads)(module)
+
     def head_dim_of(self, module: nn.Module) -> int:
         if self.head_dim is not None:
             return getattr(module, self.head_dim)
         rows = base_module(getattr(module, self.query)).out_features
-        return rows // getattr(module, self.num_heads) // (3 if self.fused else 1)
+        return rows // self.heads_of(module) // (3 if self.fused else 1)
 
     def attributes(self) -> tuple[str, ...]:
         """What a module of the class must have."""
         # Where the host does not run itself its kernel is found through the configuration.
         kernel = () if self.runs_host else (self.scaling, "config")
         optional = (name for name in (self.head_dim, self.dropout) if name is not None)
-        return (self.query, self.key, self.value, self.num_heads, *optional, *kernel)
+        return (self.query, self.key, self.value, self.num_heads.partition(".")[0], *optional, *kernel)
 
     def described(self) -> str:
         """Words for an error: who needs the attributes."""

@@ -138,7 +138,7 @@ class LowRankAttention(nn.Module):
             return rank
         if self._family.head_dim is not None:
             return getattr(self, self._family.head_dim)
-        return base_module(getattr(self, projection)).out_features // getattr(self, self._family.num_heads)
+        return base_module(getattr(self, projection)).out_features // self._family.heads_of(self)
 
     def _dropout(self) -> float:
         if self._family.dropout is None:
@@ -147,7 +147,7 @@ class LowRankAttention(nn.Module):
         return dropout.p if isinstance(dropout, nn.Dropout) else dropout
 
     def extra_repr(self) -> str:
-        return f"heads={getattr(self, self._family.num_heads)}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"
+        return f"heads={self._family.heads_of(self)}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"
 
     def __reduce_ex__(self, protocol: int):
         # The class is made at run time, so pickle could not find it by name.
@@ -258,7 +258,7 @@ class _Projections:
 
     def __init__(self, attention: HostedLowRankAttention) -> None:
         self.attention, self.family = attention, attention._family
-        self.heads: int = getattr(attention, self.family.num_heads)
+        self.heads = self.family.heads_of(attention)
         dense = attention.dense_width
         self.qk_width, self.vo_width = (dense if r is None else r for r in (attention.qk_rank, attention.vo_rank))
         self.width = dense if attention.fixed_width else common_width(self.qk_width, self.vo_width)

@@ -75,7 +75,9 @@ class StandIn(nn.Module):
         if self._size == (num_heads, width):
             return
         family = self._family
-        setattr(self, family.num_heads, num_heads)
+        # A class that reads the number off a configuration takes it from the width of its states.
+        if "." not in family.num_heads:
+            setattr(self, family.num_heads, num_heads)
         if family.head_dim is not None:
             setattr(self, family.head_dim, width)
         if family.scale_of is not None:

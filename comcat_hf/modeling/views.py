@@ -61,7 +61,7 @@ class AttentionView:
 
     @property
     def num_heads(self) -> int:
-        return getattr(self.module, self.family.num_heads)
+        return self.family.heads_of(self.module)
 
     @property
     def head_dim(self) -> int:

@@ -5,8 +5,8 @@ import torch
 
 from comcat_hf import compress, plan_of
 from comcat_hf.errors import RankPlanError
-from comcat_hf.modeling import apply_ranks, find_sites, known_attention_classes, read_ranks
-from tests.architectures import ARCHITECTURES
+from comcat_hf.modeling import apply_ranks, known_attention_classes, known_sites, read_ranks
+from tests.architectures import ARCHITECTURES, MEANT
 from tests.helpers import MODELS, assert_close, attention_ranks, make_low_rank, outputs
 
 
@@ -14,7 +14,7 @@ every = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def attention(model):
-    return find_sites(model, "attention")
+    return known_sites(model, "attention")
 
 
 def test_every_known_class_of_transformers_is_covered():
@@ -51,7 +51,7 @@ def test_low_rank_is_exact_where_the_weights_are(name):
 @every
 def test_is_compressed_saved_and_loaded(name, tmp_path):
     model, inputs = ARCHITECTURES[name]()
-    small = compress(model, 0.3)
+    small = compress(model, 0.3, **MEANT.get(name, {}))
     assert 0.3 <= plan_of(small).reached <= 0.305
     small.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
@@ -62,7 +62,7 @@ def test_is_compressed_saved_and_loaded(name, tmp_path):
 @every
 def test_batches_serve_it(name):
     model, inputs = ARCHITECTURES[name]()
-    small = compress(model, 0.3, batches=[inputs])
+    small = compress(model, 0.3, batches=[inputs], **MEANT.get(name, {}))
     assert 0.3 <= plan_of(small).reached <= 0.305
     assert all(tensor.isfinite().all() for tensor in outputs(small, inputs))
 

@@ -46,6 +46,15 @@ def _refuse_norm(module: nn.Module) -> str | None:
     return None if isinstance(module.q_norm, nn.Identity) else _NORM
 
 
+def _refuse_bias_of_queries(module: nn.Module) -> str | None:
+    return "it adds a bias to the scores that is a function of the queries" if module.use_rel_pos else None
+
+
+def _refuse_pooled_queries(module: nn.Module) -> str | None:
+    pooled = module.query_stride not in (None, 1, (1, 1))
+    return "it takes the largest of several queries, channel by channel" if pooled else None
+
+
 def _scale_of_width(module: nn.Module) -> float:
     return module.attention_head_size**-0.5
 
@@ -68,6 +77,17 @@ _bert: Callable[..., AttentionFamily] = partial(
     output_in_parent=True,
     head_dim="attention_head_size",
     dropout="dropout_prob",
+)
+# One layer for queries, keys and values.
+_fused: Callable[..., AttentionFamily] = partial(
+    AttentionFamily,
+    query="qkv",
+    key="qkv",
+    value="qkv",
+    output="proj",
+    num_heads="num_heads",
+    dropout=None,
+    hosted=True,
 )
 # Rotary positions: their own forward runs, and the value/output product alone is one matrix.
 _rotary: Callable[..., AttentionFamily] = partial(
@@ -134,6 +154,51 @@ FAMILIES: tuple[AttentionFamily, ...] = (
         ),
         _paths("internvl.InternVLVisionAttention janus.JanusVisionAttention"),
     ),
+    *map(
+        partial(_fused, refuse_qk=_refuse_rotary),
+        _paths(
+            "qwen2_vl.VisionAttention qwen2_5_vl.Qwen2_5_VLVisionAttention qwen3_vl.Qwen3VLVisionAttention "
+            "qwen3_vl_moe.Qwen3VLMoeVisionAttention qwen3_5.Qwen3_5VisionAttention "
+            "qwen3_5_moe.Qwen3_5MoeVisionAttention qwen3_omni_moe.Qwen3OmniMoeVisionAttention "
+            "glm4v.Glm4vVisionAttention glm4v_moe.Glm4vMoeVisionAttention"
+        ),
+    ),
+    _fused(_path("glm_ocr.GlmOcrVisionAttention"), refuse_qk=_refuse_norm),
+    _fused(_path("glm_image.GlmImageVisionAttention")),
+    _fused(
+        _path("modernbert.ModernBertAttention"),
+        **dict.fromkeys(("query", "key", "value"), "Wqkv"),
+        output="Wo",
+        num_heads="config.num_attention_heads",
+        refuse_qk=_refuse_rotary,
+    ),
+    *map(
+        partial(_fused, output="projection", fixed_width=True),
+        _paths(
+            "blip.BlipAttention blip_2.Blip2Attention instructblip.InstructBlipAttention "
+            "instructblipvideo.InstructBlipVideoAttention"
+        ),
+    ),
+    _fused(_path("florence2.Florence2VisionWindowAttention"), head_dim=None, fixed_width=True),
+    *map(
+        partial(_fused, num_heads="num_attention_heads", head_dim=None, refuse_qk=_refuse_bias_of_queries),
+        _paths(
+            "sam.SamVisionAttention sam.SamVisionSdpaAttention sam_hq.SamHQVisionAttention "
+            "sam_hq.SamHQVisionSdpaAttention"
+        ),
+    ),
+    _fused(
+        _path("sam2.Sam2MultiScaleAttention"),
+        num_heads="num_attention_heads",
+        head_dim=None,
+        refuse_qk=_refuse_pooled_queries,
+    ),
+    _fused(_path("hiera.HieraMaskUnitAttention"), refuse_qk=_refuse_pooled_queries, fixed_width=True),
+    *map(
+        partial(_clip, num_heads="num_attention_heads", head_dim=None, dropout=None, hosted=True),
+        _paths("sam.SamAttention sam_hq.SamHQAttention"),
+    ),
+    _vit(_path("sam2.Sam2Attention"), dropout=None, hosted=True),
 )
 
 # One module with both layers.
@@ -154,7 +219,9 @@ MLPS: tuple[MLPFamily, ...] = (
             "owlvit.OwlViTMLP owlv2.Owlv2MLP altclip.AltCLIPMLP chinese_clip.ChineseCLIPVisionMLP clipseg.CLIPSegMLP "
             "x_clip.XCLIPMLP eomt.EomtMLP radio.RadioMLP tipsv2.Tipsv2VisionMLP tipsv2.Tipsv2MLP "
             "mllama.MllamaVisionMLP swin.SwinMLP mlcd.MLCDMLP vjepa2.VJEPA2MLP internvl.InternVLVisionMLP "
-            "janus.JanusVisionMLP video_llama_3.VideoLlama3VisionMLP llama4.Llama4VisionMLP"
+            "janus.JanusVisionMLP video_llama_3.VideoLlama3VisionMLP llama4.Llama4VisionMLP qwen2_vl.VisionMlp "
+            "blip.BlipMLP blip_2.Blip2MLP instructblip.InstructBlipMLP instructblipvideo.InstructBlipVideoMLP "
+            "florence2.Florence2VisionMLP hiera.HieraMlp glm_image.GlmImageVisionMLP"
         ),
     ),
     *map(_up, _paths("dinov3_vit.DINOv3ViTMLP eomt_dinov3.EomtDinov3MLP")),
@@ -163,9 +230,18 @@ MLPS: tuple[MLPFamily, ...] = (
         _paths(
             "dinov2.Dinov2SwiGLUFFN dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN eomt.EomtSwiGLUFFN "
             "radio.RadioSwiGLUFFN tipsv2.Tipsv2VisionSwiGLUFFN aimv2.Aimv2MLP dinov3_vit.DINOv3ViTGatedMLP "
-            "pixtral.PixtralMLP eomt_dinov3.EomtDinov3GatedMLP"
+            "pixtral.PixtralMLP eomt_dinov3.EomtDinov3GatedMLP qwen2_5_vl.Qwen2_5_VLMLP glm4v.Glm4VisionMlp "
+            "glm4v_moe.Glm4vMoeisionMlp glm_ocr.GlmOcrVisionMlp"
         ),
     ),
+    *map(
+        partial(MLPFamily, first=("linear_fc1",), second="linear_fc2"),
+        _paths(
+            "qwen3_vl.Qwen3VLVisionMLP qwen3_vl_moe.Qwen3VLMoeVisionMLP qwen3_5.Qwen3_5VisionMLP "
+            "qwen3_5_moe.Qwen3_5MoeVisionMLP qwen3_omni_moe.Qwen3OmniMoeVisionMLP"
+        ),
+    ),
+    *map(partial(MLPFamily, first=("lin1",), second="lin2"), _paths("sam.SamMLPBlock sam_hq.SamHQMLPBlock")),
     *map(
         _block,
         _paths(
@@ -181,4 +257,5 @@ _DECODER = "cross attention of a text decoder keeps a key/value cache"
 REFUSED: tuple[tuple[str, str], ...] = (
     (_path("swinv2.Swinv2Attention"), _COSINE),
     (_path("bert.BertCrossAttention"), _DECODER),
+    (_path("florence2.Florence2VisionChannelAttention"), "its channels attend to each other, between two layers"),
 )
