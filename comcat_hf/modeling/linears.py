@@ -1,18 +1,13 @@
-"""Linear layers that replace dense ones: low-rank factors, layers of a narrowed MLP, and rows of a fused layer."""
-
-from collections.abc import Callable
-from typing import Any
+"""Linear layers that replace dense ones: low-rank factors, and layers of a narrowed MLP."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from .weights import compute_dtype
-from .wrappers import base_module
 
 
-__all__ = ["LowRankLinear", "NarrowLinear", "Rows", "empty_linear"]
+__all__ = ["LowRankLinear", "NarrowLinear", "empty_linear"]
 
 
 class NarrowLinear(nn.Linear):
@@ -73,52 +68,3 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"
         )
-
-
-class Rows:
-    """Some of the rows of a linear layer, read and written as a layer of their own.
-
-    Args:
-        linear: the layer, perhaps in an adapter of another method.
-        part: which of `parts` equal parts of the rows.
-    """
-
-    def __init__(self, linear: nn.Module, part: int, parts: int = 3) -> None:
-        self.layer, size = linear, base_module(linear).out_features // parts
-        self.rows = slice(part * size, (part + 1) * size)
-        self.out_features = size
-
-    @property
-    def in_features(self) -> int:
-        return self._linear.in_features
-
-    @property
-    def weight(self) -> Tensor:
-        return self._linear.weight[self.rows]
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = self._linear.bias
-        return None if bias is None else bias[self.rows]
-
-    @bias.setter
-    def bias(self, value: Tensor) -> None:
-        linear = self._linear
-        if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
-        linear.bias[self.rows] = value
-
-    def register_forward_hook(self, hook: Callable[["Rows", tuple, Tensor], Any]) -> RemovableHandle:
-        """As of a module: the hook gets the outputs of these rows, and may return others."""
-
-        def on_call(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            found = hook(self, args, output[..., self.rows])
-            if found is None:
-                return None
-            return torch.cat([output[..., : self.rows.start], found, output[..., self.rows.stop :]], dim=-1)
-
-        return self.layer.register_forward_hook(on_call)
-
-    @property
-    def _linear(self) -> nn.Linear:
-        return base_module(self.layer)

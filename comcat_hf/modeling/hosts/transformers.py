@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from ..families import AttentionFamily, MLPFamily
+from ..families import AttentionFamily, Form, MLPFamily
 
 
 def _path(name: str) -> str:
@@ -127,9 +127,10 @@ FAMILIES: tuple[AttentionFamily, ...] = (
         _paths("data2vec.Data2VecVisionSelfAttention data2vec.Data2VecVisionSdpaSelfAttention"),
     ),
     *map(
-        _rotary,
-        _paths("dinov3_vit.DINOv3ViTAttention pixtral.PixtralAttention eomt_dinov3.EomtDinov3Attention"),
+        partial(_rotary, form=Form(rotary="position_embeddings", layout="halves")),
+        _paths("dinov3_vit.DINOv3ViTAttention eomt_dinov3.EomtDinov3Attention"),
     ),
+    _rotary(_path("pixtral.PixtralAttention")),
     _rotary(_path("mlcd.MLCDAttention"), output="out_proj", tokens_first=True),
     _rotary(_path("video_llama_3.VideoLlama3VisionAttention"), output="out_proj", dropout="attention_dropout"),
     _rotary(_path("llama4.Llama4VisionAttention"), dropout="attention_dropout"),

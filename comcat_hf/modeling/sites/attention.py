@@ -19,8 +19,9 @@ from ...closed_forms.attention import (
 )
 from ...closed_forms.curvature import Curvature
 from ...errors import RankPlanError
-from ..linears import Rows, empty_linear
+from ..linears import empty_linear
 from ..lowrank import LowRankAttention
+from ..rows import Rows
 from ..views import AttentionView
 from .base import Ranks, Site, Tokens, biases_of, check_rank, errors_name
 
