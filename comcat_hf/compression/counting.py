@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValueError
 from ..modeling import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy, unwrapped
+from .calibration.inputs import main_input
 
 
 __all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "trace"]
@@ -44,7 +45,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         )
     if hasattr(config, "cross_attention_dim") and not hasattr(model, "main_input_name"):
         return _denoiser_inputs(config)
-    main = getattr(model, "main_input_name", "pixel_values")
+    main = main_input(model)
     if main == "input_ids":
         length = getattr(config.get_text_config(), "max_position_embeddings", 512)
         text = {"input_ids": torch.zeros(1, min(length, 512), dtype=torch.long, device="meta")}
@@ -111,9 +112,9 @@ class Trace:
     macs: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, Tokens] = field(default_factory=dict)
 
-    def add_call(self, name: str, queries: int, keys: int) -> None:
+    def add_call(self, name: str, queries: int, keys: int, seen: int | None = None) -> None:
         calls = self.tokens[name].calls if name in self.tokens else 0
-        self.tokens[name] = Tokens(queries, keys, calls + 1)
+        self.tokens[name] = Tokens(queries, keys, calls + 1, seen)
 
 
 @torch.no_grad()
@@ -204,18 +205,30 @@ def _record(
 
 
 def _count_products(result: Trace, name: str, module: nn.Module, family: AttentionFamily, batch: int) -> None:
-    shapes: dict[str, tuple[int, int]] = {}
-    for role in ("query", "key", "value"):
-        projection = getattr(module, getattr(family, role))
-        projection.register_forward_hook(
-            lambda m, args, output, role=role: shapes.update(
-                {role: (output[..., 0].numel() // batch, output.shape[-1])}
-            )
-        )
+    shapes: dict[str, tuple[int, int, int]] = {}
+
+    def note(roles: Mapping[str, int], module: nn.Module, args: tuple, output: Tensor) -> None:
+        rows = output[..., 0].numel()
+        # Of one window, where a sample has several.
+        seen = rows // len(output) if output.ndim > 2 else rows
+        shapes.update({role: (rows // batch, seen, width or output.shape[-1]) for role, width in roles.items()})
+
+    for layer, roles in _widths(module, family).items():
+        getattr(module, layer).register_forward_hook(partial(note, roles))
 
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        (queries, width), (keys, _), (_, value_width) = shapes["query"], shapes["key"], shapes["value"]
-        result.macs[name] = result.macs.get(name, 0) + queries * keys * (width + value_width)
-        result.add_call(name, queries, keys)
+        (queries, _, width), (keys, seen, _), (_, _, value_width) = (shapes[r] for r in ("query", "key", "value"))
+        result.macs[name] = result.macs.get(name, 0) + queries * seen * (width + value_width)
+        result.add_call(name, queries, keys, seen)
 
     module.register_forward_hook(hook)
+
+
+def _widths(module: nn.Module, family: AttentionFamily) -> dict[str, dict[str, int]]:
+    """What each input projection gives, by attribute name, with the width of each; 0 is the whole of its output."""
+    if not family.fused:
+        return {getattr(family, role): {role: 0} for role in ("query", "key", "value")}
+    heads, dense = family.heads_of(module), getattr(module, "dense_width", None)
+    ranks = getattr(module, "qk_rank", None), getattr(module, "vo_rank", None)
+    qk, vo = (heads * (rank or dense or family.head_dim_of(module)) for rank in ranks)
+    return {family.query: {"query": qk, "key": qk, "value": vo}}

@@ -206,6 +206,7 @@ def _copy_of(host: nn.Module) -> nn.Module:
     slots = set(module.__dict__) | {"forward", "_hf_hook", "_old_forward"}
     module.__dict__.update({key: value for key, value in host.__dict__.items() if key not in slots})
     module._modules.update(host._modules)
+    module._parameters.update(host._parameters)
     module._buffers.update(host._buffers)
     module.training = host.training
     for name in _HOOKS:

@@ -1,0 +1,88 @@
+"""Attention of today's models: exact at full rank, the asked reduction, reloaded exactly, refused by name."""
+
+import pytest
+import torch
+
+from comcat_hf import compress, plan_of
+from comcat_hf.errors import RankPlanError
+from comcat_hf.modeling import apply_ranks, known_attention_classes, known_sites, read_ranks
+from tests.architectures import ARCHITECTURES, MEANT
+from tests.helpers import MODELS, assert_close, attention_ranks, make_low_rank, outputs
+
+
+every = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def attention(model):
+    return known_sites(model, "attention")
+
+
+def test_every_known_class_of_transformers_is_covered():
+    built = [build()[0] for build in (*MODELS.values(), *ARCHITECTURES.values())]
+    covered = {type(site.view.module).__name__ for model in built for site in attention(model).values()}
+    # That of diffusers has tests of its own.
+    assert covered | {"Attention"} == set(known_attention_classes())
+    assert len({type(model) for model in built}) >= 45
+
+
+@every
+def test_full_rank_reproduces_the_model(name):
+    model, inputs = ARCHITECTURES[name]()
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias") and p.numel() < 100]
+    assert all(bias.abs().min() > 0 for bias in biases)
+    expected, ranks = outputs(model, inputs), {n: dict(site.choices) for n, site in attention(model).items()}
+    apply_ranks(model, ranks)
+    assert read_ranks(model) == ranks
+    assert_close(outputs(model, inputs), expected)
+
+
+@every
+def test_low_rank_is_exact_where_the_weights_are(name):
+    # Full rank copies the weights; this goes through the factorisation, with unequal widths.
+    model, inputs = ARCHITECTURES[name]()
+    size = min(site.view.head_dim for site in attention(model).values())
+    ranks = {"qk": size // 3, "vo": 2 * size // 3}
+    make_low_rank(model, **ranks)
+    expected = outputs(model, inputs)
+    apply_ranks(model, attention_ranks(model, **ranks))
+    assert_close(outputs(model, inputs), expected)
+
+
+@every
+def test_is_compressed_saved_and_loaded(name, tmp_path):
+    model, inputs = ARCHITECTURES[name]()
+    small = compress(model, 0.3, **MEANT.get(name, {}))
+    assert 0.3 <= plan_of(small).reached <= 0.305
+    small.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    assert read_ranks(loaded) == read_ranks(small)
+    assert all(map(torch.equal, outputs(loaded, inputs), outputs(small, inputs)))
+
+
+@every
+def test_batches_serve_it(name):
+    model, inputs = ARCHITECTURES[name]()
+    small = compress(model, 0.3, batches=[inputs], **MEANT.get(name, {}))
+    assert 0.3 <= plan_of(small).reached <= 0.305
+    assert all(tensor.isfinite().all() for tensor in outputs(small, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dinov3", "rotates queries and keys"),
+        ("mlcd", "rotates queries and keys"),
+        ("vjepa2", "rotates queries and keys"),
+        ("internvl_vision_norm", "normalises queries and keys"),
+        ("janus_vision_norm", "normalises queries and keys"),
+    ],
+)
+def test_queries_and_keys_stay_dense_behind_a_norm_or_a_rotation(name, reason):
+    model, _ = ARCHITECTURES[name]()
+    path, site = next(iter(attention(model).items()))
+    assert set(site.choices) == {"vo"}
+    with pytest.raises(RankPlanError, match=rf"^{path} is a .*query/key product cannot be compressed: .*{reason}"):
+        apply_ranks(model, {path: {"qk": 2, "vo": 4}})
+    assert read_ranks(model) == {}
+    apply_ranks(model, {path: {"vo": 4}})
+    assert read_ranks(model) == {path: {"vo": 4}}
