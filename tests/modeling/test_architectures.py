@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from comcat_hf import compress, plan_of
-from comcat_hf.errors import RankPlanError
+from comcat_hf import ComCATConfig, compress, plan_of
+from comcat_hf.errors import RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, known_attention_classes, known_sites, read_ranks
 from tests.architectures import ARCHITECTURES, MEANT
 from tests.helpers import MODELS, assert_close, attention_ranks, make_low_rank, outputs
@@ -37,11 +38,12 @@ def test_full_rank_reproduces_the_model(name):
 
 
 @every
-def test_low_rank_is_exact_where_the_weights_are(name):
-    # Full rank copies the weights; this goes through the factorisation, with unequal widths.
+@pytest.mark.parametrize("shares", [(0.35, 0.65), (0.25, 0.1)])
+def test_low_rank_is_exact_where_the_weights_are(name, shares):
+    # Full rank copies the weights; this goes through the factorisation, with unequal widths, and with narrow kernels.
     model, inputs = ARCHITECTURES[name]()
     size = min(site.view.head_dim for site in attention(model).values())
-    ranks = {"qk": size // 3, "vo": 2 * size // 3}
+    ranks = dict(zip(("qk", "vo"), (max(int(share * size), 1) for share in shares), strict=True))
     make_low_rank(model, **ranks)
     expected = outputs(model, inputs)
     apply_ranks(model, attention_ranks(model, **ranks))
@@ -65,6 +67,24 @@ def test_batches_serve_it(name):
     small = compress(model, 0.3, batches=[inputs], **MEANT.get(name, {}))
     assert 0.3 <= plan_of(small).reached <= 0.305
     assert all(tensor.isfinite().all() for tensor in outputs(small, inputs))
+
+
+@every
+@pytest.mark.parametrize("core", [False, True])
+def test_customize_adapters_start_at_zero_or_are_refused_by_name(name, core):
+    model, inputs = ARCHITECTURES[name]()
+    expected = outputs(model, inputs)
+    try:
+        model = get_peft_model(model, ComCATConfig(mode="customize", qk_rank=3, vo_rank=2, core=core)).base_model.model
+    except UnsupportedModuleError as refusal:
+        assert any(str(refusal).startswith(path) for path, _ in model.named_modules() if path)
+    else:
+        assert_close(outputs(model, inputs), expected)
+        added = [p for n, p in model.named_parameters() if "comcat_" in n]
+        with torch.no_grad():
+            for parameter in added:
+                parameter.fill_(0.1)
+        assert not all(map(torch.equal, outputs(model, inputs), expected))
 
 
 @pytest.mark.parametrize(

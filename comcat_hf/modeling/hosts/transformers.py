@@ -55,6 +55,10 @@ def _refuse_pooled_queries(module: nn.Module) -> str | None:
     return "it takes the largest of several queries, channel by channel" if pooled else None
 
 
+def _scale(module: nn.Module) -> float:
+    return module.scale
+
+
 def _scale_of_width(module: nn.Module) -> float:
     return module.attention_head_size**-0.5
 
@@ -182,7 +186,15 @@ FAMILIES: tuple[AttentionFamily, ...] = (
     ),
     _fused(_path("florence2.Florence2VisionWindowAttention"), head_dim=None, fixed_width=True),
     *map(
-        partial(_fused, num_heads="num_attention_heads", head_dim=None, refuse_qk=_refuse_bias_of_queries),
+        partial(
+            _fused,
+            num_heads="num_attention_heads",
+            head_dim=None,
+            scaling="scale",
+            refuse_qk=_refuse_bias_of_queries,
+            # One of the two kernels takes the scale from the width.
+            scale_of=_scale,
+        ),
         _paths(
             "sam.SamVisionAttention sam.SamVisionSdpaAttention sam_hq.SamHQVisionAttention "
             "sam_hq.SamHQVisionSdpaAttention"

@@ -54,6 +54,8 @@ def _refusal(view: AttentionView, choice: str, core: bool) -> str | None:
     form, family = view.form, view.family
     if choice == "qk" and form.refuse_qk is not None:
         return form.refuse_qk
+    if family.fixed_width and not core:
+        return "its forward takes heads of the dense width alone, and full factors widen them; core=True does not"
     described = family.norms is not None or form.rotary is not None
     if family.refuse_qk is None or described or (choice == "vo" and core):
         return None
