@@ -1,5 +1,6 @@
 """Parameters and multiply-accumulates of a model, counted, dense or compressed."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from ..modeling import AttentionFamily, LowRankAttention, LowRankLinear, Tokens,
 from .calibration.inputs import main_input
 
 
-__all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "trace"]
+__all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "samples_in", "trace"]
 
 
 def count_parameters(model: nn.Module, names: tuple[str, ...] | None = None) -> int:
@@ -131,14 +132,16 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: b
         UnsupportedModuleError: attention that is not known.
     """
     given = example_inputs(model) if inputs is None else inputs
+    # Where samples are packed one behind the other, what says their sizes is looked into.
+    packed = _is_packed(given) and not next(model.parameters()).is_meta
     # A mask saves nothing in the products, and transformers would look into it, which has no values here.
     given = {
-        k: v.to("meta") if isinstance(v, Tensor) else v
+        k: v.to("meta") if isinstance(v, Tensor) and not packed else v
         for k, v in given.items()
         if k != "attention_mask" and not k.startswith("label")
     }
-    batch = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.ndim), 0)
-    skeleton = meta_copy(model).eval()
+    batch = samples_in(given)
+    skeleton = (copy.deepcopy if packed else meta_copy)(model).eval()
     result = Trace()
     views = _attention_families(skeleton, whole)
     for name, module in skeleton.named_modules():
@@ -156,6 +159,22 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: b
             f"{error}. Pass inputs= with everything that its forward needs."
         ) from error
     return result
+
+
+def samples_in(inputs: Mapping[str, Any]) -> int:
+    """How many samples model inputs are; packed patches are one."""
+    first = _first(inputs)
+    return 0 if first is None else 1 if _is_packed(inputs) else len(first)
+
+
+def _is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether each row of the inputs is a patch, and whole images lie one behind the other."""
+    first = _first(inputs)
+    return first is not None and first.ndim == 2 and first.is_floating_point()
+
+
+def _first(inputs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
 
 
 def _attention_families(model: nn.Module, whole: bool) -> dict[str, AttentionFamily]:

@@ -244,7 +244,7 @@ class HostedLowRankAttention(LowRankAttention):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend, as the host's `forward` says."""
         # Made anew each time: it costs no more than a few attributes, and nothing has to be kept in step.
-        projections = _Projections(self)
+        projections = _Projections(self, self._family)
         stand_in = StandIn.of(self, self._family, projections, self._host)
         stand_in.resize(projections.heads, projections.width)
         output = stand_in.forward(*args, **kwargs)
@@ -256,12 +256,14 @@ class HostedLowRankAttention(LowRankAttention):
 class _Projections:
     """What a stand-in for low-rank attention projects with: the factors, filled up to the width of the kernel."""
 
-    def __init__(self, attention: HostedLowRankAttention) -> None:
-        self.attention, self.family = attention, attention._family
-        self.heads = self.family.heads_of(attention)
-        dense = attention.dense_width
-        self.qk_width, self.vo_width = (dense if r is None else r for r in (attention.qk_rank, attention.vo_rank))
-        self.width = dense if attention.fixed_width else common_width(self.qk_width, self.vo_width)
+    def __init__(self, attention: nn.Module, family: AttentionFamily) -> None:
+        self.attention, self.family = attention, family
+        self.heads = family.heads_of(attention)
+        dense = getattr(attention, "dense_width", None) or family.head_dim_of(attention)
+        ranks = getattr(attention, "qk_rank", None), getattr(attention, "vo_rank", None)
+        self.qk_width, self.vo_width = (dense if rank is None else rank for rank in ranks)
+        fixed = getattr(attention, "fixed_width", False)
+        self.width = dense if fixed else common_width(self.qk_width, self.vo_width)
 
     def query(self, states: Tensor) -> Tensor:
         return self._scaled(self._wide(self._rows(self.family.query, states)))
@@ -292,12 +294,24 @@ class _Projections:
         return pad_heads(states, self.heads, self.width)
 
     def _scaled(self, query: Tensor) -> Tensor:
-        if self.attention.dense_scale is None:
+        if getattr(self.attention, "dense_scale", None) is None:
             return query
         # Refuses a processor that does not compute plain attention.
         self.family.scale_of(self.attention)
         factor = self.attention.dense_scale * self.width**0.5
         return query if abs(factor - 1) < 1e-9 else query * factor
+
+
+def attend_plainly(attention: nn.Module, family: AttentionFamily, states: Tensor) -> Tensor:
+    """Attention of a hosted module, dense or low-rank, on states alone, without what its host does between."""
+    projections = _Projections(attention, family)
+    if family.fused:
+        found = projections.fused(states).chunk(3, dim=-1)
+    else:
+        found = [project(states) for project in (projections.query, projections.key, projections.value)]
+    query, key, value = (split_heads(part, projections.heads).transpose(-3, -2) for part in found)
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2)
+    return projections.narrow(attended) if family.output_in_parent else projections.output(attended)
 
 
 @functools.cache

@@ -55,16 +55,16 @@ def _refuse_pooled_queries(module: nn.Module) -> str | None:
     return "it takes the largest of several queries, channel by channel" if pooled else None
 
 
+def _scale(module: nn.Module) -> float:
+    return module.scale
+
+
 def _scale_of_width(module: nn.Module) -> float:
     return module.attention_head_size**-0.5
 
 
 def _scale_of_head_dim(module: nn.Module) -> float:
     return module.head_dim**-0.5
-
-
-def _scale_given(module: nn.Module) -> float:
-    return module.scale
 
 
 # One module with q_proj, k_proj, v_proj and o_proj.
@@ -97,7 +97,6 @@ _fused: Callable[..., AttentionFamily] = partial(
     dropout=None,
     hosted=True,
 )
-_sam = partial(_fused, num_heads="num_attention_heads", head_dim=None, refuse_qk=_refuse_bias_of_queries)
 # Cosines and sines that take the columns of either half of a head together.
 _HALVES = Form(rotary="position_embeddings", layout="halves")
 # Rotary positions: their own forward runs, and the value/output product alone is one matrix.
@@ -202,11 +201,20 @@ FAMILIES: tuple[AttentionFamily, ...] = (
         ),
     ),
     _fused(_path("florence2.Florence2VisionWindowAttention"), head_dim=None, fixed_width=True),
-    *map(_sam, _paths("sam.SamVisionAttention sam_hq.SamHQVisionAttention")),
-    # Their kernel takes its scale from the width.
     *map(
-        partial(_sam, scale_of=_scale_given),
-        _paths("sam.SamVisionSdpaAttention sam_hq.SamHQVisionSdpaAttention"),
+        partial(
+            _fused,
+            num_heads="num_attention_heads",
+            head_dim=None,
+            scaling="scale",
+            refuse_qk=_refuse_bias_of_queries,
+            # One of the two kernels takes the scale from the width.
+            scale_of=_scale,
+        ),
+        _paths(
+            "sam.SamVisionAttention sam.SamVisionSdpaAttention sam_hq.SamHQVisionAttention "
+            "sam_hq.SamHQVisionSdpaAttention"
+        ),
     ),
     _fused(
         _path("sam2.Sam2MultiScaleAttention"),

@@ -20,7 +20,7 @@ from ...closed_forms.attention import (
 from ...closed_forms.curvature import Curvature
 from ...errors import RankPlanError
 from ..linears import empty_linear
-from ..lowrank import LowRankAttention
+from ..lowrank import LowRankAttention, attend_plainly
 from ..rows import Rows
 from ..views import AttentionView
 from .base import Ranks, Site, Tokens, biases_of, check_rank, errors_name
@@ -114,9 +114,16 @@ class AttentionSite(Site):
         return modules
 
     def run(self, modules: Mapping[str, nn.Module], states: Tensor, config: Any = None) -> Any:
-        output = modules[self.name](states)
+        family = self.view.family
+        if family.runs_host and not family.processors:
+            # What else the host's forward is called with is not at hand.
+            output = attend_plainly(modules[self.name], family, states)
+        else:
+            output = modules[self.name](states)
+        if self.view.output_name not in modules:
+            return output
         # A sibling's.
-        return modules[self.view.output_name](output[0]) if self.view.output_name in modules else output
+        return modules[self.view.output_name](output[0] if isinstance(output, tuple) else output)
 
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: AttentionMoments | None = None) -> None:

@@ -58,7 +58,7 @@ def _refusal(view: AttentionView, choice: str, core: bool) -> str | None:
     if choice == "vo" and core:
         return None
     if not core and family.fixed_width and not any(family.sizes):
-        return "its forward takes heads of their own width alone, which full factors widen"
+        return "its forward takes heads of the dense width alone, and full factors widen them; core=True does not"
     described = family.norms is not None or form.rotary is not None or form.by_itself
     return None if described or family.refuse_qk is None else family.refuse_qk(view.module)
 
