@@ -1,10 +1,10 @@
 """DreamBooth training on real pipelines of tiny size, in this process and through the script."""
 
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,7 +14,6 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -50,17 +49,6 @@ def bases(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _alone():
-    """One thread, as in the script's processes here, and no accelerate state of another test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-
-
 def settings(bases, output_dir, base="sd", **changes):
     given = {"pretrained_model_name_or_path": str(bases / base), "instance_data_dir": str(bases / "three")}
     return CustomizeSettings(**(TEST | given | {"output_dir": str(output_dir), "max_train_steps": 2} | changes))
@@ -72,10 +60,12 @@ def flags(given):
     return [f"--{name}={value}" for name, value in chosen.items() if str(value) != "2" or "rank" not in name]
 
 
-def start(arguments):
-    command = [sys.executable, "-m", "comcat_hf.training.dreambooth", *arguments]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+def train_in_group(arguments, folder):
+    """The program, as one process of a group or alone; what it says goes into a file."""
+    sys.argv = ["program", *arguments]
+    place = folder / f"{os.environ.get('RANK', '0')}.txt"
+    with place.open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        assert main() == 0
 
 
 def weights(folder):
@@ -291,18 +281,18 @@ def test_a_resumed_training_ends_with_the_same_bits(bases, tmp_path, changes):
     assert ours["python"] == theirs["python"] and torch.equal(ours["torch"], theirs["torch"])
 
 
-@pytest.mark.processes
 def test_sigterm_saves_and_the_rest_gives_the_same_bits(bases, tmp_path):
     given = {"max_train_steps": 24, "checkpointing_steps": 1000}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = start([*flags(settings(bases, stopped, **given)), "--report_to=none", "--checkpointing_steps=2"])
-    for _ in range(600):
-        if (stopped / "checkpoint-2").exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
+    arguments = [*flags(settings(bases, stopped, **given)), "--report_to=none", "--checkpointing_steps=2"]
+    process = multiprocessing.get_context("fork").Process(target=train_in_group, args=(arguments, tmp_path))
+    process.start()
+    while process.is_alive() and not (stopped / "checkpoint-2").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    said = (tmp_path / "0.txt").read_text()
+    assert process.exitcode == 0, said
     assert "Stopped by SIGTERM after step" in said and "Traceback" not in said
     saved = sorted(int(path.name.split("-")[1]) for path in stopped.glob("checkpoint-*"))
     assert f"checkpoint-{saved[-1]}" in said and saved[-1] < 24 and not (stopped / "unet").exists()
@@ -562,12 +552,6 @@ def test_the_recipe_of_the_paper():
 
 
 # Through the script
-
-
-def train_in_group(arguments, folder):
-    sys.argv = ["program", *arguments]
-    with (folder / f"{os.environ['RANK']}.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
-        assert main() == 0
 
 
 def test_two_processes_train_together(bases, tmp_path):
