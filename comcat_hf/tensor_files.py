@@ -1,6 +1,6 @@
 """Files of tensors: safetensors, and what `torch.save` wrote, read without running what a pickle may hold."""
 
-import io
+import json
 import os
 import pickle
 import warnings
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError, brief
-from .hub import write_bytes_atomic
+from .hub import replacing
 
 
-__all__ = ["check_shapes", "open_safetensors", "read_safetensors", "read_saved", "write_saved"]
+__all__ = ["check_shapes", "open_safetensors", "read_safetensors", "read_saved", "write_safetensors", "write_saved"]
 
 _AGAIN = "Save or download it again."
 
@@ -54,6 +55,36 @@ def read_safetensors(
     """The tensors of a safetensors file by name, and the texts of its header; arguments as of [`open_safetensors`]."""
     with open_safetensors(path, what, fix, device) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and header texts as safetensors, straight to disk; equal content gives equal bytes.
+
+    Args:
+        path: the file; a reader sees the old one or the whole new one.
+        tensors: by name; they are moved to the CPU and made contiguous, one copy at most.
+        metadata: texts of the header.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, dict(metadata or {}))
+        _sort_header(temporary)
+
+
+def _sort_header(path: Path) -> None:
+    """Sort the texts of a header in place: the library writes them in an order that differs between processes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # The library pads the header with spaces, so that tensors start at a multiple of eight bytes.
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def check_shapes(
@@ -114,9 +145,8 @@ def read_saved(
 
 def write_saved(path: str | os.PathLike, content: Any) -> None:
     """Write with `torch.save` so that a reader sees the old file or the whole new one."""
-    payload = io.BytesIO()
-    torch.save(content, payload)
-    write_bytes_atomic(path, payload.getvalue())
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def _check_archive(path: Path, old: bool) -> None:

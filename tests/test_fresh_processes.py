@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import ViTImageProcessorPil
 
 from comcat_hf import ComCATConfig, RankPlan, compress, export_pipeline, plan_of
 from tests.customization.pipelines import tiny_sd
@@ -67,6 +68,32 @@ assert comcat_hf.plan_of(UNet2DConditionModel.from_pretrained(folder + "/unet"))
 print("done")
 """
 
+REMOTE = """
+import importlib.abc, sys
+from transformers import AutoModelForImageClassification, pipeline
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "comcat_hf":
+            raise ModuleNotFoundError("No module named 'comcat_hf'", name=name)
+
+folder = sys.argv[1]
+sys.meta_path.insert(0, Absent())
+try:
+    AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+except ImportError as error:
+    print("comcat_hf" in str(error) and "pip install comcat_hf" in str(error))
+sys.meta_path.pop(0)
+assert "comcat_hf" not in sys.modules
+import torch
+from PIL import Image
+torch.set_num_threads(1)
+classify = pipeline("image-classification", folder, trust_remote_code=True)
+inputs, expected = torch.load(folder + "/expected.pt", weights_only=True)
+with torch.no_grad():
+    print(torch.equal(classify.model(**inputs).logits, expected), len(classify(Image.new("RGB", (20, 20)))))
+"""
+
 
 def start(code, *arguments):
     root = str(Path(__file__).parents[1])
@@ -116,3 +143,15 @@ def test_the_import_may_be_first_or_last(tmp_path):
     for name, process in running.items():
         said, errors = process.communicate(timeout=300)
         assert process.returncode == 0 and said.strip().endswith("done"), f"{name}: {errors[-2000:]}"
+
+
+def test_remote_code_needs_the_package_and_no_import(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, inputs = small_vit()
+    small = compress(model, 0.4)
+    small.save_pretrained(tmp_path / "small", remote_code=True)
+    ViTImageProcessorPil(size=model.config.image_size).save_pretrained(tmp_path / "small")
+    torch.save((inputs, outputs(small, inputs)[0]), tmp_path / "small" / "expected.pt")
+    process = start(REMOTE, tmp_path / "small")
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and said.split() == ["True", "True", "5"], said + errors[-2000:]

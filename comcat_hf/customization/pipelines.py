@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..checks import parse_json, shown
 from ..configs.adapter import ComCATConfig, read_config
 from ..configs.index import INDEX, read_index, write_index
 from ..errors import CheckpointError, InvalidValueError
-from ..hub import hub_id, push_folder, resolve_file, write_bytes_atomic, write_json_atomic
+from ..hub import hub_id, push_folder, resolve_file, write_json_atomic
 from ..modeling import attention_views, replace_module
-from ..tensor_files import check_shapes, read_safetensors
+from ..tensor_files import check_shapes, read_safetensors, write_safetensors
 from ..tuners.layer import ComCATLayer
 from ..tuners.model import remember
 from ..tuners.residual.factors import rows_in
@@ -72,7 +71,8 @@ def save_comcat_weights(
         the folder.
 
     Raises:
-        InvalidValueError: no part has an adapter of that name, or an argument is unknown.
+        InvalidValueError: no part has an adapter of that name, an argument is unknown, or a weight is not finite in
+            the dtype.
         ComCATError: the Hub refused the upload or was not reached; the folder is written.
     """
     if unknown := sorted(set(kwargs) - {"private", "commit_message", "create_pr", "token"}):
@@ -88,6 +88,7 @@ def save_comcat_weights(
             + (f"it has {', '.join(known)}." if known else "add one with unet.add_adapter(ComCATConfig(...)).")
         )
     folder = Path(save_directory)
+    weights = {name: _weights(name, model, adapter_name, dtype) for name, model in adapted.items()}
     base = hub_id(base_model_name_or_path or _source(pipeline))
     origin = {"base_model_name_or_path": base, "revision": revision if base else None}
     index: dict[str, Any] = {**origin, "parts": {}}
@@ -96,11 +97,8 @@ def save_comcat_weights(
     for name, model in adapted.items():
         fields = _configs(model)[adapter_name].to_dict() | origin | {"inference_mode": True}
         fields = {key: _plain(value) for key, value in fields.items()}
-        weights = {
-            key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in _state(model, adapter_name).items()
-        }
         header = {"format": "pt", "comcat_config": json.dumps(fields)}
-        write_bytes_atomic(folder / name / WEIGHTS, save(weights, metadata=header))
+        write_safetensors(folder / name / WEIGHTS, weights[name], header)
         write_json_atomic(folder / name / CONFIG, fields)
         index["parts"][name] = {"class": type(model).__name__, "base_sizes": _sizes(model)}
     write_index(folder / INDEX, index)
@@ -109,6 +107,23 @@ def save_comcat_weights(
         own = [INDEX, "README.md", *(f"{name}/{file}" for name in adapted for file in (CONFIG, WEIGHTS))]
         push_folder(folder, repo_id or folder.resolve().name, allow_patterns=own, **kwargs)
     return folder
+
+
+def _weights(part: str, model: nn.Module, adapter_name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    state = _state(model, adapter_name)
+    weights = {key: tensor.detach().to("cpu", dtype) for key, tensor in state.items()}
+    for key, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise InvalidValueError(
+                f"{part}.{key}: expected finite weights of the adapter {adapter_name!r}, found infinite ones or NaN "
+                f"in {tensor.dtype}. "
+                + (
+                    "Save them in bfloat16 or float32."
+                    if state[key].isfinite().all()
+                    else "Train it again with a lower rate."
+                )
+            )
+    return weights
 
 
 def load_comcat_weights(

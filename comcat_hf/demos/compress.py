@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,6 +30,7 @@ from ..errors import ComCATError, InvalidValueError
 from ..hub import write_bytes_atomic, write_json_atomic
 from ..native import plan_of
 from ..reporting.plots import plot_compression
+from ..tensor_files import write_safetensors
 from ..training.classify.callbacks import ProgressBar
 from ..training.classify.optimizers import rate_at
 from ..training.classify.trainer import DistillationTrainer
@@ -246,8 +246,8 @@ def check_reload(model: nn.Module, folder: Path, data: Digits, file: Path) -> No
     """
     with torch.inference_mode():
         logits = model(data.held_images).logits
-    held_out = {"pixel_values": data.held_images, "labels": data.held_labels, "logits": logits.contiguous()}
-    write_bytes_atomic(file, save(held_out))
+    held_out = {"pixel_values": data.held_images, "labels": data.held_labels, "logits": logits}
+    write_safetensors(file, held_out)
     command = [sys.executable, "-c", _RELOAD, str(folder), str(file), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

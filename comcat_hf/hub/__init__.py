@@ -5,6 +5,7 @@ from .download import pull_folder as pull_folder
 from .download import resolve_file as resolve_file
 from .failures import without_secrets as without_secrets
 from .files import read_json as read_json
+from .files import replacing as replacing
 from .files import write_bytes_atomic as write_bytes_atomic
 from .files import write_json_atomic as write_json_atomic
 from .files import write_text_atomic as write_text_atomic

@@ -3,7 +3,8 @@
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,32 @@ from ..checks import parse_json
 from ..errors import CheckpointError, InvalidValueError, brief
 
 
-__all__ = ["read_json", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+__all__ = ["read_json", "replacing", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
 
 _LARGEST_JSON = 2**26
 
 
-def write_bytes_atomic(path: str | os.PathLike, payload: bytes) -> Path:
-    """Write `payload` to `path`: a reader sees the old file or the whole new one, never a part."""
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it at the end: a reader sees the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are readable by their owner only, and the renamed file would keep that mode.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as stream:
-            stream.write(payload)
-            stream.flush()
+        yield temporary
+        with temporary.open("r+b") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+
+
+def write_bytes_atomic(path: str | os.PathLike, payload: bytes) -> Path:
+    """Write `payload` to `path`: a reader sees the old file or the whole new one, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(payload)
+    return Path(path)
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> Path:

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, InvalidValueError
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..tensor_files import open_safetensors
 from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving, teach_uploading
+from .remote import forget_remote_code, note_remote_code, write_remote_code
 
 
 __all__ = ["ComCATQuantizationConfig", "ComCATQuantizer", "attach", "recorded"]
@@ -149,6 +150,7 @@ def _save_pretrained(
     state_dict: dict[str, Any] | None = None,
     push_to_hub: bool = False,
     *args: Any,
+    remote_code: bool | None = None,
     **kwargs: Any,
 ) -> None:
     save = functools.partial(dense, save_directory, is_main_process, state_dict)
@@ -158,10 +160,18 @@ def _save_pretrained(
         # Modules may have been replaced since; what is written must say what is there.
         attach(model, plan)
     if adapted or plan is None:
+        if remote_code:
+            raise InvalidValueError(
+                "remote_code: expected a compressed model, found "
+                f"{'one with adapters; call merge_and_unload() first' if adapted else 'a dense one; save it without'}."
+            )
+        if plan is None:
+            forget_remote_code(model.config)
         save(push_to_hub, *args, **kwargs)
         return
     if state_dict is None:
         check_saveable(model)
+    remote_code = note_remote_code(model, remote_code)
     hub = {key: kwargs.pop(key) for key in _OF_THE_HUB if key in kwargs}
     repo_id = kwargs.pop("repo_id", Path(save_directory).name)
     # Joined tensors cannot be taken apart by rank: such models are written under the names of their modules.
@@ -169,6 +179,8 @@ def _save_pretrained(
     save(False, *args, **kwargs)
     if is_main_process:
         plan.save_pretrained(save_directory)
+        if remote_code:
+            write_remote_code(model.config, save_directory)
         if push_to_hub:
             # Not within save(): that uploads only what it wrote itself, so never the rank file.
             model.push_to_hub(repo_id, **hub)

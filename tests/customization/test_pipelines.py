@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -180,6 +181,19 @@ class TestRoundTrip:
         assert not [path for path in files if str(pipe.config._name_or_path).encode() in path.read_bytes()]
         assert json.loads((folder / INDEX).read_text())["revision"] is None
 
+    @pytest.mark.parametrize(("value", "dtype"), [(1e6, torch.float16), (math.nan, None)])
+    def test_weights_that_are_not_finite_in_the_file_are_refused(self, build, saved, value, dtype):
+        pipe = build()
+        adapt(pipe)
+        before = (saved / "unet" / WEIGHTS).read_bytes()
+        weight = next(p for name, p in pipe.unet.named_parameters() if "comcat" in name)
+        with torch.no_grad():
+            weight.view(-1)[0] = value
+        with pytest.raises(InvalidValueError, match=r"unet\.\S+: expected finite weights.*(bfloat16|lower rate)"):
+            save_comcat_weights(pipe, saved, "dog", dtype=dtype)
+        assert (saved / "unet" / WEIGHTS).read_bytes() == before
+        load_comcat_weights(build(), saved)
+
     def test_dtypes_of_files_and_of_bases(self, build, saved, tmp_path):
         pipe = build()
         adapt(pipe)
@@ -218,14 +232,14 @@ class TestRoundTrip:
     def test_saving_that_stops_half_way_leaves_nothing_that_loads(self, build, saved, monkeypatch):
         pipe = build()
         adapt(pipe, parts=("unet", "text_encoder"), seed=8)
-        write, written = pipelines.write_bytes_atomic, []
+        write, written = pipelines.write_safetensors, []
 
-        def stop(path, payload):
+        def stop(path, *content):
             if written:
                 raise OSError("No space left on device")
-            written.append(write(path, payload))
+            written.append(write(path, *content) or path)
 
-        monkeypatch.setattr(pipelines, "write_bytes_atomic", stop)
+        monkeypatch.setattr(pipelines, "write_safetensors", stop)
         with pytest.raises(OSError, match="No space"):
             save_comcat_weights(pipe, saved, "dog")
         monkeypatch.undo()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from ...checks import TEXT, check, listed, make_document, mapping_of, open_document, parse_json, some_of, whole
@@ -16,10 +15,10 @@ from ...closed_forms.attention import AttentionMoments
 from ...closed_forms.curvature import Curvature
 from ...closed_forms.linear import LinearMoments
 from ...errors import CheckpointError, InvalidValueError
-from ...hub import push_folder, resolve_file, write_bytes_atomic
+from ...hub import push_folder, resolve_file
 from ...modeling import Site, known_sites
 from ...modeling.views import class_path
-from ...tensor_files import read_safetensors
+from ...tensor_files import read_safetensors, write_safetensors
 
 
 __all__ = ["STATISTICS_NAME", "Statistics", "Sums", "sum_names", "weighed"]
@@ -242,12 +241,8 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
             "sides": json.dumps({name: sums.side for name, sums in self.sums.items()}),
         }
         metadata = make_document(_FORMAT, str(_FORMAT_VERSION), fields)
-        tensors = {
-            f"{name}:{key}": value.detach().cpu().contiguous()
-            for name, sums in self.sums.items()
-            for key, value in sums.values.items()
-        }
-        write_bytes_atomic(Path(save_directory) / STATISTICS_NAME, safetensors.torch.save(tensors, metadata))
+        tensors = {f"{name}:{key}": value for name, sums in self.sums.items() for key, value in sums.values.items()}
+        write_safetensors(Path(save_directory) / STATISTICS_NAME, tensors, metadata)
 
     @classmethod
     def from_pretrained(

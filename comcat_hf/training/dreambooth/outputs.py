@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...customization.pipelines import save_comcat_weights
 from ...hub import push_folder
 from ...reporting.cards import CardFacts, code_span, quoted, shown_base, write_card
 from .planning import CustomizePlan
+from .preparing import DTYPES
 from .sampling import BEFORE_AFTER
 from .settings import CustomizeSettings
 
@@ -27,12 +30,13 @@ image = pipe({prompt}).images[0]
 """
 
 
-def save_adapter(settings: CustomizeSettings, pipeline: Any, folder: Path) -> None:
-    """Write the adapter into a folder."""
+def save_adapter(settings: CustomizeSettings, pipeline: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the adapter into a folder, by default with its weights as they are."""
     save_comcat_weights(
         pipeline,
         folder,
         settings.adapter_name,
+        dtype=dtype,
         base_model_name_or_path=settings.pretrained_model_name_or_path,
         revision=settings.revision,
     )
@@ -47,7 +51,7 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
         plan: what the card tells.
     """
     folder = Path(settings.output_dir).expanduser()
-    save_adapter(settings, pipeline, folder)
+    save_adapter(settings, pipeline, folder, DTYPES[settings.save_precision])
     base, prompt = shown_base(settings.pretrained_model_name_or_path), settings.instance_prompt
     repository = settings.hub_model_id or folder.resolve().name
     compared = folder / BEFORE_AFTER

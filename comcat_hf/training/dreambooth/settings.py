@@ -111,6 +111,9 @@ class CustomizeSettings:
     adam_epsilon: float = flag(1e-8, "Epsilon of Adam.", TRAINING, ABOVE_ZERO)
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", TRAINING, ABOVE_ZERO)
     # Checkpoints, validation, reports
+    save_precision: Literal["fp32", "fp16", "bf16"] = flag(
+        "fp32", "Dtype of the adapter's weights in its file.", NOTHING
+    )
     checkpointing_steps: int = flag(500, "Write checkpoint-N in output_dir every so many steps.", NOTHING, COUNT)
     checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the latest.", NOTHING, COUNT)
     resume_from_checkpoint: str | None = flag(

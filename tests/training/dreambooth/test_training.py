@@ -89,10 +89,14 @@ def everything_in(folder):
 @pytest.mark.parametrize(
     ("base", "changes"),
     [
-        ("sd", {}),
+        ("sd", {"save_precision": "bf16"}),
         ("sd2", {"snr_gamma": 5.0, "qk_rank": "none", "lr_scheduler": "cosine", "lr_warmup_steps": 1}),
         ("sdxl", {"train_text_encoder": True, "gradient_checkpointing": True, "core": True}),
-        ("sdxl", {"cache_latents": True, "random_flip": True, "mixed_precision": "bf16", "vo_rank": 0}),
+        (
+            "sdxl",
+            {"cache_latents": True, "random_flip": True, "mixed_precision": "bf16", "vo_rank": 0}
+            | {"save_precision": "bf16"},
+        ),
     ],
     ids=["sd", "sd2", "sdxl-text", "sdxl-cached"],
 )
@@ -102,7 +106,8 @@ def test_pipelines_learn_and_load_again(bases, tmp_path, base, changes):
     assert result.step == 2 and result.interrupted is None and 0 < result.loss < 100
     learned = weights(output)
     assert sum(value.numel() for value in learned.values()) == sum(result.plan.parameters.values())
-    assert {value.dtype for value in learned.values()} == {torch.float32}
+    saved = torch.bfloat16 if "save_precision" in changes else torch.float32
+    assert {value.dtype for value in learned.values()} == {saved}
     assert any(("query" in name or "qk" in name) for name in learned) == (result.plan.settings.qk_rank is not None)
     pipe = DiffusionPipeline.from_pretrained(bases / base)
 
