@@ -108,7 +108,6 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any], interruption: Int
     """Run something on the main process while the others wait; all get what it returns or raises.
 
     Args:
-        accelerator: whose processes they are.
         work: returns something that can be pickled.
         interruption: where a signal ends the work at once; by default the work is carried through.
 

@@ -32,9 +32,6 @@ class CompressedFolder:
     """A small model and its sizes.
 
     Attributes:
-        folder: where it lies.
-        name: its class.
-        library: that loads it.
         rows: dense against compressed: parameters, and MACs where they can be counted. The first one is the head.
     """
 

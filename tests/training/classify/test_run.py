@@ -1,5 +1,6 @@
 """Whole compression runs: a small ViT on scikit-learn's digits, in the process and as the script."""
 
+import itertools
 import json
 import os
 import re
@@ -416,11 +417,11 @@ class TestSignals:
         ("Stage finetune: done", 4, {}, ["calibrate", "allocate", "initialize", "finetune"]),
     )
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-    def test_end_every_stage(self, base, whole, tmp_path, number):
-        """One run, interrupted and started again until it is through."""
+    def test_end_every_stage(self, base, whole, tmp_path):
+        """One run, interrupted and started again until it is through, by the two signals in turns."""
         folder = tmp_path / "out"
-        for line, passes, changes, done in self.PLACES:
+        numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT))
+        for (line, passes, changes, done), number in zip(self.PLACES, numbers, strict=False):
             signals = _Signals(line, passes, number)
             settings = CompressSettings(**flags(base, folder, resume_from_checkpoint="latest", **changes))
             hook = torch.nn.modules.module.register_module_forward_pre_hook(signals)

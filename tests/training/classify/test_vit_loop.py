@@ -19,7 +19,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification
 from transformers.trainer_pt_utils import safe_globals
@@ -28,7 +27,7 @@ from comcat_hf.compression.distillation import DistillationLoss, OwnBase, ask_te
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.training.checkpoints import Progress, last_checkpoint, list_checkpoints
 from comcat_hf.training.classify.ema import WeightAverage
-from comcat_hf.training.classify.logs import LOG, LossMeter, TrainingLog
+from comcat_hf.training.classify.logs import LOG, LossMeter, read_log, write_log
 from comcat_hf.training.classify.loop import TrainRun, finetune_model
 from comcat_hf.training.classify.optimizers import learning_rates, rate_at, warmup_steps
 from comcat_hf.training.classify.routes import finished, make_student
@@ -37,6 +36,7 @@ from comcat_hf.training.interruption import Interruption
 from comcat_hf.training.trackers import tracker_of
 from tests.helpers import in_processes
 from tests.training.classify.conftest import CLASSES, SIZE
+from tests.training.conftest import Recorder
 
 
 BATCH, STEPS = 4, 6
@@ -188,6 +188,17 @@ def test_a_base_is_its_own_teacher_without_being_touched(folder, tmp_path):
     base = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
     finetune_model(run)
     assert base and all(torch.equal(run.student.model.state_dict()[name], value) for name, value in base.items())
+
+
+def test_a_small_model_of_another_dense_one_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "dry", tmp_path / "dry")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "dry" / "small")
+    place = "vit.layers.1.layernorm_before"
+    model.get_submodule(place).weight.data.add_(1)
+    model.save_pretrained(tmp_path / "dry" / "small")
+    with pytest.raises(CheckpointError, match=rf"small: expected the dense model's {place}.weight, which route peft"):
+        prepare(tmp_path, tmp_path, "dry", route="peft")
+    prepare(tmp_path, tmp_path, "dry", route="peft", modules_to_save="classifier,layernorm_before")
 
 
 @pytest.mark.parametrize(
@@ -707,29 +718,8 @@ def test_trainings_without_anything_to_train(folder, tmp_path):
 # Reports
 
 
-class _Recorder(GeneralTracker):
-    """Keeps what a tracker is told."""
-
-    name = "recorder"
-    requires_logging_directory = False
-
-    def __init__(self):
-        super().__init__()
-        self.logged = []
-
-    @property
-    def tracker(self):
-        return None
-
-    def store_init_configuration(self, values):
-        self.config = values
-
-    def log(self, values, step=None, **kwargs):
-        self.logged.append((values, step))
-
-
 def test_trackers_are_told_what_the_log_says(folder, tmp_path):
-    tracker = _Recorder()
+    tracker = Recorder()
     accelerator = Accelerator(cpu=True, log_with=[tracker])
     how = {"hub_token": "secret", "token": "secret", "eval_steps": "epoch", "evaluate": lambda model: {"top1": 0.5}}
     train(folder, tmp_path, accelerator=accelerator, **how)
@@ -754,19 +744,12 @@ def test_which_tracker_is_taken(monkeypatch):
 
 def test_the_log_reads_as_one_run(tmp_path):
     path = tmp_path / LOG
-    log = TrainingLog(path, 0)
-    for step in (1, 2, 3):
-        log.write(step=step, loss=math.nan if step == 1 else 0.5)
+    write_log(path, [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.5}], append=False)
+    write_log(path, [{"step": 3, "eval_top1": 1.0}], append=True)
     with path.open("a") as stream:
-        stream.write('{"step": 4, "lo')
-    log = TrainingLog(path, 2)
-    log.write(step=3, eval_top1=1.0)
-    assert lines(tmp_path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}, {"step": 3, "eval_top1": 1.0}]
-    assert TrainingLog(path, 3).has(3, "eval_") and not TrainingLog(path, 3).has(2, "eval_")
-    TrainingLog(path, 0, writes=False).write(step=9)
-    assert len(lines(tmp_path)) == 3
-    TrainingLog(path, 0)
-    assert path.read_text() == ""
+        stream.write('{"loss": 1}\n{"step": 2, "lo')
+    assert read_log(path, 2) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+    assert read_log(path, 3)[2:] == [{"step": 3, "eval_top1": 1.0}] and read_log(tmp_path / "none", 3) == []
 
 
 def test_the_meter_waits_until_it_is_read():
