@@ -12,6 +12,7 @@ from .compression import collect_statistics as collect_statistics
 from .compression import compress as compress
 from .compression import count_macs as count_macs
 from .compression import count_parameters as count_parameters
+from .compression import export_model as export_model
 from .compression import measure_latency as measure_latency
 from .compression import measure_sensitivities as measure_sensitivities
 from .compression import refine as refine

@@ -5,8 +5,10 @@ import re
 import runpy
 import subprocess
 import sys
+from textwrap import dedent
 
 import pytest
+import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -34,7 +36,7 @@ from comcat_hf.demos import customize as demo_customize
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.hub import write_json_atomic
 from tests.customization.pipelines import tiny_unet
-from tests.helpers import small_vit
+from tests.helpers import outputs, small_vit
 from tests.original.test_vit import HEADS, release_files
 
 
@@ -237,6 +239,23 @@ def test_files_of_the_release_are_converted(tmp_path):
     result = run("convert", "adapter", str(tmp_path / "none.pt"), str(tmp_path / "no"), "--base", str(tmp_path))
     assert result.exit_code == 1
     assert result.stderr.startswith("comcat convert adapter: ")
+
+
+def test_a_compressed_model_is_exported(tmp_path):
+    model, inputs = small_vit()
+    small = comcat_hf.compress(model, 0.4)
+    small.save_pretrained(tmp_path / "small")
+    done = run("export", "torch", str(tmp_path / "small"), str(tmp_path / "out"), "--fp16")
+    assert done.exit_code == 0, done.output
+    said = re.search(r"out: torch, [\d.]+ KB, largest difference from the model (\S+) of", done.stdout)
+    assert float(said[1]) < 1e-2
+    snippet = dedent(done.stdout.partition("range.\n")[2])
+    found = {}
+    exec(snippet, found)
+    logits = found["program"](pixel_values=inputs["pixel_values"].half()).logits
+    torch.testing.assert_close(logits.float(), outputs(small, inputs)[0], rtol=0, atol=1e-2)
+    done = run("export", "onnx", str(tmp_path / "small"), str(tmp_path / "out"))
+    assert done.exit_code == 1 and "comcat export onnx: " in done.stderr and "expected an empty folder" in done.stderr
 
 
 def test_pull_copies_a_folder_and_push_says_what_is_missing(tmp_path):

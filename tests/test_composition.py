@@ -71,7 +71,7 @@ def test_a_lora_is_trained_saved_loaded_and_merged_on_a_compressed_vit(small, tm
 
 
 TORCHAO = """
-import io, json, sys
+import io, json, os, shutil, sys
 import torch
 import comcat_hf
 from comcat_hf import ComCATConfig, RankPlan
@@ -113,6 +113,12 @@ with torch.no_grad():
     again = AutoModelForImageClassification.from_pretrained(folder + "/small").eval()
     again.load_state_dict(torch.load(payload, weights_only=True), assign=True)
     facts["reloaded"] = torch.equal(again(pixels).logits, found)
+    small.save_pretrained(folder + "/quantised")
+    loaded = AutoModelForImageClassification.from_pretrained(folder + "/quantised").eval()
+    loaded.save_pretrained(folder + "/second")
+    facts["loaded"] = torch.equal(loaded(pixels).logits, found) and not hasattr(loaded, "hf_quantizer")
+    facts["plans"] = [comcat_hf.plan_of(model).to_dict() for model in (small, loaded)]
+    facts["sizes"] = [os.path.getsize(f"{folder}/{n}/model.safetensors") for n in ("quantised", "second", "small")]
 
 def refused(action):
     try:
@@ -124,9 +130,14 @@ def load():
     return AutoModelForImageClassification.from_pretrained(
         folder + "/small", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
 
+def damaged():
+    shutil.copytree(folder + "/quantised", folder + "/damaged")
+    shutil.copy(folder + "/small/model.safetensors", folder + "/damaged")
+    AutoModelForImageClassification.from_pretrained(folder + "/damaged")
+
 quantize_(dense, Int8WeightOnlyConfig())
 facts["refused"] = {
-    "save": refused(lambda: small.save_pretrained(folder + "/quantised")),
+    "damaged": refused(damaged),
     "compress": refused(lambda: comcat_hf.compress(dense, 0.4)),
     "mlp": refused(lambda: comcat_hf.compress(dense, 0.4, scope="mlp")),
     "again": refused(lambda: comcat_hf.compress(small, 0.1)),
@@ -175,15 +186,19 @@ def test_a_compressed_vit_in_int8_answers_as_before(torchao):
     assert facts["floats"] == [] and facts["kinds"] == ["Linear", "NarrowLinear"]
     assert facts["share"] < 0.65
     assert facts["reloaded"]
+    assert facts["loaded"] and facts["plans"][0] == facts["plans"][1]
+    first, second, floats = facts["sizes"]
+    assert first == second < 0.65 * floats
 
 
 @pytest.mark.processes
 def test_what_int8_weights_cannot_do_is_refused_by_name(torchao):
-    folder, facts = torchao
+    _, facts = torchao
+    ours, message = facts["refused"].pop("damaged")
+    assert ours and "expected weights quantised by torchao, as config.json says, found none" in message
     for what, (ours, message) in facts["refused"].items():
         assert ours and "torchao.quantization.Int8Tensor" in message, what
-        assert ("Save that one" if what == "save" else "Dequantise the model first") in message
-    assert not (folder / "quantised").exists()
+        assert "Dequantise the model first" in message
     assert re.search("quantized with ComCATQuantizationConfig.*TorchAoConfig", facts["from_pretrained"][1])
 
 

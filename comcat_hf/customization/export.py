@@ -102,12 +102,9 @@ def _exact(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict[str
     residuals = layer.residuals(names)
     module = widened_attention(layer.view, residuals, layer.bases)
     if module is None:
+        if any(factors.key is not None or factors.value is not None for factors, _ in residuals):
+            raise _no_form(layer)
         module = merge_residuals(layer.view, residuals, layer.bases)
-        if getattr(module, layer.view.family.num_heads) != layer.view.num_heads:
-            raise UnsupportedModuleError(
-                f"{layer.view.name}: queries and keys of {type(layer.base_layer).__name__} keep their width, so full "
-                "factors have no form that can be saved. Use an adapter with core=True."
-            )
     return module, _nothing()
 
 
@@ -117,6 +114,8 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
     rows = joined_rows(view, layer.residuals(names), layer.bases)
     if not is_wider(view, rows):
         return _exact(layer, names)
+    if len(view.streams) > 1 or view.num_kv_heads != view.num_heads or view.form.rotary is not None:
+        raise _no_form(layer)
     p, dense = view.head_dim, joined_rows(view, [], layer.bases)
     query, key, value, output = (rows[role] for role in ("query", "key", "value", "output"))
     bias, lost = None, _nothing()
@@ -135,8 +134,15 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
         rows["value"], rows["output"] = _join(factors.value_weight, None, view.value), factors.output_weight.mT
         bias = factors.output_bias if output_bias is not None else None
         lost["vo"] = _share_lost((_weights(value, view.value), output), rows, dense, ("value", "output"), view)
-    rows["query"] = rows["query"] * view.query_factor(p)
-    return with_rows(view, view.num_heads, p, rows, bias), lost
+    return with_rows(view, p, [rows], bias), lost
+
+
+def _no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"{layer.view.name}: between the projections and the scores of {type(layer.base_layer).__name__} stand norms, "
+        "rotations or a second stream, so full factors have no form that can be saved. Use an adapter with core=True "
+        "and vo_rank alone, or fuse_lora() on the loaded pipeline."
+    )
 
 
 def _share_lost(

@@ -1,8 +1,8 @@
 """Families: in which attributes a library's classes keep what the method needs. Plain data, and the register of it."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
 
 from torch import nn
 
@@ -11,9 +11,50 @@ from .weights import class_path
 from .wrappers import base_module
 
 
-__all__ = ["AttentionFamily", "MLPFamily", "Registry"]
+__all__ = ["AttentionFamily", "Form", "MLPFamily", "Registry", "Stream", "at_path"]
 
 Family = TypeVar("Family")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where a class keeps the projections and the norms of one of its inputs, as text beside an image.
+
+    Args:
+        query, key, value: attribute names of the input projections.
+        output: path of the output projection, seen from the class; `None` where a sibling projects the heads' outputs.
+        norm_query, norm_key: attribute names of the norms between projection and score, if the class has any.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str | None
+    norm_query: str | None = None
+    norm_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What stands between the projections and the scores: how one class, or one processor, computes attention.
+
+    Args:
+        further: streams behind that of the family; an instance without their projections does without.
+        rotary: name of the argument that holds the tables of a rotation by positions.
+        layout: which columns of a head the rotation takes together: `"pairs"` of neighbours, or the two `"halves"`.
+        scale: whether the kernel takes its scale from the `"width"` of the heads, or is `"given"` that of the module.
+        heads_first: whether norms get heads before tokens.
+        refuse_qk: why the query/key product cannot be adapted, where it cannot.
+        compress: why the class cannot be compressed, where it cannot.
+    """
+
+    further: tuple[Stream, ...] = ()
+    rotary: str | None = None
+    layout: Literal["pairs", "halves"] = "pairs"
+    scale: Literal["width", "given"] = "given"
+    heads_first: bool = False
+    refuse_qk: str | None = None
+    compress: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,7 +63,8 @@ class AttentionFamily:
 
     Args:
         host: import path of the class, for example `"transformers.models.vit.modeling_vit.ViTAttention"`.
-        query, key, value: attribute names of the three input projections (`nn.Linear`).
+        query, key, value: attribute names of the three input projections (`nn.Linear`); one name three times where one
+            layer has the rows of all three, in this order, and perhaps others behind.
         output: attribute name of the output projection, or its path: seen from the class or, with `output_in_parent`,
             from the module that holds the attention.
         output_in_parent: `True` where the class returns the heads' outputs and a sibling projects them.
@@ -31,6 +73,12 @@ class AttentionFamily:
         dropout: attribute name of the attention dropout: a number or an `nn.Dropout`; `None` where there is none.
         refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
         refuse_qk: the same for the query/key product alone.
+        norms: attribute names of the norms of queries and keys, if the class can have any.
+        form: what stands between the projections and the scores.
+        processors: for classes that hand the work to a processor, the form of each by the name of its class.
+        sibling: path of the projection, seen from the module that holds the attention, that takes the heads' outputs
+            of an instance with `pre_only`.
+        sizes: attributes that hold the width of all heads together, of queries and of keys.
         scale_of: optional; for classes that run their own `forward` on the smaller projections: gets the dense module
             and returns the factor on the scores, which the kernel takes from the width of the heads. Without it the
             kernel is found by the module's `config`, as in transformers, and given `scaling`.
@@ -49,6 +97,32 @@ class AttentionFamily:
     refuse: Callable[[nn.Module], str | None] | None = None
     refuse_qk: Callable[[nn.Module], str | None] | None = None
     scale_of: Callable[[nn.Module], float] | None = None
+    norms: tuple[str, str] | None = None
+    form: Form = Form()
+    processors: Mapping[str, Form] = field(default_factory=dict, hash=False)
+    sibling: str | None = None
+    sizes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+    @property
+    def fused(self) -> bool:
+        """Whether one layer projects to queries, keys and values."""
+        return self.query == self.key == self.value
+
+    @property
+    def stream(self) -> Stream:
+        """The first stream, or the only one."""
+        output = None if self.output_in_parent else self.output
+        return Stream(self.query, self.key, self.value, output, *(self.norms or ()))
+
+    def form_of(self, module: nn.Module) -> Form | None:
+        """What stands between projections and scores; `None` for a processor that is not known."""
+        return self.processors.get(type(module.processor).__name__) if self.processors else self.form
+
+    def sibling_of(self, module: nn.Module) -> str | None:
+        """Path of the output projection, seen from the parent, where it lies outside of the module."""
+        if self.output_in_parent:
+            return self.output
+        return self.sibling if getattr(module, "pre_only", False) else None
 
     def head_dim_of(self, module: nn.Module) -> int:
         if self.head_dim is not None:
@@ -70,9 +144,14 @@ class AttentionFamily:
 
     def output_of(self, owner: nn.Module) -> nn.Module:
         """The output projection, seen from the class or, with `output_in_parent`, from its parent."""
-        for part in self.output.split("."):
-            owner = getattr(owner, part)
-        return owner
+        return at_path(owner, self.output)
+
+
+def at_path(owner: nn.Module, path: str) -> nn.Module:
+    """The module at a path of attributes and numbers."""
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    return owner
 
 
 @dataclass(frozen=True)

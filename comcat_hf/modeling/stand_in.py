@@ -1,7 +1,8 @@
 """Running a host library's own attention with heads of another width.
 
-What stands between the projections and the kernel (norms, masks, reshapes, residuals) stays the host's: a stand-in of
-its class runs its `forward`, with only the four projections, the width and the number of heads replaced.
+What stands between the projections and the kernel (norms, masks, reshapes, residuals) stays the host's: a stand-in
+of its class runs its `forward`. Replaced are only the projections, the norms of queries and keys, which pass further
+columns by, the width and the number of heads.
 """
 
 import functools
@@ -12,10 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .families import AttentionFamily
+from .families import AttentionFamily, Stream
 
 
 __all__ = ["Projections", "StandIn", "common_width", "fold_heads", "pad_heads", "split_heads"]
+
+
+# Under which names diffusers' modules hold input projections a second time, as one: the stream, and the roles.
+_FUSED = {
+    "to_qkv": (0, ("query", "key", "value")),
+    "to_kv": (0, ("key", "value")),
+    "to_added_qkv": (1, ("query", "key", "value")),
+}
 
 
 class Projections(Protocol):
@@ -29,6 +38,8 @@ class Projections(Protocol):
 
     def output(self, states: Tensor) -> Tensor: ...
 
+    def fused(self, states: Tensor) -> Tensor: ...
+
 
 class StandIn(nn.Module):
     """An instance of a subclass of a host's attention class that has no parameters of its own.
@@ -39,7 +50,11 @@ class StandIn(nn.Module):
 
     @staticmethod
     def of(
-        host: nn.Module, family: AttentionFamily, projections: Projections, cls: type[nn.Module] | None = None
+        host: nn.Module,
+        family: AttentionFamily,
+        projections: Projections,
+        cls: type[nn.Module] | None = None,
+        further: Sequence[Projections] = (),
     ) -> "StandIn":
         """A stand-in that projects with `projections`; call [`resize`] before its first use.
 
@@ -48,30 +63,31 @@ class StandIn(nn.Module):
             family: its family.
             projections: what it projects with.
             cls: the host's class whose `forward` is run, by default that of `host`.
+            further: what it projects further streams with, and `norm_query` and `norm_key` of each.
         """
         cls = _stand_in_class(cls or type(host))
         stand_in = cls.__new__(cls)
         own = stand_in.__dict__
         own["_host"], own["_family"], own["_size"] = host, family, None
-        own[family.query], own[family.key], own[family.value] = (
-            projections.query,
-            projections.key,
-            projections.value,
-        )
+        streams = (family.stream, *(form.further if (form := family.form_of(host)) else ()))
+        for stream, with_it in zip(streams, (projections, *further), strict=False):
+            _replace(own, host, stream, with_it)
         if family.scale_of is not None:
-            own["to_qkv"] = functools.partial(_side_by_side, (projections.query, projections.key, projections.value))
-            own["to_kv"] = functools.partial(_side_by_side, (projections.key, projections.value))
-        if not family.output_in_parent:
-            name, _, index = family.output.partition(".")
-            own[name] = [projections.output, *getattr(host, name)[1:]] if index else projections.output
+            for name, (with_it, roles) in _FUSED.items():
+                if with_it <= len(further):
+                    given = (projections, *further)[with_it]
+                    own[name] = functools.partial(_side_by_side, tuple(getattr(given, role) for role in roles))
         return stand_in
 
-    def resize(self, num_heads: int, width: int) -> None:
-        """Say how many heads the projections give, and of which width."""
-        if self._size == (num_heads, width):
+    def resize(self, num_heads: int, width: int, num_kv_heads: int | None = None) -> None:
+        """Say how many heads the projections give, and of which width; fewer of keys and values, if given."""
+        if self._size == (num_heads, width, num_kv_heads):
             return
         family = self._family
         setattr(self, family.num_heads, num_heads)
+        for names, count in zip(family.sizes, (num_heads, num_kv_heads or num_heads), strict=True):
+            for name in names:
+                setattr(self, name, count * width)
         if family.head_dim is not None:
             setattr(self, family.head_dim, width)
         if family.scale_of is not None:
@@ -79,7 +95,7 @@ class StandIn(nn.Module):
         if family.output_in_parent:
             # The heads' outputs are given their shape by it.
             self.all_head_size = num_heads * width
-        self._size = (num_heads, width)
+        self._size = (num_heads, width, num_kv_heads)
 
     def __getattr__(self, name: str) -> Any:
         # Reached for what is not in the instance and not in the class.
@@ -116,6 +132,19 @@ def common_width(query: int, value: int) -> int:
     A multiple of 8: GPU kernels ask for it, and those of the CPU are the faster for it.
     """
     return -(-max(query, value) // 8) * 8
+
+
+def _replace(own: dict[str, Any], host: nn.Module, stream: Stream, projections: Projections) -> None:
+    """Put projections and norms in the place of those of one stream of the host."""
+    fused = stream.query == stream.key == stream.value
+    for role in ("query", "key", "value"):
+        own[getattr(stream, role)] = projections.fused if fused else getattr(projections, role)
+        name = getattr(stream, f"norm_{role}", None)
+        if name is not None and hasattr(projections, f"norm_{role}") and getattr(host, name, None) is not None:
+            own[name] = getattr(projections, f"norm_{role}")
+    name, _, index = (stream.output or "").partition(".")
+    if name and getattr(host, name, None) is not None:
+        own[name] = [projections.output, *getattr(host, name)[1:]] if index else projections.output
 
 
 def _side_by_side(projections: Sequence[Callable[[Tensor], Tensor]], states: Tensor) -> Tensor:

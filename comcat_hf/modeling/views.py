@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UnsupportedModuleError
-from .families import AttentionFamily, Registry
+from .families import AttentionFamily, Form, Registry, Stream, at_path
 from .hosts import diffusers, transformers
+from .rows import Rows
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
 from .wrappers import base_module, is_tuner_layer
 
@@ -30,6 +31,8 @@ _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
 _LOOKS_LIKE_POOLER = re.compile(r"Attention\w*Pool|Pool\w*Attention")
 
+
+_INPUTS = ("query", "key", "value")
 
 # What `named_base_modules` gives, kept: name, module and parent.
 Walk = Sequence[tuple[str, nn.Module, nn.Module | None]]
@@ -67,21 +70,39 @@ class AttentionView:
         return self.family.head_dim_of(self.module)
 
     @property
-    def query(self) -> nn.Linear:
-        return getattr(self.module, self.family.query)
+    def query(self) -> nn.Linear | Rows:
+        return self._input(0)
 
     @property
-    def key(self) -> nn.Linear:
-        return getattr(self.module, self.family.key)
+    def key(self) -> nn.Linear | Rows:
+        return self._input(1)
 
     @property
-    def value(self) -> nn.Linear:
-        return getattr(self.module, self.family.value)
+    def value(self) -> nn.Linear | Rows:
+        return self._input(2)
+
+    def _input(self, place: int) -> nn.Linear | Rows:
+        family = self.family
+        linear = getattr(self.module, (family.query, family.key, family.value)[place])
+        if not family.fused:
+            return linear
+        size = self.num_heads * self.head_dim
+        return Rows(linear, place * size, (place + 1) * size)
 
     @property
-    def keeps_width(self) -> bool:
-        """Whether queries and keys must keep the width of the dense head."""
-        return self.family.refuse_qk is not None and self.family.refuse_qk(self.module) is not None
+    def num_kv_heads(self) -> int:
+        return base_module(self.key).out_features // self.head_dim
+
+    @property
+    def form(self) -> Form:
+        """What stands between projections and scores; looked up each time, since a processor may have been changed."""
+        return self.family.form_of(self.module) or Form()
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Where the projections of each input are; the first are those above."""
+        further = (s for s in self.form.further if getattr(self.module, s.query, None) is not None)
+        return (self.family.stream, *further)
 
     def query_factor(self, width: int) -> float:
         """What queries of another width are multiplied with, so that the kernel gives the scores of the dense head."""
@@ -90,20 +111,33 @@ class AttentionView:
         factor = self.family.scale_of(self.module) * width**0.5
         return 1.0 if abs(factor - 1) < 1e-9 else factor
 
+    def projection(self, role: str, stream: Stream) -> nn.Linear | None:
+        """One projection of one stream, `None` where it has none."""
+        name = getattr(stream, role)
+        if stream == self.family.stream:
+            return getattr(self, role)
+        if role != "output":
+            return getattr(self.module, name)
+        return None if getattr(self.module, name, None) is None else at_path(self.module, name)
+
     def projections(self) -> dict[str, nn.Linear]:
-        """The four projections by their paths in the model."""
-        inputs = {
-            f"{self.name}.{getattr(self.family, role)}": getattr(self, role) for role in ("query", "key", "value")
-        }
-        return {**inputs, self.output_name: self.output}
+        """All projections by their paths in the model: the four (two, if fused), then those of further streams."""
+        names = dict.fromkeys(getattr(self.family, role) for role in _INPUTS)
+        found = {f"{self.name}.{name}": getattr(self.module, name) for name in names}
+        found[self.output_name] = self.output
+        for stream in self.streams[1:]:
+            for role in (*_INPUTS, "output"):
+                if (linear := self.projection(role, stream)) is not None:
+                    found[f"{self.name}.{getattr(stream, role)}"] = linear
+        return found
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *transformers.PARTIAL, *diffusers.FAMILIES)
+    return (*transformers.FAMILIES, *transformers.PARTIAL, *diffusers.FAMILIES, *diffusers.ADAPTED)
 
 
 def _refusals() -> dict[str, str]:
-    return dict((*transformers.REFUSED, *diffusers.REFUSED))
+    return dict(transformers.REFUSED)
 
 
 _registry = Registry("attention", _rows)
@@ -125,10 +159,10 @@ def register_attention_family(family: AttentionFamily) -> None:
     _registry.add(family)
 
 
-def known_attention_classes() -> list[str]:
-    """Names of the attention classes that can be factorised."""
-    hosts = _registry.families.keys() - {family.host for family in transformers.PARTIAL}
-    return sorted(host.rpartition(".")[2] for host in hosts)
+def known_attention_classes(whole: bool = True) -> list[str]:
+    """Names of the attention classes that can be factorised; without `whole`, also those of adapters alone."""
+    partial = {family.host for family in transformers.PARTIAL} | {family.host for family in diffusers.ADAPTED}
+    return sorted(host.rpartition(".")[2] for host in _registry.families if not whole or host not in partial)
 
 
 def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -252,15 +286,16 @@ def _view(
     absent = [attribute for attribute in family.attributes() if not hasattr(module, attribute)]
     if absent:
         raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
-    refusals = [family.refuse, family.refuse_qk] if whole else [family.refuse]
+    refusals = [_refuse_compression(family), family.refuse, family.refuse_qk] if whole else [family.refuse]
     reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
     if reason is not None:
         raise _unsupported(name, module, reason)
-    owner, owner_name = (parent, name.rpartition(".")[0]) if family.output_in_parent else (module, name)
-    output_name = f"{owner_name}.{family.output}" if owner_name else family.output
+    in_parent = family.sibling_of(module)
+    owner_name, path = (name, family.output) if in_parent is None else (name.rpartition(".")[0], in_parent)
+    output_name = f"{owner_name}.{path}" if owner_name else path
     sibling = None
-    if family.output_in_parent:
-        sibling = family.output_of(owner)
+    if in_parent is not None:
+        sibling = at_path(parent, in_parent)
         while is_tuner_layer(sibling) and _is_ours(sibling):
             sibling = sibling.base_layer
     view = AttentionView(name, module, family, output_name, sibling)
@@ -268,6 +303,10 @@ def _view(
         for path, linear in view.projections().items():
             _check_plain(path, linear)
     return view
+
+
+def _refuse_compression(family: AttentionFamily) -> Callable[[nn.Module], str | None]:
+    return lambda module: form.compress if (form := family.form_of(module)) is not None else None
 
 
 def _check_plain(path: str, linear: nn.Module) -> None:

@@ -74,8 +74,13 @@ def current_plan(model: nn.Module, recorded: RankPlan | None) -> RankPlan | None
     return replace(plan, ranks=ranks, reached=reached, architecture=type(model).__name__)
 
 
-def check_saveable(model: nn.Module) -> None:
-    """Refuse weights that the checkpoint of a compressed model has no place for, before anything is written."""
+def check_saveable(model: nn.Module, *libraries: str) -> None:
+    """Refuse weights that the checkpoint of a compressed model has no place for, before anything is written.
+
+    Args:
+        model: the compressed model.
+        libraries: those whose tensors have a place in it, besides torch.
+    """
     unwrapped(model)
     for name, module in model.named_modules():
         if callable(getattr(module, "weight", None)):
@@ -83,7 +88,7 @@ def check_saveable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         cls = type(parameter)
         # Those of torch are of parallel training, which the libraries gather.
-        if not issubclass(cls, nn.Parameter) and cls.__module__.partition(".")[0] != "torch":
+        if not issubclass(cls, nn.Parameter) and cls.__module__.partition(".")[0] not in ("torch", *libraries):
             raise _quantised(name, parameter)
 
 

@@ -8,6 +8,7 @@ model holds ordinary floating point parameters, and casting and training it are 
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checks import some_of
+from ..checks import check, listed, some_of
 from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..tensor_files import open_safetensors
 from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving, teach_uploading
+from .quantised import TORCHAO, flat_state, is_torchao, read_metadata, torchao_quantizer
 from .remote import forget_remote_code, note_remote_code, write_remote_code
 
 
@@ -41,15 +43,20 @@ class ComCATQuantizationConfig(QuantizationConfigMixin):
     """The rank plan as it stands in `config.json`, under `quantization_config`.
 
     Args:
+        weights: library of the tensors in the files: `"torchao"`, or `None` for floating point numbers.
         **plan: the fields of a rank file.
     """
 
-    def __init__(self, quant_method: str = QUANT_METHODS[0], **plan: Any) -> None:
+    def __init__(self, quant_method: str = QUANT_METHODS[0], weights: str | None = None, **plan: Any) -> None:
         self.quant_method = QUANT_METHODS[0]
+        if weights is not None:
+            check(weights, listed(TORCHAO), "config.json, quantization_config: weights", error=CheckpointError)
+        self.weights = weights
         self.plan = RankPlan.from_dict(plan, source="config.json, quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, **self.plan.to_dict()}
+        weights = {} if self.weights is None else {"weights": self.weights}
+        return {"quant_method": self.quant_method, **weights, **self.plan.to_dict()}
 
     def __iter__(self):
         yield from self.to_dict().items()
@@ -68,11 +75,22 @@ class ComCATQuantizer(HfQuantizer):
                 "A dense checkpoint cannot be loaded with a ComCAT quantization_config: the factors are not in it. "
                 "Load the dense model, then call comcat_hf.compress(model, plan=plan)."
             )
+        # Reads the tensors of torchao.
+        self.inner = torchao_quantizer() if quantization_config.weights == TORCHAO else None
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        return self.inner.serialized_names if self.inner else {}
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return self.inner.get_load_operations() if self.inner else {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         _check_files(checkpoint_files or ())
+        if self.inner:
+            self.metadata = read_metadata(self.inner, checkpoint_files)
         self.quantization_config.plan.check_model(model)
         apply_ranks(model, _fit_plan(self.quantization_config.plan, model), initialize=False)
         for module in model.modules():
@@ -89,6 +107,9 @@ class ComCATQuantizer(HfQuantizer):
         del model.hf_quantizer, model.is_quantized, model.quantization_method
         attach(model, current_plan(model, self.quantization_config.plan))
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
+        return flat_state(model)
 
     def is_serializable(self) -> bool:
         return True
@@ -170,13 +191,16 @@ def _save_pretrained(
         save(push_to_hub, *args, **kwargs)
         return
     if state_dict is None:
-        check_saveable(model)
+        check_saveable(model, TORCHAO)
     remote_code = note_remote_code(model, remote_code)
     hub = {key: kwargs.pop(key) for key in _OF_THE_HUB if key in kwargs}
     repo_id = kwargs.pop("repo_id", Path(save_directory).name)
     # Joined tensors cannot be taken apart by rank: such models are written under the names of their modules.
-    kwargs.setdefault("save_original_format", not _joins_tensors(model))
-    save(False, *args, **kwargs)
+    # Nor what torchao splits a tensor into.
+    quantised = state_dict is None and is_torchao(model)
+    kwargs.setdefault("save_original_format", not quantised and not _joins_tensors(model))
+    with _quantised(model) if quantised else nullcontext():
+        save(False, *args, **kwargs)
     if is_main_process:
         plan.save_pretrained(save_directory)
         if remote_code:
@@ -184,6 +208,17 @@ def _save_pretrained(
         if push_to_hub:
             # Not within save(): that uploads only what it wrote itself, so never the rank file.
             model.push_to_hub(repo_id, **hub)
+
+
+@contextmanager
+def _quantised(model: PreTrainedModel) -> Iterator[None]:
+    """For a while, let the library ask our quantizer for the tensors of torchao that it writes."""
+    model.config.quantization_config.weights = TORCHAO
+    model.hf_quantizer = ComCATQuantizer(model.config.quantization_config, pre_quantized=True)
+    try:
+        yield
+    finally:
+        del model.hf_quantizer
 
 
 teach_saving(PreTrainedModel, _save_pretrained)

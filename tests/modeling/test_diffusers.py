@@ -249,7 +249,7 @@ def test_what_is_refused():
     apply_ranks(model, attention_ranks(model, qk=2, vo=2))
     block = model.mid_block.attentions[0].transformer_blocks[0]
     block.attn2.set_processor(IPAdapterAttnProcessor2_0(2 * WIDTH, TEXT))
-    with pytest.raises(UnsupportedModuleError, match="IPAdapterAttnProcessor2_0 does not compute plain attention"):
+    with pytest.raises(UnsupportedModuleError, match="IPAdapterAttnProcessor2_0 calls its kernel a second time"):
         run(model, batch())
     with pytest.raises(RankPlanError, match="from 1 to 8"):
         apply_ranks(Host(), {"attn": {"qk": 9}})

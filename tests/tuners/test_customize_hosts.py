@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from comcat_hf import ComCATConfig, RankPlan
@@ -37,14 +38,14 @@ from tests.tuners.cases import equal, layers_of, trainable
 FULL = {"qk_rank": 3, "vo_rank": 2}
 CORE = {"qk_rank": 2, "vo_rank": 3, "core": True}
 QK = {"qk_rank": 3}
-# YOLOS leaves its output projection to a sibling module, so only its queries and keys can be adapted.
+# YOLOS leaves its output projection to a sibling module.
 ADAPTERS = {
     "vit": (FULL, CORE, QK, {"vo_rank": 2}),
     "dinov2": (FULL, CORE),
     "clip_text": (FULL, CORE),
     "clip_vision": (FULL, CORE),
     "siglip": (FULL, CORE),
-    "yolos": (QK, {"qk_rank": 2, "core": True}),
+    "yolos": (FULL, CORE),
 }
 CASES = [(family, adapter) for family, adapters in ADAPTERS.items() for adapter in adapters]
 every_case = pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def _split(states: Tensor, heads: int) -> Tensor:
 
 
 def written_out(layer: CustomizeLayer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two score matrices, as the paper writes it; full factors only. Output, or the heads' outputs, and attention."""
+    """Two score matrices, as the paper writes it; full factors only. Projected output, and attention."""
     view = layer.view
     query, key, value = (_split(linear(x), view.num_heads) for linear in (view.query, view.key, view.value))
     scores = query @ key.mT
@@ -84,9 +85,7 @@ def written_out(layer: CustomizeLayer, x: Tensor, mask: Tensor | None) -> tuple[
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     attention = scores.softmax(-1)
-    output = (attention @ value).transpose(1, 2).flatten(2)
-    if not view.family.output_in_parent:
-        output = view.output(output)
+    output = F.linear((attention @ value).transpose(1, 2).flatten(2), view.output.weight, view.output.bias)
     for name in layer.active_adapters:
         factors = layer.comcat_factors[name]
         if factors.value is not None:
@@ -103,6 +102,11 @@ def record(model: nn.Module) -> dict[str, tuple]:
             lambda module, args, kwargs, output, name=name: seen.update({name: (args, kwargs, output)}),
             with_kwargs=True,
         )
+        if layer.view.sibling is not None:
+            # What it projects is the output.
+            layer.view.sibling.register_forward_hook(
+                lambda module, args, output, name=name: seen.update({name: (*seen[name][:2], (output,))})
+            )
     return seen
 
 
@@ -172,24 +176,19 @@ class TestHosts:
             assert equal(outputs(loaded, inputs), expected)
             assert not any(trainable(loaded).values())
 
-        if family == "yolos" and "core" not in adapter:
-            with pytest.raises(UnsupportedModuleError, match=r"sibling module projects the output.*core=True"):
-                model.merge_adapter()
-            assert equal(outputs(model, inputs), expected) and not any(m.merged for m in layers_of(model).values())
-        else:
-            model.merge_adapter(safe_merge=True)
-            assert_close(outputs(model, inputs), expected)
-            model.unmerge_adapter()
-            assert equal(outputs(model, inputs), expected)
-            merged = copy.deepcopy(model).merge_and_unload()
-            assert_close(outputs(merged, inputs), expected)
-            assert not any(isinstance(m, ComCATLayer) for m in merged.modules())
-            assert not any("comcat_" in name or "base_layer" in name for name in merged.state_dict())
-            if "core" in adapter:
-                assert classes_of(merged) == classes
-                plain = MODELS[family]()[0].requires_grad_(False)
-                plain.load_state_dict(merged.state_dict())
-                assert equal(outputs(plain, inputs), outputs(merged, inputs))
+        model.merge_adapter(safe_merge=True)
+        assert_close(outputs(model, inputs), expected)
+        model.unmerge_adapter()
+        assert equal(outputs(model, inputs), expected)
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert_close(outputs(merged, inputs), expected)
+        assert not any(isinstance(m, ComCATLayer) for m in merged.modules())
+        assert not any("comcat_" in name or "base_layer" in name for name in merged.state_dict())
+        if "core" in adapter:
+            assert classes_of(merged) == classes
+            plain = MODELS[family]()[0].requires_grad_(False)
+            plain.load_state_dict(merged.state_dict())
+            assert equal(outputs(plain, inputs), outputs(merged, inputs))
         assert_unchanged(model.unload(), state, classes)
 
     @pytest.mark.parametrize("family", list(ADAPTERS))
@@ -216,10 +215,9 @@ class TestHosts:
             assert len(flat(attentions(model))) == 2
             model.unmerge_adapter()
         assert_close(flat(attentions(model)), expected, 1e-4)
-        if family != "yolos" or kind == "core":
-            model.merge_adapter()
-            assert_close(flat(attentions(model)), expected, 1e-4)
-            model.unmerge_adapter()
+        model.merge_adapter()
+        assert_close(flat(attentions(model)), expected, 1e-4)
+        model.unmerge_adapter()
         with model.disable_adapter():
             assert equal(flat(attentions(model)), expected)
 
@@ -283,18 +281,15 @@ class TestHosts:
 
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
         model = build()
-        base, state, classes = outputs(model, inputs), state_of(model), classes_of(model)
-        with pytest.raises(UnsupportedModuleError, match=r"layer\.0\.attention.*DINOv3ViTAtt.*rotates.*qk_rank=None"):
-            get_peft_model(model, config())
-        assert_unchanged(model, state, classes)
-        for adapter in ({"vo_rank": 3}, {"vo_rank": 3, "core": True}):
+        base = outputs(model, inputs)
+        for adapter in (FULL, CORE, {"vo_rank": 3}, {"vo_rank": 3, "core": True}):
             model = get_peft_model(build(), config(adapter))
             assert_close(outputs(model, inputs), base)
             model = get_peft_model(build(), random_config(adapter))
             seen = record(model)
             expected = outputs(model, inputs)
             assert len(seen) == 2
-            if "core" not in adapter:
+            if adapter == {"vo_rank": 3}:
                 for name, (args, kwargs, output) in seen.items():
                     layer = layers_of(model)[name]
                     x = args[0] if args else kwargs.pop("hidden_states")
@@ -307,13 +302,6 @@ class TestHosts:
             model.unmerge_adapter()
             with model.disable_adapter():
                 assert equal(outputs(model, inputs), base)
-
-    def test_what_a_sibling_projects_is_refused(self):
-        model, _ = MODELS["yolos"]()
-        state, classes = state_of(model), classes_of(model)
-        with pytest.raises(UnsupportedModuleError, match=r"YolosSelfAttention.*value/output.*sibling.*vo_rank=None"):
-            get_peft_model(model, config())
-        assert_unchanged(model, state, classes)
 
     def test_models_without_known_attention_are_refused(self):
         with pytest.raises(UnsupportedModuleError, match="Linear has no attention module that is known"):

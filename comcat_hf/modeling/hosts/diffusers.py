@@ -1,23 +1,70 @@
-"""The attention classes of diffusers that we know, the processors that compute plain attention, and refusals."""
+"""The attention classes of diffusers that we know, the form of each of their processors, and refusals."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from ...errors import UnsupportedModuleError
-from ..families import AttentionFamily
+from ..families import AttentionFamily, Form, Stream
 
 
-# Processors that compute plain attention on to_q, to_k, to_v and to_out. These give their kernel the module's scale;
-_BY_SCALE = frozenset({"AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor"})
+# Text with projections of its own, beside an image.
+_TEXT = Stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
+
+_NOT_BUILT = "compression is built for attention without rotations by positions and without a second stream alone"
+# These give their kernel the module's scale;
+_given = Form(scale="given")
 # and with these it takes the root of the width of the heads.
-_BY_WIDTH = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0"})
+_width = Form(scale="width")
+_rotary = partial(Form, scale="width", compress=_NOT_BUILT)
+_joint = partial(_rotary, (_TEXT,), "image_rotary_emb")
+_LINEAR = "its attention is linear: it takes queries and keys apart, so there are no scores to add to"
+
+# Those of the class that UNets and the older transformers share.
+PROCESSORS: dict[str, Form] = {
+    **dict.fromkeys(("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor"), _given),
+    **dict.fromkeys(("AttnProcessor2_0", "FusedAttnProcessor2_0", "AttnProcessorNPU"), _width),
+    **dict.fromkeys(("XLAFlashAttnProcessor2_0", "SanaAttnProcessor2_0"), _width),
+    **dict.fromkeys(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), _rotary((_TEXT,), heads_first=True)),
+    "QwenDoubleStreamAttnProcessor2_0": _joint(),
+    "HunyuanVideoAttnProcessor2_0": _joint(),
+    "HunyuanImageAttnProcessor": _joint(),
+    **dict.fromkeys(("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"), _rotary((_TEXT,), scale="given")),
+    "ZSingleStreamAttnProcessor": _rotary(rotary="freqs_cis"),
+    "Lumina2AttnProcessor2_0": _rotary(rotary="image_rotary_emb", scale="given"),
+    **dict.fromkeys(
+        ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0", "HunyuanAttnProcessor2_0"),
+        _rotary(rotary="image_rotary_emb", heads_first=True),
+    ),
+    "CogView4AttnProcessor": _rotary(rotary="image_rotary_emb", layout="halves", heads_first=True),
+    "SanaLinearAttnProcessor2_0": _rotary(refuse_qk=_LINEAR),
+}
+# What its kernel computes with fewer heads of keys.
+_GROUPED = frozenset({"Lumina2AttnProcessor2_0"})
+
+# Of processors that are refused, by a part of their names: what they do, and what to do about it.
+_TWICE = (
+    "calls its kernel a second time with the same queries, for an image prompt",
+    "Unload the IP-Adapter first (pipe.unload_ip_adapter())",
+)
+_CACHE = (
+    "keeps keys and values of earlier calls, which may have had other adapters",
+    "Use the model with its processor that has no cache",
+)
+_REASONS = {"IPAdapter": _TWICE, "KV": _CACHE, "Causal": _CACHE, "QwenImage21": _CACHE}
+_PLAIN = ("does not compute plain attention", "Call set_default_attn_processor() on the model")
 
 
 def _refuse(module: nn.Module) -> str | None:
-    if module.added_kv_proj_dim is not None:
+    name = type(module.processor).__name__
+    if module.added_kv_proj_dim is not None and name in PROCESSORS and not PROCESSORS[name].further:
         return "it attends to two inputs with projections of their own (added_kv_proj_dim)"
-    if module.to_k is None or module.to_out is None:
+    if module.to_k is None or (module.to_out is None and not module.pre_only):
         return "it has no key, value or output projection of its own"
-    if module.inner_kv_dim != module.inner_dim:
+    if module.inner_kv_dim != module.inner_dim and name not in _GROUPED:
         return "its keys and values have fewer heads than its queries"
     return None
 
@@ -28,41 +75,95 @@ def _refuse_qk(module: nn.Module) -> str | None:
     return None
 
 
-def _scale(module: nn.Module) -> float:
-    name = type(module.processor).__name__
-    if name in _BY_SCALE:
-        return module.scale
-    if name in _BY_WIDTH:
-        return (module.to_q.out_features // module.heads) ** -0.5
-    known = ", ".join(sorted(_BY_SCALE | _BY_WIDTH))
-    raise UnsupportedModuleError(
-        f"The attention processor {name} does not compute plain attention, so neither ComCAT adapters nor compressed "
-        f"attention can run with it. Expected one of {known}: call set_default_attn_processor() on the model (for "
-        "IP-Adapters unload_ip_adapter() on the pipeline), or take the adapter away."
+def _refuse_second_image(module: nn.Module) -> str | None:
+    if module.add_k_proj is not None:
+        return (
+            "it attends to an image in a second call of its kernel with the same queries (image-to-video); adapters "
+            "are built for one call"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Gives the factor on the scores of a module, or refuses its processor by name."""
+
+    processors: Mapping[str, Form] = field(hash=False)
+
+    def __call__(self, module: nn.Module) -> float:
+        form = self.processors.get(type(module.processor).__name__)
+        if form is None:
+            raise _unknown(type(module.processor).__name__, self.processors)
+        if form.scale == "given":
+            return module.scale
+        width = getattr(module, "head_dim", None) or module.to_q.out_features // module.heads
+        return width**-0.5
+
+
+def _unknown(name: str, processors: Mapping[str, Form]) -> UnsupportedModuleError:
+    why, fix = next((reason for part, reason in _REASONS.items() if part in name), _PLAIN)
+    return UnsupportedModuleError(
+        f"The attention processor {name} {why}, so neither ComCAT adapters nor compressed attention can run with it. "
+        f"Expected one of {', '.join(sorted(processors))}. {fix}, or take the adapter away."
+    )
+
+
+def _family(path: str, processors: Mapping[str, Form], **settings: Any) -> AttentionFamily:
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out.0", "num_heads": "heads"}
+    given = {"head_dim": "head_dim", "scaling": "scale", "dropout": None, "norms": ("norm_q", "norm_k")}
+    given |= {"sizes": (("inner_dim",), ("inner_kv_dim",)), "scale_of": _Scale(processors)}
+    return AttentionFamily(f"diffusers.models.{path}", processors=processors, **(names | given | settings))
+
+
+def _flux(path: str, cls: str, *processors: str, **form: Any) -> AttentionFamily:
+    """A class that was copied from Flux's, with what it names otherwise."""
+    given = {"rotary": "image_rotary_emb", **form}
+    rows = dict.fromkeys(processors, _rotary((_TEXT,), **given))
+    return _family(f"transformers.{path}.{cls}", rows, sibling="proj_out")
+
+
+def _wan(path: str) -> AttentionFamily:
+    return _family(
+        f"transformers.{path}Attention",
+        {f"{path.rpartition('.')[2]}AttnProcessor": _rotary(rotary="rotary_emb")},
+        head_dim=None,
+        sizes=(("inner_dim",), ("kv_inner_dim",)),
+        refuse=_refuse_second_image,
     )
 
 
 FAMILIES: tuple[AttentionFamily, ...] = (
-    AttentionFamily(
-        "diffusers.models.attention_processor.Attention",
-        query="to_q",
-        key="to_k",
-        value="to_v",
-        output="to_out.0",
-        num_heads="heads",
+    _family(
+        "attention_processor.Attention",
+        PROCESSORS,
         head_dim=None,
-        scaling="scale",
-        dropout=None,
         refuse=_refuse,
         refuse_qk=_refuse_qk,
-        scale_of=_scale,
+        sibling="proj_out",
     ),
 )
 
-_JOINT = "it attends to text and image in one sequence and rotates queries and keys by their positions"
-
-REFUSED: tuple[tuple[str, str], ...] = (
-    ("diffusers.models.transformers.transformer_flux.FluxAttention", _JOINT),
-    ("diffusers.models.transformers.transformer_flux2.Flux2Attention", _JOINT),
-    ("diffusers.models.transformers.transformer_wan.WanAttention", "it rotates queries and keys by their positions"),
+# Those that adapters go beside and that are not compressed.
+ADAPTED: tuple[AttentionFamily, ...] = (
+    _flux("transformer_flux", "FluxAttention", "FluxAttnProcessor"),
+    _flux("transformer_flux2", "Flux2Attention", "Flux2AttnProcessor"),
+    _family(
+        "transformers.transformer_flux2.Flux2ParallelSelfAttention",
+        {"Flux2ParallelSelfAttnProcessor": _rotary(rotary="image_rotary_emb")},
+        **dict.fromkeys(("query", "key", "value"), "to_qkv_mlp_proj"),
+        output="to_out",
+    ),
+    _flux("transformer_flux3", "Flux3Attention", "Flux3AttnProcessor"),
+    _flux("transformer_bria", "BriaAttention", "BriaAttnProcessor"),
+    _flux("transformer_bria_fibo", "BriaFiboAttention", "BriaFiboAttnProcessor"),
+    _flux("transformer_ovis_image", "OvisImageAttention", "OvisImageAttnProcessor"),
+    _flux("transformer_longcat_image", "LongCatImageAttention", "LongCatImageAttnProcessor"),
+    _family(
+        "transformers.transformer_ltx.LTXAttention",
+        {"LTXVideoAttnProcessor": _rotary(rotary="image_rotary_emb")},
+        head_dim=None,
+    ),
+    _wan("transformer_wan.Wan"),
+    _wan("transformer_chronoedit.Wan"),
+    _wan("transformer_skyreels_v2.SkyReelsV2"),
 )

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from ..families import AttentionFamily, MLPFamily
+from ..families import AttentionFamily, Form, MLPFamily
 
 
 def _models(path: str) -> str:
@@ -61,13 +61,14 @@ FAMILIES: tuple[AttentionFamily, ...] = (
     _bert(_models("bert.modeling_bert.BertSelfAttention"), dropout="dropout", refuse=_refuse_decoder),
 )
 
-# Of these only the value/output product is one matrix: it can be customized.
+# Of these only the value/output product is one matrix; adapters go beside both.
 PARTIAL: tuple[AttentionFamily, ...] = (
     _vit(
         _models("dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention"),
         num_heads="num_heads",
         dropout="dropout",
         refuse_qk=_refuse_rotary,
+        form=Form(rotary="position_embeddings", layout="halves"),
     ),
 )
 

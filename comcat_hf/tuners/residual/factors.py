@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from ...closed_forms.bases import head_basis
 from ...errors import InvalidValueError, UnsupportedModuleError
+from ...modeling.families import Stream
+from ...modeling.rows import Rows
 from ...modeling.sites import AttentionSite
 from ...modeling.views import AttentionView, attention_views, known_attention_classes
 from ...modeling.weights import class_path, compute_dtype, float_weight
 from ...modeling.wrappers import base_module
+from .limits import check_adaptable
 
 
-__all__ = ["Core", "Residual", "ResidualSite", "find_residual_sites"]
+__all__ = ["Core", "Factors", "Residual", "ResidualSite", "bases_of", "find_residual_sites", "rows_in", "rows_out"]
 
 
 class Core(nn.Module):
@@ -44,14 +47,15 @@ class Core(nn.Module):
         return moved.transpose(0, 1).view(states.shape)
 
 
-class Residual(nn.Module):
-    """The factors of one adapter beside one attention module; a pair that is not adapted has none.
+class Factors(nn.Module):
+    """The factors of one adapter beside one stream of an attention module; a pair that is not adapted has none.
 
     Full factors add `t q' k'^T` to the scores and `t (attn v') D'` to the output. Cores change the query and the
     attended values within the head.
 
     Attributes:
-        query, key, value: `(H * r, d)`, without bias; `query` and `value` random at the start.
+        query, key, value: `(H * r, d)`, without bias; `query` and `value` random at the start. Those of keys and
+            values have as many heads as the module has for them.
         output: `(d, H * r)`; zero at the start, as is `key`.
         qk_core, vo_core: [`Core`], zero at the start.
     """
@@ -63,36 +67,29 @@ class Residual(nn.Module):
     qk_core: Core | None
     vo_core: Core | None
 
-    def __init__(self, view: AttentionView, qk_rank: int | None, vo_rank: int | None, core: bool) -> None:
+    def __init__(
+        self, view: AttentionView, stream: Stream, qk_rank: int | None, vo_rank: int | None, core: bool
+    ) -> None:
         super().__init__()
-        self.num_heads = heads = view.num_heads
+        self.num_heads = view.num_heads
         query = base_module(view.query)
-        if not isinstance(query.weight, Tensor):
-            raise UnsupportedModuleError(
-                f"{view.name}: expected projections whose weights are tensors, found a {class_path(type(query))}. Put "
-                "the adapter in before you quantise the model."
-            )
         options = {"device": query.weight.device, "dtype": compute_dtype(query)}
+        # A stream without an output is only read from: nobody sees what its own queries find.
+        last = view.projection("output", stream)
 
-        def linear(rank: int | None, layer: nn.Linear, *, out: bool = False) -> nn.Linear | None:
-            if rank is None or core:
+        def linear(role: str, rank: int | None) -> nn.Linear | None:
+            if rank is None or core or (last is None and role in ("query", "output")):
                 return None
-            layer = base_module(layer)
-            sizes = (heads * rank, layer.out_features) if out else (layer.in_features, heads * rank)
+            layer = base_module(view.projection(role, stream))
+            inner = rank * (view.num_heads if role in ("query", "output") else view.num_kv_heads)
+            sizes = (inner, layer.out_features) if role == "output" else (layer.in_features, inner)
             return nn.utils.skip_init(nn.Linear, *sizes, bias=False, **options)
 
-        self.query, self.key = linear(qk_rank, view.query), linear(qk_rank, view.key)
-        self.value, self.output = linear(vo_rank, view.value), linear(vo_rank, view.output, out=True)
-        self.qk_core = Core(heads, qk_rank, **options) if core and qk_rank is not None else None
-        self.vo_core = Core(heads, vo_rank, **options) if core and vo_rank is not None else None
-        self.train(view.module.training)
-
-    @property
-    def ranks(self) -> tuple[int | None, int | None]:
-        """Ranks per head of the two pairs; `None` for one that is not adapted."""
-        cores = [None if core is None else core.rank for core in (self.qk_core, self.vo_core)]
-        full = [None if first is None else first.out_features // self.num_heads for first in (self.query, self.value)]
-        return cores[0] or full[0], cores[1] or full[1]
+        self.query, self.key = linear("query", qk_rank), linear("key", qk_rank)
+        self.value, self.output = linear("value", vo_rank), linear("output", vo_rank)
+        for name, rank in (("qk_core", qk_rank), ("vo_core", vo_rank)):
+            given = core and rank is not None and last is not None
+            setattr(self, name, Core(view.num_heads, rank, **options) if given else None)
 
     def start(self) -> None:
         """Set the factors so that they add nothing, and learn at once."""
@@ -102,6 +99,41 @@ class Residual(nn.Module):
         for last in (self.key, self.output, self.qk_core, self.vo_core):
             if last is not None:
                 nn.init.zeros_(last.weight)
+
+
+class Residual(Factors):
+    """The factors of one adapter beside one attention module: those of the first stream, and of further ones."""
+
+    def __init__(self, view: AttentionView, qk_rank: int | None, vo_rank: int | None, core: bool) -> None:
+        first, *others = view.streams
+        if not isinstance(base_module(view.query).weight, Tensor):
+            raise UnsupportedModuleError(
+                f"{view.name}: expected projections whose weights are tensors, found a "
+                f"{class_path(type(base_module(view.query)))}. Put the adapter in before you quantise the model."
+            )
+        super().__init__(view, first, qk_rank, vo_rank, core)
+        self.further = nn.ModuleList(Factors(view, stream, qk_rank, vo_rank, core) for stream in others)
+        self.train(view.module.training)
+
+    @property
+    def streams(self) -> list[Factors]:
+        """The factors of each stream."""
+        return [self, *self.further]
+
+    @property
+    def ranks(self) -> tuple[int | None, int | None]:
+        """Ranks per head of the two pairs; `None` for one that is not adapted."""
+        full = (
+            None if self.query is None else self.query.out_features // self.num_heads,
+            None if self.output is None else self.output.in_features // self.num_heads,
+        )
+        cores = (None if core is None else core.rank for core in (self.qk_core, self.vo_core))
+        return tuple(core or rank for core, rank in zip(cores, full, strict=True))
+
+    def start(self) -> None:
+        super().start()
+        for factors in self.further:
+            factors.start()
 
 
 @dataclass(frozen=True)
@@ -126,26 +158,8 @@ class ResidualSite:
 
     def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
         ranks = AttentionSite(self.view).ranks(entry)
-        reasons = {"qk": _refusal_of_qk(self.view), "vo": _refusal_of_vo(self.view)}
-        for choice, reason in reasons.items():
-            if ranks[choice] is not None and reason is not None:
-                raise UnsupportedModuleError(
-                    f"{self.name} is a {type(self.view.module).__name__} whose "
-                    f"{'query/key' if choice == 'qk' else 'value/output'} product cannot be adapted: {reason}. Leave "
-                    f"that pair out with {choice}_rank=None."
-                )
-        if any(rank is not None for rank in ranks.values()):
-            self._check_processor()
+        check_adaptable(self.view, ranks, self.core)
         return ranks
-
-    def _check_processor(self) -> None:
-        # Now, and not at the first forward: what runs the module may not run what an adapter adds.
-        try:
-            self.view.query_factor(self.view.head_dim)
-        except UnsupportedModuleError as error:
-            raise UnsupportedModuleError(
-                f"{self.name}: {error} exclude_modules leaves single modules out of an adapter."
-            ) from error
 
     def dense_modules(self) -> dict[str, nn.Module]:
         return {self.name: self.view.module}
@@ -175,18 +189,10 @@ def find_residual_sites(model: nn.Module, core: bool, refuse: Callable[[str], bo
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no attention module that is known and not low-rank or widened already, as "
             "compressed attention and fused full factors are. Known classes: "
-            f"{', '.join(known_attention_classes())}. Describe another one with "
+            f"{', '.join(known_attention_classes(whole=False))}. Describe another one with "
             "comcat_hf.register_attention_family."
         )
     return sites
-
-
-def _refusal_of_qk(view: AttentionView) -> str | None:
-    return view.family.refuse_qk(view.module) if view.family.refuse_qk is not None else None
-
-
-def _refusal_of_vo(view: AttentionView) -> str | None:
-    return "a sibling module projects its output" if view.family.output_in_parent else None
 
 
 @torch.no_grad()
@@ -202,26 +208,34 @@ def bases_of(view: AttentionView, pair: str, rank: int) -> tuple[Tensor, Tensor]
                 f"{path}: the adapters {', '.join(projection.merged_adapters)} are merged into its weights, and the "
                 "bases of a core adapter come from the weights without them. Unfuse them first."
             )
-    heads = view.num_heads
+    heads, few = view.num_heads, view.num_kv_heads
+
+    def basis(rows: Tensor) -> Tensor:
+        # Where several heads share keys and values, neighbours do.
+        return head_basis(rows, rank).repeat_interleave(heads // len(rows), dim=0)
+
     try:
-        first = head_basis(rows_in(view.query if pair == "qk" else view.value, heads), rank)
-        return first, head_basis(rows_in(view.key, heads) if pair == "qk" else rows_out(view), rank)
+        if pair == "qk":
+            return basis(rows_in(view.query, heads)), basis(rows_in(view.key, few))
+        return basis(rows_in(view.value, few)), basis(rows_out(view))
     except InvalidValueError as error:
         raise InvalidValueError(f"{view.name}, {pair}: {error}") from error
 
 
 def rows_in(linear: nn.Module, num_heads: int) -> Tensor:
     """The rows of an input projection by head, the bias as a further column: `(H, p, d)` or `(H, p, d + 1)`."""
-    with align_module_device(base_module(linear)):
-        linear = base_module(linear)
+    linear = base_module(linear)
+    with align_module_device(base_module(linear.layer) if isinstance(linear, Rows) else linear):
         rows = float_weight(linear)
         if linear.bias is not None:
             rows = torch.cat([rows, linear.bias.detach().to(rows)[:, None]], dim=1)
         return rows.unflatten(0, (num_heads, -1)).clone()
 
 
-def rows_out(view: AttentionView) -> Tensor:
-    """The rows of the output projection by head: `(H, p, d)`."""
-    linear = base_module(view.output)
+def rows_out(view: AttentionView, stream: Stream | None = None) -> Tensor:
+    """The rows of the output projection by head, by default of the first stream: `(H, p, d)`."""
+    linear = base_module(view.projection("output", stream or view.family.stream))
     with align_module_device(linear):
-        return float_weight(linear).T.unflatten(0, (view.num_heads, -1)).clone()
+        # A sibling may also take hidden units of an MLP, which stand behind.
+        rows = float_weight(linear).T[: view.num_heads * view.head_dim]
+        return rows.unflatten(0, (view.num_heads, -1)).clone()

@@ -1,27 +1,29 @@
 """The tuner layer of mode "customize": any number of adapters beside one attention module, in one attention call."""
 
 import copy
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...modeling.stand_in import StandIn, common_width, fold_heads, split_heads
+from ...modeling.rotary import WiderTables
+from ...modeling.stand_in import StandIn, common_width
 from ...modeling.views import AttentionView
-from ...modeling.weights import compute_dtype
-from ...modeling.wrappers import is_tuner_layer
+from ...modeling.wrappers import base_module, is_tuner_layer
 from .factors import Residual, bases_of
-from .joining import can_join, joined_input, joined_output
+from .handover import Handover, hand_over
 from .merging import check_mergeable, merge_residuals, widened_attention
 from .names import NamedAsDense
+from .projections import StreamProjections
 from .scale import Scale
 
 
 __all__ = ["CustomizeLayer"]
 
 Bases = tuple[Tensor, Tensor]
+# What is made anew where a layer is copied.
+_REMADE = frozenset({"_stand_in", "_tables", "_first"})
 
 
 class CustomizeLayer(NamedAsDense):
@@ -29,8 +31,8 @@ class CustomizeLayer(NamedAsDense):
 
     Full factors stand beside the heads' own queries, keys and values as further columns, so that scores are
     `q k^T + sum t q' k'^T` with the scale of the dense head and the output `(attn v) D + sum t (attn v') D'`, from one
-    call of the host's kernel. Cores change queries and attended values within the head. Where queries and keys must
-    keep their width, the values of full factors go through heads of their own with the same queries and keys.
+    call of the host's kernel. Norms and rotations of the host pass the further columns by. Cores change queries and
+    attended values within the head.
 
     Attributes:
         scales: by adapter name, what multiplies the residual product once per pair.
@@ -44,13 +46,14 @@ class CustomizeLayer(NamedAsDense):
         self.scales: dict[str, Scale] = {}
         self._merged_beside: list[list[str]] = []
         self._bases: dict[tuple[str, int], Bases] = {}
+        self._handover = None if view.sibling is None else Handover.at(base_module(view.sibling))
         self._stand_for(view)
 
     def _stand_for(self, view: AttentionView) -> None:
-        # No attributes of the layer: these would hide projections of the same names.
-        projections = SimpleNamespace(query=self._query, key=self._key, value=self._value, output=self._output)
+        first, *further = [StreamProjections(self, index, stream) for index, stream in enumerate(view.streams)]
         # Past nn.Module, which would register it.
-        self.__dict__["_stand_in"] = StandIn.of(self.base_layer, view.family, projections)
+        self.__dict__["_stand_in"] = StandIn.of(self.base_layer, view.family, first, further=further)
+        self.__dict__["_tables"], self.__dict__["_first"] = None, first
 
     # Adapters
 
@@ -62,7 +65,7 @@ class CustomizeLayer(NamedAsDense):
     def settle(self) -> None:
         """Follow the device and the active adapters now: a forward that does is compiled a second time."""
         device = next(self.base_layer.parameters()).device
-        self._stand_in.resize(*self._size())
+        self._resize()
         if device.type == "meta":
             return
         with torch.inference_mode(False):
@@ -125,6 +128,8 @@ class CustomizeLayer(NamedAsDense):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._take_in()
+        if self._handover is not None:
+            self._handover.pending = None
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -133,99 +138,24 @@ class CustomizeLayer(NamedAsDense):
             return self.merged_layer(hidden_states, *args, **kwargs)
         if not self._in_use():
             return self.base_layer(hidden_states, *args, **kwargs)
-        heads, width = self._size()
-        self._stand_in.resize(heads, width)
-        output = self._stand_in(hidden_states, *args, **kwargs)
-        if not self.view.family.output_in_parent or width == self.view.head_dim:
+        self._resize()
+        args = (hidden_states, *args)
+        if self._tables is not None:
+            args, kwargs = self._tables(self, args, kwargs)
+        output = self._stand_in(*args, **kwargs)
+        if self._handover is None:
             return output
-        # A sibling projects the heads' outputs, which has no use for the columns that fill them up.
-        attended = split_heads(output[0], self.view.num_heads)[..., : self.view.head_dim].flatten(-2)
-        return (attended, *output[1:])
+        return hand_over(self._handover, output, self._first.split, self.view.family.output_in_parent)
 
-    def _query(self, states: Tensor) -> Tensor:
-        view = self.view
-        width = self._size()[1]
-        factor = view.query_factor(width)
-        linears = [factors.query for factors, _ in self._active() if factors.query is not None]
-        if self._joins("query", linears, states):
-            return joined_input(view.query, self._side_by_side(linears), view.num_heads, width, factor, states)
-        own = self._project("query", states)
-        parts = [own]
-        for factors, scale in self._active():
-            if factors.qk_core is not None:
-                left, right = self.bases("qk", factors.qk_core.rank, own)
-                parts[0] = parts[0] + scale * factors.qk_core(own, left, right)
-            elif factors.query is not None:
-                parts.append(_residual(factors.query, states, own))
-        folded = self._repeat(fold_heads(parts, width))
-        return folded if factor == 1 else folded * factor
-
-    def _key(self, states: Tensor) -> Tensor:
-        found = [(factors.key, scale) for factors, scale in self._active() if factors.key is not None]
-        return self._repeat(self._scaled("key", found, states))
-
-    def _value(self, states: Tensor) -> Tensor:
-        found = [(factors.value, scale) for factors, scale in self._active() if factors.value is not None]
-        if self._copies() == 1:
-            return self._scaled("value", found, states)
-        own, width = self._project("value", states), self._size()[1]
-        parts = [scale * _residual(linear, states, own) for linear, scale in found]
-        further = torch.cat(parts, dim=-1).split(width, dim=-1)
-        return torch.cat([fold_heads([part], width) for part in (own, *further)], dim=-1)
-
-    def _scaled(self, role: str, found: list[tuple[nn.Linear, Tensor]], states: Tensor) -> Tensor:
-        """A projection with the further columns of adapters, times their scales."""
-        view, width = self.view, self._size()[1]
-        linears = [linear for linear, _ in found]
-        if self._joins(role, linears, states):
-            added = self._side_by_side(linears, [scale for _, scale in found])
-            return joined_input(getattr(view, role), added, view.num_heads, width, 1.0, states)
-        own = self._project(role, states)
-        return fold_heads([own, *(scale * _residual(linear, states, own) for linear, scale in found)], width)
-
-    def _output(self, states: Tensor) -> Tensor:
-        view, copies = self.view, self._copies()
-        linears = [factors.output for factors, _ in self._active() if factors.output is not None]
-        dense = view.family.output_of(self.base_layer)
-        if self._joins("output", linears, states):
-            return joined_output(dense, self._side_by_side(linears, out=True), view.num_heads, states)
-        # Heads of their own stand behind the dense ones; side by side they are further columns, in the same order.
-        width = self._size()[1]
-        heads = states.unflatten(-1, (copies, view.num_heads, width)).movedim(-3, -2).flatten(-2)
-        own = heads[..., : view.head_dim]
-        attended, start, parts = own, view.head_dim, []
-        for factors, scale in self._active():
-            if factors.vo_core is not None:
-                left, right = self.bases("vo", factors.vo_core.rank, own)
-                attended = attended + scale * factors.vo_core(own, left, right)
-            elif factors.output is not None:
-                rank = factors.output.in_features // view.num_heads
-                parts.append((factors.output, heads[..., start : start + rank].flatten(-2)))
-                start += rank
-        result = dense(attended.flatten(-2))
-        for linear, part in parts:
-            result = result + _project(linear, part).to(result.dtype)
-        return result
-
-    def _joins(self, role: str, linears: list[nn.Linear], states: Tensor) -> bool:
-        """Whether a projection and its adapters are one product: not beside cores, which change the dense rows."""
-        pair = "qk_core" if role in ("query", "key") else "vo_core"
-        if not linears or self._copies() > 1:
-            return False
-        if role in ("query", "output") and any(getattr(f, pair) is not None for f, _ in self._active()):
-            return False
-        dense = self.view.family.output_of(self.base_layer) if role == "output" else getattr(self.view, role)
-        return can_join(dense, linears, states)
-
-    def _side_by_side(
-        self, linears: list[nn.Linear], scales: list[Tensor] | None = None, *, out: bool = False
-    ) -> Tensor:
-        """The weights of several adapters by head, `(H, sum of ranks, d)`."""
-        weights = [linear.weight.T if out else linear.weight for linear in linears]
-        if scales is not None:
-            weights = [scale * weight for scale, weight in zip(scales, weights, strict=True)]
-        parts = [weight.unflatten(0, (self.view.num_heads, -1)) for weight in weights]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def _resize(self) -> None:
+        """Let the stand-in, and the rotary tables that it gets, be as wide as the heads are."""
+        view, (heads, width) = self.view, self.size()
+        self._stand_in.resize(heads, width, view.num_kv_heads)
+        form, p = view.form, view.head_dim
+        if form.rotary is None or width == p:
+            self.__dict__["_tables"] = None
+        elif self._tables is None or self._tables.width != width:
+            self.__dict__["_tables"] = WiderTables.of(type(self.base_layer), form.rotary, p, width, form.layout)
 
     def bases(self, pair: str, rank: int, like: Tensor | None = None) -> Bases:
         """The frozen bases of cores of one rank, on the device and in the dtype of `like`."""
@@ -249,43 +179,24 @@ class CustomizeLayer(NamedAsDense):
     def _in_use(self) -> list[str]:
         return [name for name in self.merged_adapters or self.active_adapters if name in self.comcat_factors]
 
-    def _active(self) -> Iterator[tuple[Residual, Tensor]]:
+    def active(self) -> list[tuple[Residual, Tensor]]:
+        """The factors of each adapter in use, and its scale."""
+        found = []
         for name in self._in_use():
             scale = self.scales[name]
             tensor = scale.tensor if scale.fused is None else torch.full_like(scale.tensor, scale.fused)
-            yield self.comcat_factors[name], tensor
+            found.append((self.comcat_factors[name], tensor))
+        return found
 
-    def _widths(self) -> tuple[int, int]:
-        """How many columns the active full factors add to queries and keys, and to values."""
+    def size(self) -> tuple[int, int]:
+        """Number and width of the heads that the kernel gets."""
+        heads, p = self.view.num_heads, self.view.head_dim
         added = [0, 0]
         for name in self._in_use():
-            for index, first in enumerate((self.comcat_factors[name].query, self.comcat_factors[name].value)):
-                added[index] += 0 if first is None else first.out_features // self.view.num_heads
-        return added[0], added[1]
-
-    def _copies(self) -> int:
-        """How many times the heads are run: more than once where queries and keys must keep their width."""
-        if not self.view.keeps_width:
-            return 1
-        return 1 + -(-self._widths()[1] // self.view.head_dim)
-
-    def _size(self) -> tuple[int, int]:
-        """Number and width of the heads that the kernel gets."""
-        view = self.view
-        if view.keeps_width:
-            return view.num_heads * self._copies(), view.head_dim
-        qk, vo = self._widths()
-        if qk == vo == 0:
-            return view.num_heads, view.head_dim
-        return view.num_heads, common_width(view.head_dim + qk, view.head_dim + vo)
-
-    def _repeat(self, states: Tensor) -> Tensor:
-        copies = self._copies()
-        return states if copies == 1 else torch.cat([states] * copies, dim=-1)
-
-    def _project(self, role: str, states: Tensor) -> Tensor:
-        linear = getattr(self.base_layer, getattr(self.view.family, role))
-        return split_heads(linear(states), self.view.num_heads)
+            factors = self.comcat_factors[name]
+            added[0] += 0 if factors.query is None else factors.query.out_features // heads
+            added[1] += 0 if factors.output is None else factors.output.in_features // heads
+        return heads, common_width(p + added[0], p + added[1]) if any(added) else p
 
     # Merging
 
@@ -345,7 +256,7 @@ class CustomizeLayer(NamedAsDense):
     # The stand-in's class is made at run time and cannot be pickled; it holds nothing of its own.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_stand_in"}
+        return {key: value for key, value in self.__dict__.items() if key not in _REMADE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -356,14 +267,3 @@ class CustomizeLayer(NamedAsDense):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-def _residual(linear: nn.Linear, states: Tensor, like: Tensor) -> Tensor:
-    return split_heads(_project(linear, states), like.shape[-2]).to(like.dtype)
-
-
-def _project(linear: nn.Linear, states: Tensor) -> Tensor:
-    # Factors may be in float32 beside a half precision base.
-    if torch.is_autocast_enabled(states.device.type):
-        return linear(states)
-    return linear(states.to(compute_dtype(linear, states)))

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UnsupportedModuleError
+from ...modeling.families import Stream
 from ...modeling.lowrank import LowRankAttention
+from ...modeling.rotary import HeadNorm, WiderTables, place
 from ...modeling.stand_in import common_width
 from ...modeling.views import AttentionView
-from ...modeling.weights import compute_dtype
+from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module, is_tuner_layer
 from .factors import Core, Residual, rows_in, rows_out
+from .handover import MergedHandover
 
 
 __all__ = ["check_mergeable", "is_wider", "joined_rows", "merge_residuals", "widened_attention", "with_rows"]
@@ -21,6 +24,7 @@ _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
+_FUSED = frozenset({"to_qkv", "to_kv", "to_added_qkv", "to_added_kv"})
 # Pair, rank, and a tensor whose device and dtype count: the bases of a core.
 Bases = Callable[[str, int, Tensor], tuple[Tensor, Tensor]]
 
@@ -29,9 +33,8 @@ Bases = Callable[[str, int, Tensor], tuple[Tensor, Tensor]]
 def merge_residuals(view: AttentionView, residuals: Sequence[tuple[Residual, float]], bases: Bases) -> nn.Module:
     """The attention module with adapters in its projections.
 
-    Full factors widen the heads; in place of wider heads there are more of them where queries and keys must keep their
-    width. Cores change nothing but values. Products are computed in float32 at least and given in the dtype of the
-    dense weights.
+    Full factors widen the heads; cores change nothing but values. Products are computed in float32 at least and given
+    in the dtype of the dense weights.
 
     Args:
         view: the dense module.
@@ -39,23 +42,15 @@ def merge_residuals(view: AttentionView, residuals: Sequence[tuple[Residual, flo
         bases: gives the frozen bases of cores.
 
     Raises:
-        UnsupportedModuleError: an adapter of another method is active on a projection and not merged, or full factors
-            for a class that leaves its output projection to a sibling.
+        UnsupportedModuleError: an adapter of another method is active on a projection and not merged, or a core of
+            queries that are normalised.
     """
     check_mergeable(view, [factors for factors, _ in residuals])
-    rows, p = joined_rows(view, residuals, bases), view.head_dim
-    copies, width = 1, p
-    if view.keeps_width:
-        copies = -(-rows["value"].shape[1] // p)
-        rows = {
-            role: part.repeat(copies, 1, 1) if role in ("query", "key") else _further_heads(part, p, copies)
-            for role, part in rows.items()
-        }
-    elif is_wider(view, rows):
-        width = common_width(rows["query"].shape[1], rows["value"].shape[1])
-        rows = {role: F.pad(part, (0, 0, 0, width - part.shape[1])) for role, part in rows.items()}
-    rows["query"] = rows["query"] * view.query_factor(width)
-    return with_rows(view, view.num_heads * copies, width, rows)
+    streams = [joined_rows(view, residuals, bases, index) for index in range(len(view.streams))]
+    width = view.head_dim
+    if any(is_wider(view, rows) for rows in streams):
+        width = common_width(*(max(rows[role].shape[1] for rows in streams) for role in ("key", "value")))
+    return with_rows(view, width, streams)
 
 
 @torch.no_grad()
@@ -65,10 +60,14 @@ def widened_attention(
     """The same as a module that a plan can describe, to be saved: its "ranks" are those of the widened heads.
 
     The value bias is folded into the output bias and the key bias is left out, as for compressed attention. `None`
-    where no head is wider, or where heads cannot be.
+    where no head is wider, or where norms, rotations or a second stream leave no such form.
     """
+    refuse = view.family.refuse_qk
+    refused = refuse is not None and refuse(view.module) is not None
+    if view.sibling is not None or view.form.compress is not None or refused:
+        return None
     rows = joined_rows(view, residuals, bases)
-    if view.keeps_width or not is_wider(view, rows):
+    if not is_wider(view, rows):
         return None
     qk, vo = rows["query"].shape[1], rows["value"].shape[1]
     module = LowRankAttention.from_view(view, qk, vo).requires_grad_(False)
@@ -83,25 +82,34 @@ def widened_attention(
     return module
 
 
-def joined_rows(view: AttentionView, residuals: Sequence[tuple[Residual, float]], bases: Bases) -> dict[str, Tensor]:
-    """The rows of the four projections by head with the adapters' behind them, `(H, p + r, d)`; biases as a column."""
-    heads = view.num_heads
-    query, key, value = (_wide(rows_in(linear, heads)) for linear in (view.query, view.key, view.value))
-    output = _wide(rows_out(view))
-    parts: dict[str, list[Tensor]] = {"query": [query], "key": [key], "value": [value], "output": [output]}
-    for factors, scale in residuals:
+def joined_rows(
+    view: AttentionView, residuals: Sequence[tuple[Residual, float]], bases: Bases, index: int = 0
+) -> dict[str, Tensor]:
+    """The rows of one stream's projections by head with the adapters' behind them, `(H, p + r, d)`.
+
+    Biases are a further column. A stream without an output has no rows for it.
+    """
+    stream = view.streams[index]
+    counts = {"query": view.num_heads, "key": view.num_kv_heads, "value": view.num_kv_heads}
+    parts = {role: [_wide(rows_in(view.projection(role, stream), heads))] for role, heads in counts.items()}
+    if view.projection("output", stream) is not None:
+        parts["output"] = [_wide(rows_out(view, stream))]
+    dense = {role: rows[0] for role, rows in parts.items()}
+    for residual, scale in residuals:
+        factors = residual.streams[index]
         if factors.qk_core is not None:
-            moves = _moves(factors.qk_core, bases, "qk", query)
-            parts["query"][0] = parts["query"][0] + scale * moves.mT @ query
+            moves = _moves(factors.qk_core, bases, "qk", dense["query"])
+            parts["query"][0] = parts["query"][0] + scale * moves.mT @ dense["query"]
         if factors.vo_core is not None:
-            moves = _moves(factors.vo_core, bases, "vo", output)
-            parts["output"][0] = parts["output"][0] + scale * moves @ output
-        if factors.query is not None:
-            parts["query"].append(_rows_like(factors.query.weight, query))
-            parts["key"].append(scale * _rows_like(factors.key.weight, key))
-        if factors.value is not None:
-            parts["value"].append(scale * _rows_like(factors.value.weight, value))
-            parts["output"].append(_rows_like(factors.output.weight.T, output))
+            # The rows of a sibling stay as they are; values take the change over, which attention only averages.
+            role = "output" if view.sibling is None else "value"
+            moves = _moves(factors.vo_core, bases, "vo", dense[role])
+            parts[role][0] = parts[role][0] + scale * (moves if role == "output" else moves.mT) @ dense[role]
+        for role, found in parts.items():
+            if (linear := getattr(factors, role)) is not None:
+                weight = linear.weight.T if role == "output" else linear.weight
+                rows = _rows_like(weight, dense[role])
+                found.append(scale * rows if role in ("key", "value") else rows)
     return {role: torch.cat(rows, dim=1) for role, rows in parts.items()}
 
 
@@ -120,13 +128,77 @@ def _fill(module: nn.Module, view: AttentionView, role: str, rows: Tensor) -> Te
 
 
 def with_rows(
-    view: AttentionView, num_heads: int, width: int, rows: dict[str, Tensor], output_bias: Tensor | None = None
+    view: AttentionView, width: int, streams: Sequence[dict[str, Tensor]], output_bias: Tensor | None = None
 ) -> nn.Module:
-    """A copy of a dense module that shares everything but its projections and sizes with it.
+    """A copy of a dense module that shares everything but its projections, norms and sizes with it.
 
-    Without an `output_bias` it is that of the dense module.
+    Args:
+        view: the dense module.
+        width: of its heads.
+        streams: of each stream the rows by head, as of [`joined_rows`].
+        output_bias: of the first stream, by default that of the dense module.
     """
-    family, host = view.family, view.module
+    family, p, form = view.family, view.head_dim, view.form
+    module = _copy_of(view.module)
+    for stream, rows in zip(view.streams, streams, strict=True):
+        _set_inputs(view, module, stream, rows, width)
+        if "output" in rows and (stream != family.stream or view.sibling is None):
+            _set_output(view, module, stream, rows["output"], width, output_bias)
+            output_bias = None
+    _set_sizes(view, module, width)
+    if view.sibling is not None and width != p:
+        further = streams[0]["output"][:, p:].flatten(0, 1).T.to(compute_dtype(base_module(view.output)))
+        module.further_output = _linear(further, None) if further.shape[1] else None
+        handover = MergedHandover(base_module(view.sibling), view.num_heads, p, family.output_in_parent)
+        module.register_forward_hook(handover)
+    if form.rotary is not None and width != p:
+        tables = WiderTables.of(type(view.module), form.rotary, p, width, form.layout)
+        module.register_forward_pre_hook(tables, with_kwargs=True)
+    _fuse_again(module)
+    return module
+
+
+def _set_inputs(view: AttentionView, module: nn.Module, stream: Stream, rows: dict[str, Tensor], width: int) -> None:
+    """Give a module the input projections and the norms of one stream for wider heads."""
+    p, layers = view.head_dim, {}
+    for role in ("query", "key", "value"):
+        layout = "pairs" if role == "value" else view.form.layout
+        wide = _placed(rows[role], p, width, layout)
+        name = getattr(stream, f"norm_{role}", None)
+        norm = None if name is None else getattr(view.module, name, None)
+        factor = view.query_factor(width) if role == "query" else 1.0
+        if norm is None:
+            wide = wide * factor
+        elif width != p:
+            setattr(module, name, HeadNorm(norm, p, width, layout, factor))
+        layers[getattr(stream, role), role] = _linear_in(wide, view.projection(role, stream))
+    if not view.family.fused:
+        for (name, _), linear in layers.items():
+            setattr(module, name, linear)
+        return
+    # One layer; what stands behind the three (an MLP's units) stays.
+    dense, size = base_module(getattr(view.module, stream.query)), 3 * view.num_heads * p
+    parts = [*layers.values(), _linear(float_weight(dense)[size:], None if dense.bias is None else dense.bias[size:])]
+    bias = None if dense.bias is None else torch.cat([part.bias for part in parts])
+    setattr(module, stream.query, _linear(torch.cat([part.weight for part in parts]), bias))
+
+
+def _set_output(
+    view: AttentionView, module: nn.Module, stream: Stream, rows: Tensor, width: int, bias: Tensor | None
+) -> None:
+    """Give a module the output projection of one stream for wider heads."""
+    name, _, index = stream.output.partition(".")
+    dense = base_module(view.projection("output", stream))
+    columns = _placed(rows, view.head_dim, width, "pairs").flatten(0, 1).T.to(compute_dtype(dense))
+    # Behind the heads there may be units of an MLP.
+    columns = torch.cat([columns, float_weight(dense)[:, view.num_heads * view.head_dim :]], dim=1)
+    output = _linear(columns, dense.bias if bias is None else bias)
+    if index:
+        output = nn.ModuleList([output if i == int(index) else m for i, m in enumerate(getattr(module, name))])
+    setattr(module, name, output)
+
+
+def _copy_of(host: nn.Module) -> nn.Module:
     module = host.__class__.__new__(host.__class__)
     nn.Module.__init__(module)
     slots = set(module.__dict__) | {"forward", "_hf_hook", "_old_forward"}
@@ -137,30 +209,33 @@ def with_rows(
     for name in _HOOKS:
         # Its own: a hook that is put on both modules while both are in the model must not run twice here.
         setattr(module, name, getattr(host, name).copy())
-    for role in ("query", "key", "value"):
-        setattr(module, getattr(family, role), _linear_in(rows[role], getattr(view, role)))
-    if not family.output_in_parent:
-        name, _, index = family.output.partition(".")
-        dense = base_module(view.output)
-        bias = dense.bias if output_bias is None else output_bias
-        output = _linear(rows["output"].flatten(0, 1).T.to(compute_dtype(dense)), bias)
-        if index:
-            output = nn.ModuleList([output if i == int(index) else m for i, m in enumerate(getattr(host, name))])
-        setattr(module, name, output)
-    setattr(module, family.num_heads, num_heads)
+    return module
+
+
+def _set_sizes(view: AttentionView, module: nn.Module, width: int) -> None:
+    family = view.family
     if family.head_dim is not None:
         setattr(module, family.head_dim, width)
+    for names, heads in zip(family.sizes, (view.num_heads, view.num_kv_heads), strict=True):
+        for name in names:
+            setattr(module, name, heads * width)
     if family.scale_of is not None:
         setattr(module, family.scaling, width**-0.5)
-    _fuse_again(module)
-    return module
+    if family.output_in_parent:
+        module.all_head_size = view.num_heads * width
+
+
+def _placed(rows: Tensor, p: int, width: int, layout: str) -> Tensor:
+    """Rows by head, those of adapters behind, as `(H, width, d)`."""
+    return place(rows[:, :p].mT, [rows[:, p:].mT], width, layout).mT
 
 
 def _fuse_again(module: nn.Module) -> None:
     """Where a diffusers module holds its input projections a second time, as one, make that one anew."""
-    if module._modules.pop("to_qkv", module._modules.pop("to_kv", None)) is not None:
+    if [name for name in _FUSED if module._modules.pop(name, None) is not None]:
+        module.fused_projections = False
         module.fuse_projections()
-        for name in {"to_qkv", "to_kv"} & module._modules.keys():
+        for name in _FUSED & module._modules.keys():
             module._modules[name].requires_grad_(False)
 
 
@@ -192,11 +267,6 @@ def _rows_like(weight: Tensor, rows: Tensor) -> Tensor:
     return F.pad(factor, (0, rows.shape[-1] - factor.shape[-1]))
 
 
-def _further_heads(rows: Tensor, width: int, copies: int) -> Tensor:
-    filled = F.pad(rows, (0, 0, 0, width * copies - rows.shape[1]))
-    return torch.cat(filled.split(width, dim=1))
-
-
 def _wide(rows: Tensor) -> Tensor:
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
@@ -204,10 +274,11 @@ def _wide(rows: Tensor) -> Tensor:
 def check_mergeable(view: AttentionView, residuals: Sequence[Residual]) -> None:
     """Raise what [`merge_residuals`] would raise for these factors."""
     view.query_factor(view.head_dim)
-    if view.family.output_in_parent and any(factors.query is not None for factors in residuals):
+    norm = None if view.family.norms is None else getattr(view.module, view.family.norms[0], None)
+    if norm is not None and any(factors.qk_core is not None for factors in residuals):
         raise UnsupportedModuleError(
-            f"{view.name}: a sibling module projects the output of {type(view.module).__name__}, so full factors "
-            "cannot be merged into it. Use the adapter unmerged, or one with core=True."
+            f"{view.name} normalises its queries, and a core changes them after the norm, so it has no form in the "
+            "weights. Use the adapter unmerged, or one whose core has vo_rank alone."
         )
     for path, projection in view.projections().items():
         if is_tuner_layer(projection) and not projection.merged and projection.active_adapters:

@@ -1,0 +1,71 @@
+"""What a customize adapter cannot be put beside, said when it is added and not at the first forward."""
+
+from collections.abc import Mapping
+
+from torch.distributed.tensor import DTensor
+
+from ...errors import UnsupportedModuleError
+from ...modeling.views import AttentionView
+from ...modeling.wrappers import base_module
+
+
+__all__ = ["check_adaptable"]
+
+_PAIRS = {"qk": "query/key", "vo": "value/output"}
+# diffusers' attention backends whose kernels take heads of 64 and 128 columns alone.
+_NARROW = "sage"
+
+
+def check_adaptable(view: AttentionView, ranks: Mapping[str, int | None], core: bool) -> None:
+    """Raise for a module that factors of these ranks cannot be put beside.
+
+    Raises:
+        UnsupportedModuleError: naming the module, what it does, and what to do.
+    """
+    wanted = [choice for choice in _PAIRS if ranks.get(choice) is not None]
+    if not wanted:
+        return
+    try:
+        view.query_factor(view.head_dim)
+    except UnsupportedModuleError as error:
+        raise UnsupportedModuleError(
+            f"{view.name}: {error} exclude_modules leaves single modules out of an adapter."
+        ) from error
+    for choice in wanted:
+        if (reason := _refusal(view, choice, core)) is not None:
+            raise UnsupportedModuleError(
+                f"{view.name} is a {type(view.module).__name__} whose {_PAIRS[choice]} product cannot be adapted: "
+                f"{reason}. Leave that pair out with {choice}_rank=None."
+            )
+    for path, linear in view.projections().items():
+        if isinstance(base_module(linear).weight, DTensor):
+            raise UnsupportedModuleError(
+                f"{path}: expected whole weights, found a DTensor, split over processes by tensor parallelism. Train "
+                "with DDP or FSDP, or leave the module out with exclude_modules."
+            )
+    if not core and (backend := _backend(view)).startswith(_NARROW):
+        raise UnsupportedModuleError(
+            f"{view.name}: the attention backend {backend} takes heads of 64 or 128 columns alone, and full factors "
+            "widen them. Use an adapter with core=True, or another backend (model.reset_attention_backend())."
+        )
+
+
+def _refusal(view: AttentionView, choice: str, core: bool) -> str | None:
+    form, family = view.form, view.family
+    if choice == "qk" and form.refuse_qk is not None:
+        return form.refuse_qk
+    described = family.norms is not None or form.rotary is not None
+    if family.refuse_qk is None or described or (choice == "vo" and core):
+        return None
+    return family.refuse_qk(view.module)
+
+
+def _backend(view: AttentionView) -> str:
+    """The attention backend of diffusers that runs a module, or nothing."""
+    processor = getattr(view.module, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return ""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    chosen = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+    return str(getattr(chosen, "value", chosen)).lstrip("_")
