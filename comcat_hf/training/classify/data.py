@@ -259,7 +259,7 @@ def _cut_search(split: Split, share: float, generator: torch.Generator) -> tuple
 def _shuffled(rows: Iterator[RawImage], generator: torch.Generator) -> Iterator[RawImage]:
     """Through a buffer: every row that comes takes the place of a random one, which goes.
 
-    `datasets` can do the same, at a hundred times the cost of reading a small image.
+    Rows that `datasets` shuffles do not say their numbers, by which broken ones are named and counted once.
     """
     buffer = list(islice(rows, _BUFFER))
     if len(buffer) == _BUFFER:
