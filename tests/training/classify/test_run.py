@@ -499,8 +499,9 @@ class TestProgram:
         # To the end of what all processes say, which may outlive their launcher.
         process.communicate()
         assert not (folder / "model.safetensors").exists()
-        run(base, folder, resume_from_checkpoint="latest")
-        assert same(folder, whole[0])
+        said: list[str] = []
+        compress_vit(CompressSettings(**flags(base, folder, resume_from_checkpoint="latest")), report=said.append)
+        assert any(line.startswith("Going on from ") for line in said) and same(folder, whole[0])
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
     def test_ends_in_a_stage_and_is_alone_in_its_folder(self, base, tmp_path, number):
