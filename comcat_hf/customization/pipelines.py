@@ -112,14 +112,12 @@ def save_comcat_weights(
 def _weights(part: str, model: nn.Module, adapter_name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     state = _state(model, adapter_name)
     weights = {key: tensor.detach().to("cpu", dtype) for key, tensor in state.items()}
-    for key, tensor in weights.items():
-        if not tensor.isfinite().all():
-            lost = state[key].isfinite().all()
-            fix = "Save them in bfloat16 or float32." if lost else "Train it again with a lower rate."
-            raise InvalidValueError(
-                f"{part}.{key}: expected finite weights of the adapter {adapter_name!r}, found infinite ones or NaN "
-                f"in {tensor.dtype}. {fix}"
-            )
+    for key in (key for key, tensor in weights.items() if not tensor.isfinite().all()):
+        cast = state[key].isfinite().all()
+        raise InvalidValueError(
+            f"{part}.{key}: expected finite weights of the adapter {adapter_name!r}, found infinite ones or NaN in "
+            f"{weights[key].dtype}. " + ("Save them in bfloat16." if cast else "Train it again with a lower rate.")
+        )
     return weights
 
 
