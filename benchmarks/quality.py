@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 import comcat_hf
-from comcat_hf.errors import BudgetError
+from comcat_hf.compression.budget.allocation import finish_plan
+from comcat_hf.compression.budget.budget import METRICS, entries, find_budget
+from comcat_hf.compression.budget.plain import solver_of
+from comcat_hf.compression.budget.strategies import STRATEGIES
+from comcat_hf.compression.request import Request
+from comcat_hf.errors import BudgetError, UnsupportedModuleError
+from comcat_hf.modeling import find_sites
+from comcat_hf.modeling.layout import Alike
 
 
 def ours(
@@ -42,14 +49,36 @@ def ours(
     return comcat_hf.compress(subject.model, plan=plan, compensate=compensate, statistics=statistics, **fitted)
 
 
-def refined(subject: Subject, scope: Scope, reduction: float, *, steps: int) -> nn.Module:
-    """Curvature and compensation, then steps without labels."""
-    key = scope.name, reduction
+def refined(
+    subject: Subject, scope: Scope, reduction: float, *, steps: int, start: str = "curvature + compensation"
+) -> nn.Module:
+    """Another method, then steps without labels."""
+    key = scope.name, reduction, start
     if key not in subject.starts:
-        subject.starts[key] = ours(subject, scope, reduction, allocation=ALLOCATIONS["curvature"], compensate=True)
+        subject.starts[key] = METHODS[start](subject, scope, reduction)
     small = copy.deepcopy(subject.starts[key])
     comcat_hf.refine(small, subject.model, subject.batches, steps)
     return small
+
+
+def equal_widths(subject: Subject, scope: Scope, reduction: float) -> nn.Module:
+    """One width for all heads and one for all MLPs, whether or not the model's class can be configured so.
+
+    Of classes that read both from their configuration this is the plain layout.
+    """
+    model, share = subject.model, scope.asked(subject.model, reduction)
+    sites = {name: site for name, site in find_sites(model, scope.sites, width=True).items() if site.kind != "linear"}
+    groups = []
+    for kind in dict.fromkeys(site.kind for site in sites.values()):
+        alike = tuple(site for site in sites.values() if site.kind == kind)
+        groups.append(Alike("", kind, alike, {w: w for w in range(1, max(alike[0].choices.values()))}))
+    request = Request(scope.sites, strategy="curvature", mlp="width", batches=True)
+    budget, count = find_budget(model, sites, share, METRICS["params"], request)
+    solver = solver_of(groups, "macs")
+    chosen = STRATEGIES["curvature"](budget, model=model, collect=None, statistics=subject.curved, solver=solver)
+    plan = finish_plan(model, entries(sites, chosen), count, budget.total, share, request)
+    print(f"equal widths: {list(map(dict, list(plan.ranks.values())[:2]))}", file=sys.stderr)
+    return comcat_hf.compress(model, plan=plan, statistics=subject.curved, batches=subject.batches)
 
 
 # Rows of the table by name: how sizes are chosen, as arguments of `allocate_ranks`; a further way is a row here.
@@ -61,9 +90,10 @@ ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
     "sensitivity, MLP by rank": {"strategy": "sensitivity", "mlp": "rank"},
     "sensitivity, MLP mixed": {"strategy": "sensitivity", "mlp": "mixed"},
     "curvature": {"strategy": "curvature", "mlp": "width"},
+    "plain": {"strategy": "curvature", "mlp": "width", "layout": "plain"},
 }
 # These are measured with compensation besides.
-COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature")
+COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature", "plain")
 # And these steps of refinement behind it.
 REFINED = (100, 300, 1000)
 METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES | {
@@ -71,7 +101,12 @@ METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES 
     for name, allocation in ALLOCATIONS.items()
     for compensate in ((False, True) if name in COMPENSATED else (False,))
 }
-METHODS |= {f"curvature + compensation + {steps} steps": partial(refined, steps=steps) for steps in REFINED}
+METHODS |= {"equal widths + compensation": equal_widths}
+METHODS |= {
+    f"{start} + {steps} steps": partial(refined, steps=steps, start=start)
+    for start in ("curvature + compensation", "plain + compensation", "equal widths + compensation")
+    for steps in REFINED
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +153,7 @@ def measure(name: str, case: Case, scope: Scope, reduction: float, method: str) 
     for subject in case.subjects:
         try:
             small = METHODS[method](subject, scope, reduction)
-        except (OutOfReach, BudgetError) as error:
+        except (OutOfReach, BudgetError, UnsupportedModuleError) as error:
             return Result(*settings, time.perf_counter() - start, cannot=str(error))
         reached.append(1 - scope.size(small, subject.model) / scope.size(subject.model))
         found.append(subject.measure(small))

@@ -141,10 +141,13 @@ def test_a_case_whose_data_is_not_here_says_so(tmp_path, monkeypatch):
 def test_every_method_gives_a_row():
     subject, _ = subject_of("vit")
     case = cases.Case({}, "accuracy", True, "", (subject, subject))
-    found = list(quality.results_of("tiny", case, cases.ATTENTION, (0.4,), list(quality.METHODS)))
+    found = list(quality.results_of("tiny", case, cases.ATTENTION, (0.4352,), list(quality.METHODS)))
     rows = json.loads(json.dumps([result.row() for result in found]))
     assert [row["method"] for row in rows] == [method for method in quality.METHODS if "MLP" not in method]
-    assert all(0.4 <= row["reached"] <= 0.42 and 0 <= row["metrics"]["accuracy"]["mean"] <= 1 for row in rows)
+    # Of heads of 16 no equal widths with folded biases meet this budget.
+    assert all(row["method"].startswith("equal widths") == ("cannot" in row) for row in rows)
+    found = [result for result in found if result.cannot is None]
+    assert all(0.4352 <= one.reached <= 0.455 and 0 <= one.mean("accuracy") <= 1 for one in found)
     quality.print_scope(case, found)
     quality.print_verdict(case, quality.verdict(case, found))
 

@@ -1,6 +1,7 @@
 """The command line: help, errors without tracebacks, exit codes."""
 
 import copy
+import json
 import re
 import runpy
 import subprocess
@@ -380,6 +381,30 @@ def test_a_classifier_is_compressed_measured_and_reported(digits_vit):
     )
     assert again.exit_code == 1
     assert "another OUT, or --overwrite" in again.stderr
+
+
+def test_a_classifier_in_the_plain_layout_is_an_ordinary_model(digits_vit):
+    out = digits_vit / "out"
+    options = ("--reduction", "0.4", "--layout", "plain", "--data", str(digits_vit / "data"), "--samples", "16")
+    result = run("compress", str(digits_vit / "vit"), str(out), *options, "--epochs", "0.3", "--sweep", "0.3")
+    assert result.exit_code == 0, result.output
+    assert "import comcat_hf" not in result.stdout and "layout plain" in (out / "README.md").read_text()
+    assert "loads without comcat_hf" in (out / "README.md").read_text()
+    assert "comcat" not in (out / "config.json").read_text()
+    config = json.loads((out / "config.json").read_text())
+    plan = comcat_hf.RankPlan.from_pretrained(out)
+    assert plan.layout == "plain" and plan.ranks["vit.layers.1.mlp"] == {"width": config["intermediate_size"]}
+    refused = run("compress", str(digits_vit / "vit"), str(digits_vit / "no"), *options, "--strategy", "search")
+    assert "--layout plain makes a model without low-rank factors, got --strategy search" in refused.stderr
+
+
+def test_a_text_model_in_the_plain_layout_loses_hidden_units(tmp_path):
+    KINDS["text"]().save_pretrained(tmp_path / "dense")
+    where = [*map(str, (tmp_path / "dense", tmp_path / "small")), "--reduction", "0.3", "--layout", "plain"]
+    result = run("compress", *where)
+    assert result.exit_code == 0, result.output
+    assert "import comcat_hf" not in result.stdout
+    assert BertForMaskedLM.from_pretrained(tmp_path / "small").config.intermediate_size < 3072
 
 
 def test_a_budget_may_be_of_latency(digits_vit):

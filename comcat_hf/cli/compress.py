@@ -45,6 +45,9 @@ def compress(
         str | None,
         typer.Option(help="How ranks are chosen.", show_default="curvature with data, else uniform"),
     ] = None,
+    layout: Annotated[
+        str, typer.Option(help="free, or plain: the same widths in all layers, so that it loads without comcat_hf.")
+    ] = "free",
     refine: Annotated[
         int, typer.Option(help="Steps of training without labels on the images, after the closed forms.", min=0)
     ] = 0,
@@ -66,7 +69,7 @@ def compress(
     from ..native import class_name, is_image_classifier
 
     name = class_name(model, subfolder=subfolder)
-    how = {"scope": scope, "metric": metric}
+    how = {"scope": scope, "metric": metric, "layout": layout}
     if subfolder is not None or (name is not None and not is_image_classifier(name)):
         of_images = {"--data": data, "--sweep": sweep, "--epochs": epochs, "--eval-samples": eval_samples}
         of_images |= {"--refine": refine}
@@ -132,10 +135,11 @@ def _compress_classifier(out: Path, epochs: float, **fields: Any) -> None:
     if result.interrupted is not None:
         typer.echo(f"Stopped by {result.interrupted}; the same command goes on.", err=True)
         raise typer.Exit(130)
+    needed = "" if result.plan.is_plain else "    import comcat_hf\n"
     typer.echo(
         f"\nModel:  {out}\nReport: {out / 'report.html'}\n\n"
         f"Load it with:\n\n"
-        f"    import comcat_hf\n"
+        f"{needed}"
         f"    from transformers import pipeline\n\n"
         f'    pipeline("image-classification", {quoted(str(out))})'
     )

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..configs import RankPlan
 from ..errors import InvalidValueError
 from ..modeling import apply_ranks, unwrapped
+from ..modeling.layout import check_plain, make_plain
 from ..modeling.surgery import sites_for
 from ..native import attach_plan, is_native
 from .budget.allocation import allocate, check_allocation, count_again
@@ -42,6 +44,7 @@ def compress(
     mlp: str | None = None,
     compensate: bool | None = None,
     refine: int = 0,
+    layout: str = "free",
     target_modules: Collection[str] | str | None = None,
     exclude_modules: Collection[str] | str | None = None,
     sensitivities: Sensitivities | None = None,
@@ -77,6 +80,10 @@ def compress(
             output again to the dense model's residual stream. Needs `batches`; by default done where there are any.
         refine: steps of training, without labels, after that: all factors together follow the dense model's hidden
             states on the `batches`; see [`refine`], which also does it later, or block by block.
+        layout: `"free"`: every layer may get other ranks; loading needs this package. `"plain"`: all layers get the
+            same widths, one for heads and one for MLPs, as far as the configuration of the model's class can express
+            them (docs/compress.md); what is saved is an ordinary model that loads without this package. A plan
+            that was chosen for this layout has it.
         target_modules, exclude_modules: which modules to compress, a tower of a larger model say; see
             [`allocate_ranks`].
         sensitivities, latency, step, inputs: see [`allocate_ranks`].
@@ -84,8 +91,8 @@ def compress(
             and `TQDM_DISABLE` turn them off.
 
     Returns:
-        a copy with low-rank modules, ready for `save_pretrained`, `Trainer` and `pipeline`. Its plan is
-        `comcat_hf.plan_of(small)`.
+        a copy with low-rank modules (with the plain layout: with the library's own, smaller ones), ready for
+        `save_pretrained`, `Trainer` and `pipeline`. Its plan is `comcat_hf.plan_of(small)`.
 
     Raises:
         InvalidValueError: arguments that do not go together, batches that do not fit the model, weights that are not
@@ -98,13 +105,18 @@ def compress(
     where = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     choosing = {"mlp": mlp, "step": step, "sensitivities": sensitivities, "latency": latency, "inputs": inputs}
     _check_ways(model, reduction, plan, where | choosing)
+    if plan is not None and plan.layout == "plain":
+        layout = "plain"
     data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities}
-    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step}
+    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step, "layout": layout}
     request = Request.of(model, **where, data=data, **how, compensate=compensate, refine=refine)
     given = plan is not None
     if given:
         plan.check_model(model)
         sites = sites_for(plan.ranks, model)
+        if request.layout == "plain":
+            plan = replace(plan, layout="plain")
+            check_plain(model, plan.ranks)
     else:
         check_allocation(request, reduction, latency)
         sites = request.find_sites(model)
@@ -128,11 +140,15 @@ def compress(
         statistics.check_model(model, plan.ranks, sites)
     small = copy.deepcopy(model)
     if request.compensate:
+        # It gathers moments of its own, on the compressed model.
+        data["statistics"] = statistics = None if statistics is None else statistics.without_moments()
         compress_in_order(small, plan.ranks, batches, statistics=statistics, progress=progress)
     else:
         apply_ranks(small, plan.ranks, statistics=statistics)
     if request.refine:
         refine_factors(small, model, batches, request.refine, progress=progress)
+    if request.layout == "plain":
+        make_plain(small, model, plan.ranks)
     if not is_native(small):
         return small
     return attach_plan(small, count_again(plan, model, small) if given else plan)

@@ -9,6 +9,7 @@ from torch import nn
 from ..checks import check, whole
 from ..errors import InvalidValueError
 from ..modeling import EVERYTHING, Site, Targets, find_sites
+from ..modeling.layout import LAYOUTS
 
 
 __all__ = ["WAYS", "Request", "check_choice", "check_merged", "sites_by_way"]
@@ -29,6 +30,7 @@ class Request:
         scope, metric, step: see [`allocate_ranks`].
         strategy, mlp, compensate: see [`compress`]; `None` is decided by the data that there is.
         refine: steps of training on the batches; 0 for none.
+        layout: see [`compress`].
         targets: which modules are meant.
         batches, statistics, sensitivities, curvature: whether there are any.
         weights_only: the factors are fitted to no data, whatever the ranks are chosen by.
@@ -40,6 +42,7 @@ class Request:
     mlp: str | None = None
     compensate: bool | None = None
     refine: int = 0
+    layout: str = "free"
     targets: Targets = EVERYTHING
     step: int | None = None
     batches: bool = False
@@ -53,7 +56,7 @@ class Request:
         decided = {
             "strategy": self._measured_by,
             # Without data nothing makes up for the units that are cut, and a search chooses ranks alone.
-            "mlp": "width" if fitted and self.strategy != "search" else "rank",
+            "mlp": "width" if self.layout == "plain" or (fitted and self.strategy != "search") else "rank",
             "compensate": self.batches and not self.weights_only,
         }
         for name, value in decided.items():
@@ -61,6 +64,13 @@ class Request:
                 object.__setattr__(self, name, value)
         if self.compensate and not self.batches:
             raise InvalidValueError("compensate=True fits the outputs of blocks to real inputs: give batches.")
+        check_choice("layout", self.layout, LAYOUTS)
+        if self.layout == "plain" and (self.mlp != "width" or self.strategy == "search"):
+            found = "strategy='search'" if self.strategy == "search" else f"mlp={self.mlp!r}"
+            raise InvalidValueError(
+                f"layout='plain': expected MLPs that lose hidden units, found {found}, which gives layers ranks that "
+                "no configuration names. Leave it out, or choose layout='free'."
+            )
         check(self.refine, whole(), "refine", fix="Give the number of steps, such as refine=300.")
         if self.refine and (not self.batches or self.weights_only):
             raise InvalidValueError(f"refine={self.refine} trains the factors on real inputs: give batches.")

@@ -46,6 +46,7 @@ _FIELDS = {
     "scope": listed("model", "attention", "mlp"),
     "target_modules": optional(_NAMES),
     "metric": listed("params", "macs", "latency"),
+    "layout": listed("free", "plain"),
     "strategy": optional(TEXT),
     "reduction": optional(finite(0, 1)),
     "reached": optional(finite(high=1)),
@@ -70,6 +71,7 @@ class RankPlan:
         reduction: the requested share to remove, 0 to 1.
         reached: the share that the plan removes, counted on the built model; for latency, predicted by a table of
             times. `None` if it was not counted again after the ranks were changed.
+        layout: `"free"`, or `"plain"` where the configuration of the model's class can express all ranks.
     """
 
     ranks: Mapping[str, Entry]
@@ -82,6 +84,7 @@ class RankPlan:
     reduction: float | None = None
     reached: float | None = None
     target_modules: list[str] | str | None = None
+    layout: str = "free"
     _source: str = field(default="this plan", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -110,9 +113,10 @@ class RankPlan:
         values = {**_values(self), "ranks": copy.deepcopy(self.ranks)}
         if hub_id(self.base_model_name_or_path) is None:
             values |= {"base_model_name_or_path": None, "revision": None}
-        if self.target_modules is None:
-            # Earlier versions do not know it.
-            del values["target_modules"]
+        for name, default in (("target_modules", None), ("layout", "free")):
+            if values[name] == default:
+                # Earlier versions do not know it.
+                del values[name]
         return make_document(RANKS_FORMAT, _FORMAT_VERSION, values)
 
     @classmethod

@@ -114,7 +114,7 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
     rows = joined_rows(view, layer.residuals(names), layer.bases)
     if not is_wider(view, rows):
         return _exact(layer, names)
-    if len(view.streams) > 1 or view.num_kv_heads != view.num_heads or view.form.rotary is not None:
+    if view.form.compress is not None or view.form.rotary is not None:
         raise _no_form(layer)
     p, dense = view.head_dim, joined_rows(view, [], layer.bases)
     query, key, value, output = (rows[role] for role in ("query", "key", "value", "output"))
@@ -140,8 +140,8 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
 def _no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
     return UnsupportedModuleError(
         f"{layer.view.name}: between the projections and the scores of {type(layer.base_layer).__name__} stand norms, "
-        "rotations or a second stream, so full factors have no form that can be saved. Use an adapter with core=True "
-        "and vo_rank alone, or fuse_lora() on the loaded pipeline."
+        "rotations, biases or a second stream, so full factors have no form that can be saved. Use an adapter with "
+        "core=True and vo_rank alone, or fuse_lora() on the loaded pipeline."
     )
 
 

@@ -36,19 +36,16 @@ def _attention_sites(model: nn.Module, modules: Walk, refuse: Refuse) -> Iterato
 
 
 def _mlp_sites(model: nn.Module, modules: Walk, refuse: Refuse) -> Iterator[MLPSite | LinearSite]:
-    """Known MLPs, and linear layers, of the blocks that hold attention, outside it."""
+    """Known MLPs with their layers, and the linear layers of the blocks that hold attention, outside it."""
     attention = attention_paths(modules)
     blocks = {block for name in attention if (block := block_of(name))}
-    linears = {
-        name: linear
-        for name, linear in _plain_linears(modules)
-        if _lies_under(name, blocks) and not _lies_under(name, attention)
-    }
-    for view in mlp_views(modules):
-        if view.layers().keys() <= linears.keys():
-            yield MLPSite(view)
+    linears = dict(_plain_linears(modules))
+    views = [view for view in mlp_views(modules) if view.layers().keys() <= linears.keys()]
+    yield from map(MLPSite, views)
+    known = {path for view in views for path in view.layers()}
     for name, linear in linears.items():
-        yield LinearSite(name, linear)
+        if name in known or (_lies_under(name, blocks) and not _lies_under(name, attention)):
+            yield LinearSite(name, linear)
 
 
 def _classifier_sites(model: nn.Module, modules: Walk, refuse: Refuse) -> Iterator[LinearSite]:

@@ -147,7 +147,13 @@ class AttentionView:
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *timm.FAMILIES, *diffusers.FAMILIES, *diffusers.ADAPTED)
+    return (
+        *transformers.FAMILIES,
+        *transformers.ADAPTED,
+        *timm.FAMILIES,
+        *diffusers.FAMILIES,
+        *diffusers.ADAPTED,
+    )
 
 
 def _refusals() -> dict[str, str]:
@@ -176,7 +182,7 @@ def register_attention_family(family: AttentionFamily) -> None:
 
 def known_attention_classes(whole: bool = True) -> list[str]:
     """Names of the attention classes that can be factorised; without `whole`, also those of adapters alone."""
-    adapted = {family.host for family in diffusers.ADAPTED}
+    adapted = {family.host for family in (*transformers.ADAPTED, *diffusers.ADAPTED)}
     return sorted({host.rpartition(".")[2] for host in _registry.families if not whole or host not in adapted})
 
 

@@ -15,6 +15,10 @@ from .current import current_plan
 __all__ = ["attach_plan", "is_native", "plan_of", "watch_saving"]
 
 
+# An ordinary model remembers here, while it is in memory, the plan that it was built from.
+_PLAIN = "_comcat_plain_plan"
+
+
 def is_native(model: nn.Module) -> bool:
     """Whether a model's library can save and load it compressed."""
     return isinstance(model, PreTrainedModel) or diffusers.is_model(model)
@@ -24,7 +28,8 @@ def plan_of(model: nn.Module) -> RankPlan:
     """The rank plan that a compressed model was built from.
 
     Args:
-        model: what `compress` returned, or such a model loaded again.
+        model: what `compress` returned, or such a model loaded again. In the plain layout nothing of the plan is saved
+            with the model.
 
     Returns:
         the plan, with the ranks that the model has now.
@@ -36,6 +41,7 @@ def plan_of(model: nn.Module) -> RankPlan:
     plan = current_plan(
         model, diffusers.recorded(model) if diffusers.is_model(model) else transformers.recorded(model)
     )
+    plan = plan or vars(model).get(_PLAIN)
     if plan is None:
         raise InvalidValueError(f"{type(model).__name__} has no low-rank modules or narrow MLPs; compress it first.")
     return plan
@@ -52,6 +58,8 @@ def attach_plan(model: nn.Module, plan: RankPlan | None = None) -> nn.Module:
         the same model.
     """
     _host(model).attach(model, current_plan(model, plan))
+    if plan is not None and plan.layout == "plain":
+        setattr(model, _PLAIN, plan)
     return model
 
 

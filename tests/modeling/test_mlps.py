@@ -70,7 +70,10 @@ def test_every_mlp_of_a_known_family_is_known(family):
     sites = mlp_sites(model)
     layers = [path for site in sites.values() for path in site.dense_modules()]
     assert sorted(layers) == sorted(find_sites(model, "mlp"))
-    assert len(sites) == len(find_sites(model, "attention"))
+    # SigLIP pools its tokens by attention that stays dense, with an MLP behind it.
+    poolers = [name for name in sites if name.endswith("head.mlp")]
+    assert len(sites) == len(find_sites(model, "attention")) + len(poolers)
+    assert len(poolers) == (family in ("siglip", "siglip_vision"))
     for name, site in sites.items():
         assert site.name == name
         assert all(model.get_submodule(path) is module for path, module in site.dense_modules().items())
@@ -348,12 +351,6 @@ def test_lora_on_a_layer_is_refused_until_merged(layer):
     with pytest.raises(UnsupportedModuleError, match=rf"^vit\.layers\.0\.mlp\.{layer} carries an adapter of peft"):
         apply_ranks(model, {MLP: {"width": 9}})
     assert_unchanged(model, state, classes)
-
-
-def test_outside_the_blocks_there_is_no_width():
-    model, _ = MODELS["siglip_vision"]()
-    assert any(name.endswith("head.mlp") for name, _ in model.named_modules())
-    assert not any("head" in name for name in find_sites(model, width=True))
 
 
 # --- registration

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from ...checks import some_of
 from ...configs import RankPlan
-from ...errors import BudgetError, InvalidValueError
+from ...errors import BudgetError, InvalidValueError, UnsupportedModuleError
 from ...modeling import Site, Targets, apply_ranks, known_sites, meta_copy, unwrapped
+from ...modeling.layout import Alike, find_alike, make_plain
 from ..calibration.moments import Statistics
 from ..calibration.statistics import gather
 from ..counting import trace
@@ -25,6 +27,7 @@ from .budget import (
     sites_of,
 )
 from .latency import LatencyMetric, LatencyTable
+from .plain import solver_of
 from .sensitivity import Sensitivities
 from .strategies import STRATEGIES
 from .timing import measure_latency
@@ -51,6 +54,7 @@ def allocate_ranks(
     latency: LatencyTable | None = None,
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
+    layout: str = "free",
     progress: bool | None = None,
 ) -> RankPlan:
     """Choose a rank for every attention pair and linear layer so that a model shrinks by a given share.
@@ -90,6 +94,8 @@ def allocate_ranks(
             else 4; ranks of wide linear layers in multiples of four times this.
         inputs: one sample, for `metric="macs"` where the configuration does not say the native size; for `"latency"`
             that of the table.
+        layout: `"free"`, or `"plain"`: widths that the configuration of the model's class can express; see
+            [`compress`].
         progress: show bars while measuring; by default where transformers shows its own.
 
     Returns:
@@ -103,7 +109,7 @@ def allocate_ranks(
     """
     model = unwrapped(model)
     data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities}
-    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step}
+    how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step, "layout": layout}
     request = Request.of(model, target_modules, exclude_modules, data, **how)
     check_allocation(request, reduction, latency)
     return allocate(model, request.find_sites(model), reduction, request, data, latency, inputs, progress)
@@ -120,14 +126,36 @@ def allocate(
     progress: bool | None,
 ) -> RankPlan:
     """[`allocate_ranks`] of a request that was checked, at the sites that it means."""
-    sites = sites_by_way(found, request.mlp)
+    sites, groups = sites_by_way(found, request.mlp), None
+    if request.layout == "plain":
+        sites, groups = _expressible(model, sites)
     measure = _READY[request.metric](model, found, sites, latency, inputs, progress, request)
     budget, count = find_budget(model, sites, reduction, measure, request, inputs)
     if isinstance(data["statistics"], Statistics) and request.informed:
         data["statistics"].check_model(model, sites_of(budget.options), found)
-    collect = partial(gather, sites=sites.values(), scope=request.scope, progress=progress)
-    chosen = STRATEGIES[request.strategy](budget, model=model, collect=collect, progress=progress, **data)
+    how = {"collect": partial(gather, sites=sites.values(), scope=request.scope, progress=progress)}
+    if groups is not None:
+        how["solver"] = solver_of(groups, request.metric)
+    chosen = STRATEGIES[request.strategy](budget, model=model, progress=progress, **how, **data)
     return finish_plan(model, entries(sites, chosen), count, budget.total, reduction, request)
+
+
+def _expressible(model: nn.Module, sites: Mapping[str, Site]) -> tuple[dict[str, Site], list[Alike]]:
+    """The sites whose widths the model's configuration decides, and their groups; says which others stay dense."""
+    groups, reasons = find_alike(model, sites)
+    # Its ranks were not asked for.
+    reasons = {name: why for name, why in reasons.items() if sites[name].kind != "linear"}
+    if not groups:
+        name, why = next(iter(reasons.items()), ("its layers", "none is a known MLP or attention module"))
+        raise UnsupportedModuleError(
+            f"layout='plain': no configuration of {type(model).__name__} expresses smaller widths in this scope; "
+            f"{name}: {why}. Widen the scope, or choose layout='free'."
+        )
+    for why in dict.fromkeys(reasons.values()):
+        names = [name for name, other in reasons.items() if other == why]
+        logger.warning("layout='plain': %s stay dense: %s.", some_of(names), why)
+    members = {site.name for group in groups for site in group.sites}
+    return {name: site for name, site in sites.items() if name in members}, groups
 
 
 def _timed(
@@ -177,6 +205,8 @@ def finish_plan(
     """
     skeleton = meta_copy(model)
     apply_ranks(skeleton, ranks, initialize=False)
+    if request.layout == "plain":
+        make_plain(skeleton, model, ranks)
     reached = 1 - count(skeleton) / total
     if not reduction - 1e-12 <= reached <= reduction + TOLERANCE + 1e-12:
         raise BudgetError(
@@ -194,6 +224,7 @@ def finish_plan(
         strategy=request.strategy,
         reduction=float(reduction),
         reached=reached,
+        layout=request.layout,
     )
 
 

@@ -28,7 +28,7 @@ from .budget import (
     find_options,
     prepare_sites,
 )
-from .solver import ranks_of, solve
+from .solver import Solver, ranks_of, solve
 
 
 __all__ = ["Sensitivities", "interpolate", "measure", "measure_sensitivities", "sensitivity"]
@@ -61,6 +61,7 @@ def sensitivity(
     statistics: Mapping[str, Any] | None = None,
     sensitivities: Sensitivities | None = None,
     progress: bool | None = None,
+    solver: Solver = solve,
     **_: Any,
 ) -> Choice:
     """The least sum of movements of the model's output, each site truncated alone."""
@@ -73,7 +74,7 @@ def sensitivity(
         sensitivities = measure(model, budget.options, budget.step, batches, prepared, progress=progress)
     _check_measured(budget, sensitivities)
     energies = {option: option.discarded(prepared[option.site.name]) for option in budget.options}
-    return solve(budget, {o: interpolate(energies[o], sensitivities[o.site.name, o.choice]) for o in budget.options})
+    return solver(budget, {o: interpolate(energies[o], sensitivities[o.site.name, o.choice]) for o in budget.options})
 
 
 def measure_sensitivities(

@@ -1,7 +1,7 @@
 """The choice of ranks with the least total error that lands on a budget."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -9,10 +9,13 @@ from torch import Tensor
 from .budget import Budget, Choice, Option, land
 
 
-__all__ = ["Errors", "solve"]
+__all__ = ["Errors", "Ladder", "Solver", "program", "ranks_of", "solve"]
 
 # Per option one error for every rank, `(limit + 1,)`; that of the dense weights, at the limit, is 0.
 Errors = Mapping[Option, Tensor]
+
+# Finds the choice with the least sum of errors.
+Solver = Callable[[Budget, Errors], Choice]
 
 # Partial choices that the dynamic programme keeps.
 BINS = 4000
@@ -21,7 +24,7 @@ BINS = 4000
 _FREE = 1e-12
 
 # What can be chosen in one place: what it removes, the ranks, the error.
-_Ladder = list[tuple[int, Choice, float]]
+Ladder = list[tuple[int, Choice, float]]
 
 
 def solve(budget: Budget, errors: Errors) -> Choice:
@@ -34,7 +37,7 @@ def solve(budget: Budget, errors: Errors) -> Choice:
     best: Choice | None = None
     while step >= 1:
         ladders = [_ladder(budget, found, errors, step, budget.step) for found in budget.alternatives()]
-        chosen = _program(budget, ladders)
+        chosen = program(budget, ladders)
         if chosen is not None and budget.saved(chosen) <= budget.most:
             return chosen
         best = best or chosen
@@ -48,7 +51,7 @@ def ranks_of(option: Option, step: int) -> list[int]:
     return list(range(grid, option.end, grid))
 
 
-def _ladder(budget: Budget, alternatives: list[tuple[Option, ...]], errors: Errors, step: int, coarse: int) -> _Ladder:
+def _ladder(budget: Budget, alternatives: list[tuple[Option, ...]], errors: Errors, step: int, coarse: int) -> Ladder:
     """What can be chosen in one place, by what it removes; of equal removals the least error.
 
     What removes less at the same error, or even at a larger one, stays: what removes more may be too much.
@@ -75,7 +78,7 @@ def _free(option: Option, errors: Tensor, room: int) -> list[int]:
     return list(above[:: max(apart, 1)])
 
 
-def _program(budget: Budget, ladders: list[_Ladder]) -> Choice | None:
+def program(budget: Budget, ladders: list[Ladder]) -> Choice | None:
     """The best choice within the budget, else the best beyond it; `None` if these ladders do not get there."""
     top = budget.most + max(ladder[-1][0] for ladder in ladders)
     saved, cost = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)

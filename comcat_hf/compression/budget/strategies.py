@@ -10,14 +10,18 @@ from ..calibration.curvature import gather_curvature, movements
 from ..calibration.inputs import read_batches
 from .budget import Budget, Choice, land, prepare_sites, sites_of
 from .sensitivity import interpolate, sensitivity
-from .solver import solve
+from .solver import Solver, solve
 
 
 __all__ = ["STRATEGIES"]
 
 
-def uniform(budget: Budget, **_: Any) -> Choice:
+def uniform(budget: Budget, *, solver: Solver = solve, **_: Any) -> Choice:
     """The same share of every site, then single ranks moved to land on the budget."""
+    if solver is not solve:
+        # Of squared cuts, weighed by what is cut, the sum is least where all shares are the same.
+        shares = {o: torch.linspace(1, 0, o.limit + 1, dtype=torch.float64) for o in budget.options}
+        return solver(budget, {option: option.saved(1) * cut.square() for option, cut in shares.items()})
     step = budget.step
     low, high = 0.0, 1.0
     for _iteration in range(50):
@@ -42,10 +46,12 @@ def _at_share(budget: Budget, share: float, step: int) -> Choice:
     return chosen
 
 
-def spectrum(budget: Budget, *, statistics: Mapping[str, Any] | None = None, **_: Any) -> Choice:
+def spectrum(
+    budget: Budget, *, statistics: Mapping[str, Any] | None = None, solver: Solver = solve, **_: Any
+) -> Choice:
     """The least sum of discarded energies, each relative to its own option's."""
     prepared = prepare_sites(budget.options, statistics)
-    return solve(budget, {option: option.discarded(prepared[option.site.name]) for option in budget.options})
+    return solver(budget, {option: option.discarded(prepared[option.site.name]) for option in budget.options})
 
 
 # Derivatives overstate the effect of large truncations of a query/key pair, as the softmax bounds it; on an encoder
@@ -61,6 +67,7 @@ def curvature(
     batches: Iterable[Any] | None = None,
     statistics: Any | None = None,
     progress: bool | None = None,
+    solver: Solver = solve,
     **_: Any,
 ) -> Choice:
     """The least sum of movements of the model's output, all ranks of all sites from one backward pass."""
@@ -73,7 +80,7 @@ def curvature(
     for option in budget.options:
         moved = movements(statistics, option.site, option.choice)
         errors[option] = _every(moved, option.limit) * _TRUST.get(option.choice, 1.0)
-    return solve(budget, errors)
+    return solver(budget, errors)
 
 
 def _every(moved: Mapping[int, float], limit: int) -> Tensor:

@@ -214,6 +214,26 @@ FAMILIES: tuple[AttentionFamily, ...] = (
     _vit(_path("sam2.Sam2Attention"), dropout=None, hosted=True),
 )
 
+_BIASED = "it adds a bias by relative positions to the scores; compression is not built for it"
+
+# Those that adapters go beside and that are not compressed: the text encoders of diffusion transformers.
+ADAPTED: tuple[AttentionFamily, ...] = tuple(
+    AttentionFamily(
+        path,
+        query="q",
+        key="k",
+        value="v",
+        output="o",
+        num_heads="n_heads",
+        head_dim="key_value_proj_dim",
+        dropout="dropout",
+        sizes=(("inner_dim",), ()),
+        refuse=_refuse_decoder,
+        form=Form(compress=_BIASED),
+    )
+    for path in _paths("t5.T5Attention umt5.UMT5Attention")
+)
+
 # One module with both layers.
 _fc: Callable[..., MLPFamily] = partial(MLPFamily, first=("fc1",), second="fc2")
 _up: Callable[..., MLPFamily] = partial(MLPFamily, first=("up_proj",), second="down_proj")

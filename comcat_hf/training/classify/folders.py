@@ -12,16 +12,15 @@ from ...compression.compress import compress
 from ...compression.counting import count_macs, count_parameters
 from ...configs import RankPlan
 from ...errors import ComCATError, InvalidValueError
-from ...native import load_model
+from ...native import load_model, plan_of
 from ...reporting.cards import CardFacts, code_span, quoted, shown_base, write_card
-from .outputs import save_model
+from .outputs import ORDINARY, save_model
 
 
 __all__ = ["CompressedFolder", "compress_folder"]
 
 _SNIPPET = """
-import comcat_hf
-from {library} import {name}
+{needed}from {library} import {name}
 
 model = {name}.from_pretrained({repository})
 """
@@ -35,18 +34,26 @@ class CompressedFolder:
         folder: where it lies.
         name: its class.
         library: that loads it.
+        plain: whether it loads without this package.
         rows: dense against compressed: parameters, and MACs where they can be counted. The first one is the head.
     """
 
     folder: Path
     name: str
     library: str
+    plain: bool
     rows: tuple[tuple[str, ...], ...]
 
     @property
     def snippet(self) -> str:
         """Python that loads the model."""
-        return _SNIPPET.format(library=self.library, name=self.name, repository=quoted(str(self.folder))).strip()
+        return self.loaded_from(str(self.folder))
+
+    def loaded_from(self, source: str) -> str:
+        """Python that loads the model from a folder or a repository."""
+        needed = "" if self.plain else "import comcat_hf\n"
+        names = {"library": self.library, "name": self.name, "repository": quoted(source)}
+        return _SNIPPET.format(needed=needed, **names).strip()
 
 
 def compress_folder(
@@ -84,7 +91,8 @@ def compress_folder(
     out.mkdir(parents=True, exist_ok=True)
     save_model(small, _processor(source, subfolder), out)
     library = type(dense).__module__.partition(".")[0]
-    result = CompressedFolder(out, type(dense).__name__, library, _rows(dense, small))
+    plain = plan_of(small).layout == "plain"
+    result = CompressedFolder(out, type(dense).__name__, library, plain, _rows(dense, small))
     _write_card(result, source)
     return result
 
@@ -114,12 +122,13 @@ def _write_card(result: CompressedFolder, source: str) -> None:
         result.folder,
         CardFacts(
             title=name,
-            summary=f"{code_span(shown_base(source))} compressed with ComCAT: {before} parameters became {after}.",
+            summary=f"{code_span(shown_base(source))} compressed with ComCAT: {before} parameters became {after}."
+            + (f" {ORDINARY}" if result.plain else ""),
             base=source,
             relation="finetune",
             library=result.library,
             task=None,
-            snippet=_SNIPPET.format(library=result.library, name=result.name, repository=quoted(name)),
+            snippet=result.loaded_from(name),
             tags=("model-compression",),
             table=result.rows,
         ),

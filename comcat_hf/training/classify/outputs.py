@@ -14,14 +14,14 @@ from .reporting import Metrics, comparison
 from .settings import CompressSettings
 
 
-__all__ = ["push_model", "save_model", "write_model_card", "write_results"]
+__all__ = ["ORDINARY", "push_model", "save_model", "write_model_card", "write_results"]
 
 _SNIPPET = """
-import comcat_hf
-from transformers import pipeline
+{needed}from transformers import pipeline
 
 classify = pipeline("image-classification", {repository})
 """
+ORDINARY = "An ordinary model of its library: it loads without comcat_hf and needs no rank file."
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 _PUSHED = (".safetensors", ".json", ".md", ".png", ".html")
 _RANKS = "Ranks and widths kept of every layer, and the spectra of the attention products"
@@ -66,12 +66,12 @@ def write_model_card(
         CardFacts(
             title=name.rpartition("/")[-1],
             summary=f"{code_span(shown_base(settings.model_name_or_path))} compressed with ComCAT: {dense:,} "
-            f"parameters became {small:,} ({small / dense - 1:+.1%}).",
+            f"parameters became {small:,} ({small / dense - 1:+.1%}).{' ' + ORDINARY if plan.is_plain else ''}",
             base=settings.model_name_or_path,
             relation="finetune",
             library="transformers",
             task="image-classification",
-            snippet=_SNIPPET.format(repository=quoted(name)),
+            snippet=_SNIPPET.format(repository=quoted(name), needed="" if plan.is_plain else "import comcat_hf\n"),
             tags=("model-compression",),
             dataset=settings.dataset_name,
             measured=[Measured("accuracy", _METRICS[key], final[key]) for key in _METRICS if key in final],

@@ -12,6 +12,7 @@ from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ...hub import readable_size
 from ...modeling import apply_ranks, meta_copy
+from ...modeling.layout import make_plain
 from ...reporting.cards import shown_base
 from .artefacts import Artefacts
 from .settings import CompressSettings
@@ -29,6 +30,7 @@ def request_of(settings: CompressSettings) -> Request:
         mlp=settings.mlp,
         compensate=None if settings.compensate else False,
         refine=settings.refine_steps,
+        layout=settings.layout,
         step=settings.rank_step,
         batches=True,
         weights_only=settings.weights_only,
@@ -111,6 +113,11 @@ class CompressPlan:
     learning_rate: float
     seed: int
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the small model is one that loads without this package."""
+        return "plain" in (self.plan.layout, self.settings.layout)
+
     def describe(self) -> str:
         """The plan in lines of text."""
         settings = self.settings
@@ -119,10 +126,11 @@ class CompressPlan:
             note = " before times are measured, which decide"
         (dense, small), (dense_macs, small_macs) = self.parameters, self.macs
         asked = f"{settings.reduction:.0%} asked, " if settings.reduction is not None else ""
+        strategy = self.plan.strategy if self.exact else settings.strategy
         lines = {
             "Model": f"{shown_base(settings.model_name_or_path)} ({self.model})",
-            "Plan": f"{asked}{len(self.plan.ranks)} modules, scope {settings.scope}, strategy "
-            f"{self.plan.strategy if self.exact else settings.strategy}",
+            "Plan": f"{asked}{len(self.plan.ranks)} modules, scope {settings.scope}, "
+            f"{'layout plain, ' if self.is_plain else ''}strategy {strategy}",
             "Parameters": f"{dense:,} -> {small:,} ({small / dense - 1:+.1%}){note}",
             "MACs": f"{dense_macs:,} -> {small_macs:,} ({small_macs / dense_macs - 1:+.1%})",
         }
@@ -186,11 +194,14 @@ def describe_run(
         mlp = request_of(settings).mlp
         mlp = "width" if mlp == "mixed" else mlp
         even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
+        even["layout"] = settings.layout
         # Nothing is timed only to be described.
         timed = settings.metric == "latency"
         plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
     small = meta_copy(dense)
     apply_ranks(small, plan.ranks, initialize=False)
+    if "plain" in (plan.layout, settings.layout):
+        make_plain(small, dense, plan.ranks)
     if exact:
         plan = count_again(plan, dense, small)
     parameters = count_parameters(dense), count_parameters(small)

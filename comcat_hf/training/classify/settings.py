@@ -76,6 +76,11 @@ class CompressSettings:
     mlp: Literal["width", "rank", "mixed"] | None = flag(
         None, "How MLPs shrink; default: width, rank with search.", PLAN
     )
+    layout: Literal["free", "plain"] = flag(
+        "free",
+        "plain gives all layers the same widths, so that the model loads without comcat_hf.",
+        (*PLAN, *FACTORS),
+    )
     rank_step: int | None = flag(
         None, "Steps of candidate ranks; default: 8 for heads of 64 and more, else 4.", PLAN, COUNT
     )
@@ -295,6 +300,12 @@ class CompressSettings:
             raise InvalidValueError("--reduction must be a share above 0 and below 1, got 0.")
         if self.strategy == "search" and self.mlp in ("width", "mixed"):
             raise InvalidValueError(f"--strategy search chooses ranks only, got --mlp {self.mlp}. Give --mlp rank.")
+        free = {"--strategy search": self.strategy == "search", "--route peft": self.route == "peft"}
+        free |= {f"--mlp {self.mlp}": self.mlp in ("rank", "mixed")}
+        if self.layout == "plain" and (unfit := [words for words, given in free.items() if given]):
+            raise InvalidValueError(
+                f"--layout plain makes a model without low-rank factors, got {unfit[0]}. Leave one of them out."
+            )
         if self.refine_steps and self.weights_only:
             raise InvalidValueError(
                 "--refine_steps trains the factors on images, got --weights_only True. Leave one of them out."

@@ -211,6 +211,7 @@ def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> n
     """A small model as the settings make it, on the CPU; by this process alone."""
     request = request_of(run.settings)
     how = {"compensate": request.compensate, "refine": request.refine, "statistics": statistics}
+    how["layout"] = request.layout
     batches = run.calibration_batches() if request.compensate or request.refine else None
     return compress(run.dense.to(run.accelerator.device), plan=plan, batches=batches, **how, progress=True).cpu()
 
@@ -231,6 +232,7 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
         metric=settings.metric,
         strategy=settings.strategy,
         mlp=request.mlp,
+        layout=request.layout,
         statistics=statistics,
         batches=run.calibration_batches() if request.measures else None,
         step=settings.rank_step,

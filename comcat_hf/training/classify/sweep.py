@@ -8,7 +8,6 @@ from torch import nn
 
 from ...compression.calibration.statistics import Statistics
 from ...hub import write_json_atomic
-from ...native import plan_of
 from ..interruption import on_main
 from .artefacts import whole_folder
 from .models import load_classifier
@@ -56,10 +55,10 @@ def measure_sweep(
     try:
         for reduction in run.settings.sweep_reductions:
             run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
-            run.on_main(lambda share=reduction: _make(run, share, statistics))
+            reached = run.on_main(lambda share=reduction: _make(run, share, statistics))
             small = load_classifier(run.artefacts.sweep, "--output_dir")
             found = evaluate(small, f"{reduction:.0%} less")
-            points.append(SweepPoint(reduction, plan_of(small).reached, found["top1"], found["top5"]))
+            points.append(SweepPoint(reduction, reached, found["top1"], found["top5"]))
             run.say(f"Sweep: {points[-1].reached:.2%} removed, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}.")
     finally:
         if run.accelerator.is_main_process:
@@ -69,7 +68,8 @@ def measure_sweep(
     return tuple(points)
 
 
-def _make(run: Setting, reduction: float, statistics: Statistics | None) -> None:
+def _make(run: Setting, reduction: float, statistics: Statistics | None) -> float:
     plan = allocated(run, reduction, statistics)
     with whole_folder(run.artefacts.sweep) as folder:
         factorised(run, plan, statistics).save_pretrained(folder)
+    return plan.reached
