@@ -182,11 +182,13 @@ class MLPFamily:
         first: paths inside the host of the layers that read the MLP's input. Hidden unit j is made of row j of each:
             one layer, or the gate and the value of a gated MLP.
         second: path inside the host of the layer that reads the hidden units.
+        refuse: optional; gets the host and returns whether something between the layers mixes this one's hidden units.
     """
 
     host: str
     first: tuple[str, ...]
     second: str
+    refuse: Callable[[nn.Module], bool] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.first, str) or not self.first or len({*self.first, self.second}) <= len(self.first):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from .families import AttentionFamily, Form, Registry, Stream, at_path
-from .hosts import diffusers, transformers
+from .hosts import diffusers, timm, transformers
 from .rows import Rows
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
 from .wrappers import base_module, is_tuner_layer
@@ -147,7 +147,13 @@ class AttentionView:
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *diffusers.FAMILIES, *transformers.ADAPTED, *diffusers.ADAPTED)
+    return (
+        *transformers.FAMILIES,
+        *transformers.ADAPTED,
+        *timm.FAMILIES,
+        *diffusers.FAMILIES,
+        *diffusers.ADAPTED,
+    )
 
 
 def _refusals() -> dict[str, str]:
