@@ -213,7 +213,8 @@ class Studio:
         """Height and width of the pipeline's training images."""
         parts = self._components()
         config = getattr(parts.get("unet") or parts.get("transformer"), "config", None)
-        size = getattr(config, "sample_size", None)
+        # Transformers of packed latents leave it to their pipeline.
+        size = getattr(config, "sample_size", None) or getattr(self._pipeline, "default_sample_size", None)
         if not size:
             return _NATIVE, _NATIVE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
@@ -263,7 +264,7 @@ class Studio:
         started = time.perf_counter()
         try:
             output = pipeline(
-                settings.prompt,
+                prompt=settings.prompt,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
                 height=height,

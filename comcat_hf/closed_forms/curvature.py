@@ -78,20 +78,21 @@ def basis_movement(outputs: Tensor, gradients: Tensor, write: Tensor, read: Tens
     return _cumulative(kept) - (outputs * gradients).sum((1, 2))[:, None].to(kept)
 
 
-def width_movement(product: Tensor, order: Tensor, factors: list[Tensor]) -> Tensor:
+def width_movement(product: Tensor, order: Tensor, factors: list[Tensor], weight: Tensor) -> Tensor:
     """First-order movement of L by narrowing an MLP to several widths.
 
     Args:
         product: (n, d_out), of one sample `h^T dL/dy`, with h the centred hidden units and y the MLP's output.
         order: (n,), the units, the most valuable first.
-        factors: for each width k the refitted output factor (k, d_out), rows in this order; the last is the dense one.
+        factors: for each width k the refitted output factor (k, d_out), rows in this order.
+        weight: (d_out, n), the dense one.
 
     Returns:
-        (number of widths,), without the last.
+        (number of widths,)
     """
     ordered = product[order].flatten()
     kept = torch.stack([torch.dot(ordered[: factor.numel()], factor.flatten()) for factor in factors])
-    return kept[:-1] - kept[-1]
+    return kept - (product * weight.mT).sum()
 
 
 def mixed(moment: Tensor, curvature: Tensor | None, share: float) -> Tensor:

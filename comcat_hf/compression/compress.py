@@ -140,6 +140,8 @@ def compress(
         statistics.check_model(model, plan.ranks, sites)
     small = copy.deepcopy(model)
     if request.compensate:
+        # It gathers moments of its own, on the compressed model.
+        data["statistics"] = statistics = None if statistics is None else statistics.without_moments()
         compress_in_order(small, plan.ranks, batches, statistics=statistics, progress=progress)
     else:
         apply_ranks(small, plan.ranks, statistics=statistics)

@@ -130,7 +130,7 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
     rows = joined_rows(view, layer.residuals(names), layer.bases)
     if not is_wider(view, rows):
         return _exact(layer, names)
-    if len(view.streams) > 1 or view.num_kv_heads != view.num_heads or view.form.rotary is not None:
+    if view.form.compress is not None or view.form.rotary is not None:
         raise no_form(layer)
     dense = joined_rows(view, [], layer.bases)
     cut, bias = cut_back(view, rows)
@@ -168,8 +168,8 @@ def cut_back(view: AttentionView, rows: Mapping[str, Tensor]) -> tuple[dict[str,
 def no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
     return UnsupportedModuleError(
         f"{layer.view.name}: between the projections and the scores of {type(layer.base_layer).__name__} stand norms, "
-        "rotations or a second stream, so full factors have no form that can be saved. Use an adapter with core=True "
-        "and vo_rank alone, or fuse_lora() on the loaded pipeline."
+        "rotations, biases or a second stream, so full factors have no form that can be saved. Use an adapter with "
+        "core=True and vo_rank alone, or fuse_lora() on the loaded pipeline."
     )
 
 

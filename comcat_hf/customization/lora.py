@@ -159,7 +159,7 @@ def _aligned(layer: CustomizeLayer, full: Mapping[str, Tensor], dense: Mapping[s
     Of all rows with the same product those are taken whose first side is the dense one, projected.
     """
     view = layer.view
-    if len(view.streams) > 1 or view.num_kv_heads != view.num_heads or view.form.rotary is not None:
+    if view.form.compress is not None or view.form.rotary is not None:
         raise no_form(layer)
     rows, _ = cut_back(view, full)
     for first, second in PAIRS.values():

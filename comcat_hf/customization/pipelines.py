@@ -365,7 +365,8 @@ def _sizes(model: nn.Module) -> dict[str, float]:
     """Root mean square of the query weights by attention module, to four digits; `{}` on the meta device."""
     if next(model.parameters()).is_meta and not hasattr(model, "_hf_hook"):
         return {}
-    views = attention_views(model, whole=False)
+    # What cannot be adapted says nothing about what is.
+    views = attention_views(model, whole=False, refuse=lambda path: False)
     return {
         name: float(f"{rows_in(view.query, view.num_heads).double().square().mean().sqrt().item():.4g}")
         for name, view in views.items()

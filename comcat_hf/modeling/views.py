@@ -133,7 +133,13 @@ class AttentionView:
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *transformers.PARTIAL, *diffusers.FAMILIES, *diffusers.ADAPTED)
+    return (
+        *transformers.FAMILIES,
+        *transformers.PARTIAL,
+        *transformers.ADAPTED,
+        *diffusers.FAMILIES,
+        *diffusers.ADAPTED,
+    )
 
 
 def _refusals() -> dict[str, str]:
@@ -161,7 +167,8 @@ def register_attention_family(family: AttentionFamily) -> None:
 
 def known_attention_classes(whole: bool = True) -> list[str]:
     """Names of the attention classes that can be factorised; without `whole`, also those of adapters alone."""
-    partial = {family.host for family in transformers.PARTIAL} | {family.host for family in diffusers.ADAPTED}
+    adapted = (*transformers.PARTIAL, *transformers.ADAPTED, *diffusers.ADAPTED)
+    partial = {family.host for family in adapted}
     return sorted(host.rpartition(".")[2] for host in _registry.families if not whole or host not in partial)
 
 

@@ -24,6 +24,7 @@ _KINDS = (
     "dropout",
     "split",
     "search",
+    "caption",
 )
 MAX_SEED = 2**62
 _DEFAULT_SEED = 42

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiff
 from peft import LoraConfig
 
 import comcat_hf
+from comcat_hf import ComCATConfig
 from comcat_hf.app import DrawSettings, Studio
 from comcat_hf.app.pipelines import adapter_name
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
+from tests.customization.flow_pipelines import FLOWS
 from tests.customization.pipelines import tiny_sd
 
 
@@ -55,6 +58,32 @@ def test_before_and_after_are_what_the_pipeline_draws(base, adapters, studio):
     assert both.after == draw(base, [adapters["dog"], adapters["style"]], [0.5, 1.5])
     assert studio.draw(SETTINGS, {"style": 0}).after == one.after
     assert min(both.seconds_before, both.seconds_after) > 0
+
+
+@pytest.mark.parametrize("name", list(FLOWS))
+def test_rectified_flow_transformers_are_drawn_by(name, tmp_path):
+    base = FLOWS[name](tmp_path / "base")
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.transformer.add_adapter(ComCATConfig(mode="customize", vo_rank=2, init_weights=False), "dog")
+    comcat_hf.save_comcat_weights(pipe, tmp_path / "dog", "dog")
+    studio = Studio()
+    studio.load(str(base))
+    assert studio.native_size() == ((16, 16) if name == "sd3" else (256, 256))
+    studio.add("dog", str(tmp_path / "dog"))
+    small = replace(SETTINGS, width=16, height=16)
+    found = studio.draw(small, {"dog": 0.5})
+    assert found.before != found.after and studio.draw(small, {"dog": 0}).after == found.before
+    pipe.set_adapters("dog", 0.5)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(
+        prompt="a cat",
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert found.after == drawn.images[0]
 
 
 def test_removed_adapters_leave_no_trace(base, adapters, studio):

@@ -245,3 +245,19 @@ def test_outputs_that_cannot_be_fitted_again_keep_the_closed_form(caplog):
     assert [r.getMessage().partition(" would")[0] for r in caplog.records] == [
         "Fitted to the calibration data, the weights of vit.layers.1.mlp.fc2"
     ]
+
+
+@pytest.mark.parametrize("key", HOSTS)
+def test_attention_that_is_run_once_gives_the_same_as_attention_that_is_run_again(key):
+    torch.manual_seed(0)
+    model, inputs = MODELS[key]()
+    scaled(model)
+    batches = batches_for(model, inputs, 3)
+    plan = allocate_ranks(model, 0.3, strategy="uniform", mlp="width")
+    found = []
+    # Eager attention gives its scores too, so its outputs are not kept.
+    for kernel in ("sdpa", "eager"):
+        model.set_attn_implementation(kernel)
+        found.append(compress(model, plan=plan, batches=batches).state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-3, rtol=1e-3, msg=name)

@@ -1,5 +1,9 @@
 """Curvature: gradients against autograd on an inserted matrix, movements against formulas, plans, and bad input."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -8,9 +12,11 @@ from torch.nn import functional as F
 import comcat_hf
 from comcat_hf import allocate_ranks, collect_statistics, compress, measure_sensitivities
 from comcat_hf.closed_forms.width import narrow_mlp
+from comcat_hf.compression.calibration import curvature
 from comcat_hf.compression.calibration.curvature import movements
 from comcat_hf.compression.calibration.outputs import main_output
 from comcat_hf.compression.calibration.probes import Probe
+from comcat_hf.compression.fitting.compensation import compress_in_order
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import AttentionSite, LinearSite, MLPSite, find_sites
 from tests.helpers import MODELS, assert_unchanged, classes_of, small_bert, small_clip, small_vit, state_of
@@ -203,6 +209,24 @@ def test_factors_see_what_the_output_sees():
     weighted, unweighted = (compress(model, plan=plan, statistics=each) for each in (found, plain))
     differing = [n for n, p in weighted.named_parameters() if not torch.equal(p, unweighted.get_parameter(n))]
     assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {name.split(".")[-2] for name in differing}
+
+
+def test_covariances_are_not_held_where_only_the_curvature_is_read():
+    model, inputs = small_vit()
+    found = collect_statistics(model, [inputs], curvature=True)
+    for site in find_sites(model, width=True).values():
+        moments = found[site.moments_path]
+        held = weakref.ref(moments)
+        with curvature._metering(site, moments):
+            del moments
+            gc.collect()
+            assert held() is None
+    plan = allocate_ranks(model, 0.4, statistics=found)
+    small = [copy.deepcopy(model) for _ in range(2)]
+    for one, statistics in zip(small, (found, found.without_moments()), strict=True):
+        compress_in_order(one, plan.ranks, [inputs], statistics=statistics)
+    assert all(torch.equal(a, b) for a, b in zip(*(one.parameters() for one in small), strict=True))
+    assert not any("second" in sums.values for sums in found.without_moments().sums.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -196,6 +196,7 @@ class Silent(ViTForImageClassification):
         ({"batches": []}, "calibration batches are empty"),
         ({"batches": torch.zeros(4, 3, 32, 32)}, "expected several"),
         ({"batches": [torch.zeros(1, 3, 32, 32)]}, "expected at least two samples.*found one"),
+        ({"batches": [{"pixel_values": torch.zeros(4, 3, 32, 32), "other": torch.zeros(3)}]}, "disagree on how many"),
         ({"batches": [torch.full((4, 3, 32, 32), torch.nan)]}, "dense model's hidden states are not finite"),
         ({"batches": [torch.zeros(4, 1, 32, 32)]}, "batch 0 does not fit"),
         ({"dense": small_bert()[0]}, "expected the ViTForImageClassification .* found BertForSequenceClassification"),

@@ -9,6 +9,7 @@ from transformers import BatchEncoding, BatchFeature
 
 import comcat_hf
 from comcat_hf import collect_statistics, compress, measure_sensitivities
+from comcat_hf.compression.calibration.inputs import cut_batch
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import AttentionSite, find_sites
 from tests.helpers import MODELS, assert_unchanged, classes_of, images, small_bert, small_clip, small_vit, state_of
@@ -265,3 +266,22 @@ def test_statistics_of_another_model_are_refused():
 def test_one_batch_in_place_of_several_is_refused(use, batch):
     with pytest.raises(InvalidValueError, match=r"^batches: expected several, such as a DataLoader or \[batch\]"):
         use(small_vit()[0], batches=batch)
+
+
+@pytest.mark.parametrize(
+    ("others", "rows"),
+    [
+        ({}, [2, 2, 1]),
+        ({"mask": torch.ones(5, 3), "kind": "text"}, [2, 2, 1]),
+        ({"shared": torch.ones(1, 3), "scale": torch.tensor(2.0)}, [2, 2, 1]),
+        ({"texts": torch.ones(4, 3)}, [5]),
+    ],
+)
+def test_batches_are_cut_where_their_tensors_agree(others, rows):
+    states = torch.arange(10.0).view(5, 2)
+    parts = cut_batch({"states": states, **others}, "states", 3)
+    assert [len(part["states"]) for part in parts] == rows
+    assert all(part.keys() == {"states", *others} for part in parts)
+    assert torch.equal(torch.cat([part["states"] for part in parts]), states)
+    assert all(len(part["mask"]) == len(part["states"]) for part in parts if "mask" in part)
+    assert all(part["shared"].shape == (1, 3) for part in parts if "shared" in part)

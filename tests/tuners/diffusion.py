@@ -1,6 +1,7 @@
 """Tiny diffusion transformers of the real classes of diffusers, with inputs; every parameter is random."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -286,13 +287,13 @@ _ROWS["pixart"][1]["use_additional_conditions"] = False
 _ROWS["cogvideox"][2]["encoder_hidden_states"] = _noise(2, 5, TEXT, seed=1)
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model in eval mode by its name, and inputs for it."""
+def build(name: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model in eval mode by its name, with changes to its settings, and inputs for it."""
     cls, settings, inputs = _ROWS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(diffusers, cls)(**settings)
+        model = getattr(diffusers, cls)(**settings, **changes)
     return randomize(model).eval(), dict(inputs)
 
 
-TRANSFORMERS: dict[str, Callable] = {name: (lambda name=name: build(name)) for name in _ROWS}
+TRANSFORMERS: dict[str, Callable] = {name: partial(build, name) for name in _ROWS}

@@ -1,5 +1,6 @@
 """Curvature of a model's output at its sites, from one backward pass over the calibration batches."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from ...closed_forms.width import output_factors
 from ...errors import InvalidValueError, brief
 from ...modeling import AttentionSite, LinearSite, MLPSite, Site, measuring
 from ...progress import progress_bar
-from .inputs import all_counts, prepare_batch, run_batch
+from .inputs import all_counts, cut_batch, main_input, prepare_batch, run_batch
 from .moments import Statistics, Sums
 from .outputs import main_output
 from .probes import Probe
@@ -81,7 +82,8 @@ def gather_curvature(
         try:
             for index, batch in enumerate(progress_bar(batches, desc="Curvature", progress=progress)):
                 inputs = prepare_batch(model, batch, index, weights.device)
-                for part in _parts(inputs):
+                samples = len(inputs[main_input(model)])
+                for part in cut_batch(inputs, main_input(model), math.ceil(samples / _most(inputs, samples))):
                     weight += _run(model, part, index, probe, meters)
         except Exception as caught:
             if accelerator is None:
@@ -245,7 +247,6 @@ class _MLPMeter(_OutputMeter):
         self.order = units.order
         self.mean = moments.mean.to(self.layer.weight)
         self.factors = output_factors(self.layer.weight, units, _widths(site.view.width))
-        self.factors.append(self.layer.weight.detach().mT[self.order].float())
 
     def _on_call(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         hidden = args[0].detach() - self.mean
@@ -253,8 +254,9 @@ class _MLPMeter(_OutputMeter):
 
     def take(self, name: str, states: Tensor, gradients: Tensor) -> None:
         states, gradients = _three(states).float(), _three(gradients).float()
+        weight = self.layer.weight.detach().float()
         moved = [
-            width_movement(hidden.mT @ gradient, self.order, self.factors)
+            width_movement(hidden.mT @ gradient, self.order, self.factors, weight)
             for hidden, gradient in zip(states, gradients, strict=True)
         ]
         self.hold("width_moved", torch.stack(moved))
@@ -272,6 +274,8 @@ _METERS: Mapping[type, Callable[..., _Meter]] = {
 def _metering(site: Site, moments: Any) -> Iterator[_Meter]:
     with torch.no_grad():
         meter = _METERS[type(site)](site, moments)
+    # This frame lasts as long as the meter does, and covariances are large.
+    del moments
     handles = list(meter.hooks())
     try:
         yield meter
@@ -294,16 +298,10 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def _parts(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A batch in parts of few samples, where all its tensors have one length; out of inference mode."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    lengths = {len(value) if value.ndim else None for value in tensors.values()}
-    length = lengths.pop() if len(lengths) == 1 else None
-    largest = max((value.numel() // length for value in tensors.values()), default=1) if length else 1
-    step = max(min(_SAMPLES, _NUMBERS // max(largest, 1)), 1)
-    for start in range(0, length or 1, step if length else 1):
-        rows = slice(start, start + step) if length else slice(None)
-        yield {**inputs, **{name: value[rows].clone() for name, value in tensors.items()}}
+def _most(inputs: Mapping[str, Any], samples: int) -> int:
+    """Of how many samples activations are held at a time."""
+    numbers = max(value.numel() // samples for value in inputs.values() if isinstance(value, Tensor))
+    return max(min(_SAMPLES, _NUMBERS // max(numbers, 1)), 1)
 
 
 def _three(states: Tensor) -> Tensor:

@@ -11,7 +11,17 @@ from transformers import PreTrainedModel
 from ...errors import InvalidValueError
 
 
-__all__ = ["Batch", "all_counts", "check_any", "main_input", "prepare_batch", "read_batches", "run_batch", "several"]
+__all__ = [
+    "Batch",
+    "all_counts",
+    "check_any",
+    "cut_batch",
+    "main_input",
+    "prepare_batch",
+    "read_batches",
+    "run_batch",
+    "several",
+]
 
 Batch = Mapping[str, Any] | Tensor
 
@@ -88,6 +98,20 @@ def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.devi
             f"{tuple(inputs[main].shape)}."
         )
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if not k.startswith("label")}
+
+
+def cut_batch(inputs: Mapping[str, Any], main: str, pieces: int) -> list[dict[str, Any]]:
+    """A prepared batch in so many parts of its samples; whole where its tensors disagree on how many there are.
+
+    The tensors are copies: of those made in inference mode no gradients could be computed.
+    """
+    inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    lengths = {name: len(value) for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    # Two towers may see different numbers of samples; a single row is one for all.
+    if pieces <= 1 or any(length not in (1, lengths[main]) for length in lengths.values()):
+        return [inputs]
+    split = {n: inputs[n].tensor_split(pieces) for n, length in lengths.items() if length == lengths[main]}
+    return [inputs | {name: values[index] for name, values in split.items()} for index in range(pieces)]
 
 
 def main_input(model: nn.Module) -> str:

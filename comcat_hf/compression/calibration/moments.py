@@ -104,6 +104,7 @@ _NAMES = {
     "output": _LINEAR_NAMES,
 }
 _PAIRS = ("qk_left", "qk_right", "vo_left", "vo_right")
+_METRICS = frozenset((*_PAIRS, "gradient"))
 _MOVED = ("qk_moved", "vo_moved", "rank_moved", "width_moved")
 # What curvature adds, all or nothing; of an output layer either or both kinds of movement.
 _LINEAR_CURVATURE, _WAYS = frozenset(("weight", "gradient")), frozenset(("rank_moved", "width_moved"))
@@ -147,6 +148,14 @@ class Statistics(Mapping[str, AttentionMoments | LinearMoments]):
         self.architecture = architecture
         self.samples = samples
         self.scope = scope
+
+    def without_moments(self) -> "Statistics":
+        """What [`weighed`] reads: the metrics of the curvature alone, without the covariances, which are larger."""
+        sums = {
+            path: Sums(one.side, {n: one.values[n] for n in _METRICS & set(one.values)})
+            for path, one in self.sums.items()
+        }
+        return Statistics(sums, self.architecture, self.samples, self.scope)
 
     def __getitem__(self, name: str) -> AttentionMoments | LinearMoments:
         return self.sums[name].moments()

@@ -6,6 +6,7 @@ would have added plus the drift of the residual stream so far (docs/method.md). 
 gradients.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...modeling import LowRankLinear, Site, apply_ranks, eval_mode
@@ -149,36 +151,74 @@ class _Block:
         self, model: nn.Module, path: str, calls: Calls, ridge: float | None, statistics: Statistics | None
     ) -> None:
         self.model, self.calls, self.ridge, self.statistics = model, calls, ridge, statistics
-        self.module = model.get_submodule(path)
+        self.path, self.module = path, model.get_submodule(path)
         self.mask = TokenMask()
+        # The running batch, and how often modules whose outputs are kept were called on it.
+        self.index, self.called = 0, Counter()
 
     def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> list[str]:
         """Compress these sites of the block; returns those whose weights the batches give no finite values."""
         unfitted = []
         outputs = {name: site.output_layer for name, site in sites.items()}
         residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()})
-        for name, site in sites.items():
-            with collecting(site, self.mask) as collector:
-                for _ in self._run(self.calls.small_in, outputs[name][1]):
-                    pass
-            substitutes = site.substitutes(ranks[name])
-            fitted = fill(site, substitutes, _weighed(collector.moments(name), site, self.statistics))
-            for path, dense in site.dense_modules().items():
-                if path in substitutes:
-                    substitute_module(self.model, dense, substitutes[path])
-            if name in residuals:
-                fitted &= self._refit(self.model.get_submodule(outputs[name][0]), residuals[name], totals[name])
-            if not fitted:
-                unfitted.append(name)
-        self.calls.small_out = list(self._run(self.calls.small_in))
+        with ExitStack() as stack:
+            # The totals are in the order of the calls.
+            for name in totals:
+                site = sites[name]
+                with collecting(site, self.mask) as collector:
+                    for _ in self._run(self.calls.small_in, outputs[name][1]):
+                        pass
+                substitutes = site.substitutes(ranks[name])
+                fitted = fill(site, substitutes, _weighed(collector.moments(name), site, self.statistics))
+                for path, dense in site.dense_modules().items():
+                    if path in substitutes:
+                        substitute_module(self.model, dense, substitutes[path])
+                if name in residuals:
+                    linear = self.model.get_submodule(outputs[name][0])
+                    fitted &= self._refit(linear, residuals[name], totals[name], last=name == next(reversed(totals)))
+                totals[name] = []
+                if not fitted:
+                    unfitted.append(name)
+                inner = name.removeprefix(f"{self.path}.")
+                streams = (residual.stream for residual in residuals.values())
+                if site.kind == "attention" and inner != name and not any(s.startswith(f"{inner}.") for s in streams):
+                    stack.enter_context(self._kept(name))
+            if not self.calls.small_out:
+                self.calls.small_out = list(self._run(self.calls.small_in))
         return unfitted
+
+    @contextmanager
+    def _kept(self, path: str) -> Iterator[None]:
+        """Within it a module is run once a batch, and gives the same again: what it takes changes no more."""
+        module, kept = self.model.get_submodule(path), {}
+        forward, own = module.forward, "forward" in vars(module)
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            key = self.index, self.called[path]
+            self.called[path] += 1
+            output = kept[key] if key in kept else forward(*args, **kwargs)
+            states, *others = (output,) if isinstance(output, Tensor) else output
+            # Scores beside the states are larger than all the hidden states.
+            if not any(isinstance(value, Tensor) for value in others):
+                kept[key] = output
+            # A copy: a block may add to it in place.
+            return states.clone() if isinstance(output, Tensor) else (states.clone(), *others)
+
+        module.forward = once
+        try:
+            yield
+        finally:
+            module.forward = forward
+            if not own:
+                del module.forward
 
     def _run(self, states: list[Tensor], until: nn.Module | None = None) -> Iterator[Tensor | None]:
         """Run the block on all batches; with `until` only until that module has been called."""
         handle = until.register_forward_hook(_stop) if until is not None else None
         try:
             for index, mask in enumerate(self.calls.masks):
-                self.mask.mask = mask
+                self.mask.mask, self.index = mask, index
+                self.called.clear()
                 try:
                     output = self.calls.run(self.module, states[index], index)
                 except _Reached:
@@ -191,47 +231,60 @@ class _Block:
     def _dense_pass(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, _Residual], dict[str, list[Tensor]]]:
         """Run the dense block on dense inputs: where each layer meets the stream, and the stream behind it."""
         residuals: dict[str, _Residual] = {}
-        totals: dict[str, list[Tensor]] = {name: [] for name in linears}
+        totals: dict[str, list[Tensor]] = {}
         with _captured(self.module, linears) as seen:
             for index, output in enumerate(self._run(self.calls.dense_in)):
                 events = {"block.in": self.calls.dense_in[index], **seen, "block.out": output}
                 self.calls.dense_out.append(output)
-                for name in linears:
+                for name in sorted(linears, key=lambda name: list(events).index(f"={name}")):
                     if index == 0 and (found := _find_residual(events, name)) is not None:
                         residuals[name] = found
+                    kept = totals.setdefault(name, [])
                     if name in residuals:
-                        totals[name].append(events[residuals[name].total])
+                        kept.append(events[residuals[name].total])
         return residuals, totals
 
-    def _refit(self, linear: nn.Module, residual: _Residual, totals: list[Tensor]) -> bool:
-        """Fit the output factor again; what would not be finite is left as it is, which is returned as false."""
+    def _refit(self, linear: nn.Module, residual: _Residual, totals: list[Tensor], last: bool) -> bool:
+        """Fit the output factor again; what would not be finite is left as it is, which is returned as false.
+
+        Where the last layer adds to the stream and the block ends there, what it gives follows without another run.
+        """
         inner = linear.first_factor if isinstance(linear, LowRankLinear) else linear
         held: dict[str, Tensor] = {}
         if isinstance(linear, LowRankLinear):
             handle = inner.register_forward_hook(lambda module, args, output: held.update(z=output))
         else:
             handle = inner.register_forward_pre_hook(lambda module, args: held.update(z=args[0]))
-        regression = Regression()
+        regression, ends = Regression(), []
+        ends_block = last and residual.total == "block.out" and bool((residual.scale == 1).all())
         try:
             with _captured(self.module, {}) as seen:
                 for index, _ in enumerate(self._run(self.calls.small_in, linear)):
                     events = {"block.in": self.calls.small_in[index], **seen}
                     wanted = totals[index] - events[residual.stream]
                     regression.add(held["z"], wanted, self.mask.weights(held["z"]))
+                    if ends_block:
+                        ends.append((events[residual.stream], held["z"]))
         finally:
             handle.remove()
-        scale = residual.scale
-        # With a scale on the output the stream gets `scale * output`; where that is nothing, nothing can be fitted.
-        used = scale.abs() > _NO_SCALE * scale.abs().max()
-        try:
-            weight, bias = regression.solve(linear.weight.double().T, torch.where(used, scale, 1.0), self.ridge)
-        except torch.linalg.LinAlgError:
-            return False
-        weight, bias = weight.T.to(linear.weight)[used], bias.to(linear.bias)[used]
-        if not (weight.isfinite().all() and bias.isfinite().all()):
-            return False
-        linear.weight[used], linear.bias[used] = weight, bias
-        return True
+        fitted = _solve(regression, linear, residual.scale, self.ridge)
+        self.calls.small_out = [stream + F.linear(z, linear.weight, linear.bias) for stream, z in ends]
+        return fitted
+
+
+def _solve(regression: Regression, linear: nn.Module, scale: Tensor, ridge: float | None) -> bool:
+    """Write the coefficients into the layer where they are finite."""
+    # With a scale on the output the stream gets `scale * output`; where that is nothing, nothing can be fitted.
+    used = scale.abs() > _NO_SCALE * scale.abs().max()
+    try:
+        weight, bias = regression.solve(linear.weight.double().T, torch.where(used, scale, 1.0), ridge)
+    except torch.linalg.LinAlgError:
+        return False
+    weight, bias = weight.T.to(linear.weight)[used], bias.to(linear.bias)[used]
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        return False
+    linear.weight[used], linear.bias[used] = weight, bias
+    return True
 
 
 def blocks_between(model: nn.Module, blocks: Collection[str]) -> list[str]:

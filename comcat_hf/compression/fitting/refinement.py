@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ...errors import InvalidValueError
 from ...modeling import measuring, unwrapped
 from ...modeling.sites import block_of
 from ...progress import progress_bar
-from ..calibration.inputs import main_input, prepare_batch, read_batches, run_batch
+from ..calibration.inputs import cut_batch, main_input, prepare_batch, read_batches, run_batch
 from ..calibration.outputs import main_output
 from ..calibration.statistics import token_mask
 from ..request import check_merged
@@ -100,9 +101,25 @@ def refine(
     # Without lists of layers within a block.
     outer = {one for one in found if not any(one.startswith(f"{other}.") for other in found)}
     blocks = blocks_between(model, outer)
-    run = _by_block if by_block else _whole
+    task = _Task(model, dense, names, blocks, parts, descent, progress)
     with measuring(dense), measuring(model):
-        return run(model, dense, names, blocks, parts, descent, progress)
+        return _by_block(task) if by_block else _whole(task)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is refined: parameters by name, the blocks whose states are followed, and the mini-batches."""
+
+    model: nn.Module
+    dense: nn.Module
+    names: Sequence[str]
+    blocks: Sequence[str]
+    parts: Sequence[Mapping[str, Any]]
+    descent: Descent
+    progress: bool | None
+
+    def bar(self, total: int) -> Any:
+        return progress_bar(total=total, desc="Refining", unit="step", progress=self.progress)
 
 
 def _factors(model: nn.Module, dense: nn.Module) -> list[str]:
@@ -137,22 +154,16 @@ def _mini_batches(model: nn.Module, batches: list[Any], size: int) -> list[dict[
     """The samples in parts of at most this size, in `_APART` parts at least where there are as many samples."""
     device, main = next(model.parameters()).device, main_input(model)
     prepared = [prepare_batch(model, batch, index, device) for index, batch in enumerate(batches)]
-    if sum(len(batch[main]) for batch in prepared) == 1:
-        raise InvalidValueError(
-            "batches: expected at least two samples, one of them to be kept apart and measured on, found one."
-        )
     least, parts = math.ceil(_APART / len(prepared)), []
     for batch in prepared:
         count = len(batch[main])
         pieces = max(math.ceil(count / size), min(least, count))
-        # Clones: of the tensors of inference mode no gradients could be computed.
-        batch = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        split = {
-            name: value.tensor_split(pieces)
-            for name, value in batch.items()
-            if isinstance(value, Tensor) and value.ndim and len(value) == count
-        }
-        parts += [batch | {name: values[index] for name, values in split.items()} for index in range(pieces)]
+        parts += cut_batch(batch, main, pieces)
+    if len(parts) == 1:
+        raise InvalidValueError(
+            "batches: expected at least two samples, one of them to be kept apart and measured on, found one, or one "
+            "batch whose tensors disagree on how many samples there are. Give several batches."
+        )
     return parts
 
 
@@ -240,60 +251,47 @@ def _errors(found: Sequence[State], wanted: Sequence[State], scale: Tensor) -> T
     return torch.stack([sums / scale.to(sums.device), counts])
 
 
-def _whole(
-    model: nn.Module,
-    dense: nn.Module,
-    names: Sequence[str],
-    blocks: Sequence[str],
-    parts: Sequence[Mapping[str, Any]],
-    descent: Descent,
-    progress: bool | None,
-) -> Refinement:
+def _whole(task: _Task) -> Refinement:
     """Train all factors together."""
-    trained = _float_copy(model)
+    trained = _float_copy(task.model)
     with ExitStack() as stack:
-        states = _States(trained, blocks, stack)
-        targets = _Targets(_States(dense, blocks, stack), parts)
-        bar = stack.enter_context(progress_bar(total=descent.steps, desc="Refining", unit="step", progress=progress))
-        return _train(
-            model, trained, names, lambda i: targets.errors(states.run(convert_to_fp32(parts[i]), i), i), descent, bar
-        )
+        states = _States(trained, task.blocks, stack)
+        targets = _Targets(_States(task.dense, task.blocks, stack), task.parts)
+        bar = stack.enter_context(task.bar(task.descent.steps))
+
+        def errors(index: int) -> Tensor:
+            return targets.errors(states.run(convert_to_fp32(task.parts[index]), index), index)
+
+        return _train(task.model, trained, task.names, errors, task.descent, bar)
 
 
-def _by_block(
-    model: nn.Module,
-    dense: nn.Module,
-    names: Sequence[str],
-    blocks: Sequence[str],
-    parts: Sequence[Mapping[str, Any]],
-    descent: Descent,
-    progress: bool | None,
-) -> Refinement:
+def _by_block(task: _Task) -> Refinement:
     """Train the factors of one block after the other, on what the refined blocks before it give."""
+    model, descent = task.model, task.descent
     with torch.no_grad():
-        calls = record_calls(dense, blocks, parts)
-    called = [path for path in blocks if calls[path].arguments]
-    inside = {path: [name for name in names if name.startswith(f"{path}.")] for path in called}
+        calls = record_calls(task.dense, task.blocks, task.parts)
+    called = [path for path in task.blocks if calls[path].arguments]
+    inside = {path: [name for name in task.names if name.startswith(f"{path}.")] for path in called}
     if not any(inside.values()):
         raise InvalidValueError(
             f"by_block=True: expected blocks with compressed layers that {type(model).__name__} calls, found none. "
             "Leave it out."
         )
-    original = [model.get_parameter(name).detach().clone() for name in names]
+    original = [model.get_parameter(name).detach().clone() for name in task.names]
     total, before = descent.steps * sum(map(bool, inside.values())), None
     try:
-        with progress_bar(total=total, desc="Refining", unit="step", progress=progress) as bar:
+        with task.bar(total) as bar:
             for path, inner in inside.items():
                 record = calls.pop(path)
                 record.follow(before)
-                _run_all(record, dense.get_submodule(path), record.dense_in, record.dense_out)
+                _run_all(record, task.dense.get_submodule(path), record.dense_in, record.dense_out)
                 block = model.get_submodule(path)
                 if inner:
                     drift = _train_block(block, [n.removeprefix(f"{path}.") for n in inner], record, descent, bar)
                 _run_all(record, block, record.small_in, record.small_out)
                 before = record
     except Exception:
-        _write(original, [model.get_parameter(name) for name in names])
+        _write(original, [model.get_parameter(name) for name in task.names])
         raise
     return drift
 

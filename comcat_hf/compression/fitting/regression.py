@@ -99,8 +99,10 @@ def _choose(folds: list[_Centred], start: Tensor, scale: Tensor) -> float:
         gradient, other_gradient = (
             basis.mT @ ((x - c @ start) * scale) for c, x in ((covariance, cross), (other, other_cross))
         )
-        other = basis.mT @ other @ basis
+        # The change is a row scaling `d` of the gradient: its error on the other half is `d K d - 2 d c`.
+        products = (basis.mT @ other @ basis) * (gradient @ gradient.mT)
+        cross = (gradient * other_gradient).sum(1)
         for i, ridge in enumerate(RIDGES):
-            change = gradient / (energy.clamp(min=0) + _pull(covariance, ridge, least))[:, None]
-            errors[i] += float((change * (other @ change)).sum() - 2 * (change * other_gradient).sum())
+            change = 1 / (energy.clamp(min=0) + _pull(covariance, ridge, least))
+            errors[i] += float(change @ products @ change - 2 * change @ cross)
     return RIDGES[int(errors.argmin())]

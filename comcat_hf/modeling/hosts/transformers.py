@@ -72,6 +72,26 @@ PARTIAL: tuple[AttentionFamily, ...] = (
     ),
 )
 
+_BIASED = "it adds a bias by relative positions to the scores; compression is not built for it"
+
+# Those that adapters go beside and that are not compressed: the text encoders of diffusion transformers.
+ADAPTED: tuple[AttentionFamily, ...] = tuple(
+    AttentionFamily(
+        _models(path),
+        query="q",
+        key="k",
+        value="v",
+        output="o",
+        num_heads="n_heads",
+        head_dim="key_value_proj_dim",
+        dropout="dropout",
+        sizes=(("inner_dim",), ()),
+        refuse=_refuse_decoder,
+        form=Form(compress=_BIASED),
+    )
+    for path in ("t5.modeling_t5.T5Attention", "umt5.modeling_umt5.UMT5Attention")
+)
+
 # One module with both layers.
 _fc: Callable[..., MLPFamily] = partial(MLPFamily, first=("fc1",), second="fc2")
 # Gate and value are layers of their own, also where a checkpoint holds them as one tensor.

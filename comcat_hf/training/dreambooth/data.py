@@ -58,7 +58,7 @@ class Prepared:
     """An image as the autoencoder takes it, and what SDXL is told about it.
 
     Attributes:
-        pixels: `(3, resolution, resolution)`, -1 to 1.
+        pixels: `(3, height, width)`, -1 to 1.
         time_ids: height and width of the original, top and left of the crop, height and width of the result.
     """
 
@@ -121,13 +121,17 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def prepare_image(
-    image: Any, resolution: int, center_crop: bool, flip: bool, generator: torch.Generator | None = None
+    image: Any,
+    size: int | tuple[int, int],
+    center_crop: bool,
+    flip: bool,
+    generator: torch.Generator | None = None,
 ) -> Prepared:
-    """Bring the shorter side to `resolution`, mirror and crop.
+    """Bring an image to the smallest size that covers `size`, mirror and crop.
 
     Args:
         image: a Pillow image in RGB.
-        resolution: side of the result.
+        size: height and width of the result, or the side of a square.
         center_crop: crop at the centre, else anywhere.
         flip: mirror the image.
         generator: where the crop's place is drawn from.
@@ -135,23 +139,24 @@ def prepare_image(
     from diffusers.image_processor import VaeImageProcessor
     from PIL import Image, ImageOps
 
+    high, wide = (size, size) if isinstance(size, int) else size
     width, height = image.size
-    factor = resolution / min(width, height)
-    size = max(round(width * factor), resolution), max(round(height * factor), resolution)
+    factor = max(wide / width, high / height)
+    covering = max(round(width * factor), wide), max(round(height * factor), high)
     if flip:
         image = ImageOps.mirror(image)
-    room = size[0] - resolution, size[1] - resolution
+    room = covering[0] - wide, covering[1] - high
     if center_crop:
         left, top = room[0] // 2, room[1] // 2
     else:
         left, top = (int(torch.randint(space + 1, (), generator=generator)) for space in room)
     # The crop alone: all of an elongated image would not fit into memory.
-    across, down = width / size[0], height / size[1]
-    right, bottom = min((left + resolution) * across, width), min((top + resolution) * down, height)
+    across, down = width / covering[0], height / covering[1]
+    right, bottom = min((left + wide) * across, width), min((top + high) * down, height)
     box = (left * across, top * down, right, bottom)
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    image = image.resize((wide, high), Image.Resampling.LANCZOS, box=box)
     pixels = VaeImageProcessor(do_resize=False).preprocess(image)[0]
-    return Prepared(pixels, (height, width, top, left, resolution, resolution))
+    return Prepared(pixels, (height, width, top, left, high, wide))
 
 
 def digest(examples: list[Example]) -> str:

@@ -22,7 +22,7 @@ from .captions import BESIDE, TABLES, warn_of_unread_captions
 from .checkpoints import MUST, restore, save_checkpoint
 from .data import class_examples, instance_examples
 from .families import Denoiser, load_pipeline
-from .losses import DiffusionLoss
+from .losses import DiffusionLoss, FlowLoss, Loss
 from .optimizers import check_extras, make_optimizer, make_scheduler
 from .outputs import push_outputs, write_outputs
 from .planning import CustomizePlan
@@ -129,6 +129,9 @@ def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack
     # Every process has looked into the folders before one of them writes there.
     accelerator.wait_for_everyone()
     pipeline, family = load_pipeline(settings, DTYPES[accelerator.mixed_precision])
+    if family.denoiser == "transformer" and accelerator.ddp_handler is not None:
+        # The last block's text output is dropped, so that its factors get no gradient.
+        accelerator.ddp_handler.find_unused_parameters = True
     parts = add_adapters(settings, pipeline, family, seed)
     return PreparedRun(settings, accelerator, pipeline, family, parts, images, classes, seed, checkpoint, done)
 
@@ -156,7 +159,7 @@ class _Run:
     model: nn.Module
     optimizer: Any
     scheduler: Any
-    loss: DiffusionLoss
+    loss: Loss
     stream: ExampleStream
     latents: Latents
     texts: Texts
@@ -174,13 +177,12 @@ class _Run:
         generator = seeded(self.prepared.seed, "noise", place)
         latents, time_ids = self.latents(items, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        count = self.loss.schedule.config.num_train_timesteps
-        steps = torch.randint(count, (len(items),), generator=generator).to(latents.device)
-        noisy = self.loss.schedule.add_noise(latents, noise, steps)
-        dtype = self.prepared.pipeline.unet.dtype
+        levels = self.loss.levels(len(items), generator).to(latents.device)
+        noisy, steps = self.loss.noisy(latents, noise, levels)
+        dtype = self.prepared.denoiser.dtype
         told = {"time_ids": time_ids.to(dtype)} if self.prepared.family.time_ids else {}
         predicted = self.model(noisy.to(dtype), steps, **self.texts([item["prompt"] for item in items]), **told)
-        return self.loss(predicted, latents, noise, steps)
+        return self.loss(predicted, latents, noise, levels)
 
     def states(self) -> dict[str, Any]:
         found = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.prepared.accelerator.scaler}
@@ -207,7 +209,7 @@ class _Run:
 
 
 def _carry_out(
-    prepared: PreparedRun, result: CustomizeResult, loss: DiffusionLoss, interruption: Interruption
+    prepared: PreparedRun, result: CustomizeResult, loss: Loss, interruption: Interruption
 ) -> CustomizeResult:
     settings, accelerator, output_dir = prepared.settings, prepared.accelerator, result.output_dir
     for model in modules(prepared.pipeline):
@@ -307,27 +309,29 @@ def _mean_loss(accelerator: Accelerator, seen: list[Tensor], step: int) -> float
     return loss
 
 
-def _make_loss(prepared: PreparedRun) -> DiffusionLoss:
-    from diffusers import DDPMScheduler
+def _make_loss(prepared: PreparedRun) -> Loss:
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-    settings = prepared.settings
-    schedule = DDPMScheduler.from_config(prepared.pipeline.scheduler.config)
+    settings, config = prepared.settings, prepared.pipeline.scheduler.config
     prior_weight = settings.prior_loss_weight if settings.with_prior_preservation else None
-    return DiffusionLoss(schedule, settings.snr_gamma, prior_weight)
+    if prepared.family.denoiser == "unet":
+        return DiffusionLoss(DDPMScheduler.from_config(config), settings.snr_gamma, prior_weight)
+    schedule = FlowMatchEulerDiscreteScheduler.from_config(config)
+    return FlowLoss(schedule, settings.weighting_scheme, settings.logit_mean, settings.logit_std, prior_weight)
 
 
-def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: DiffusionLoss, interruption: Interruption) -> _Run:
+def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: Loss, interruption: Interruption) -> _Run:
     settings, accelerator = prepared.settings, prepared.accelerator
     pipeline, family, parts = prepared.pipeline, prepared.family, prepared.parts
     if settings.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+        prepared.denoiser.enable_gradient_checkpointing()
         for name in family.encoders if settings.train_text_encoder else ():
             parts[name].activation_checkpointing_enable({"use_reentrant": False})
     stream, latents, texts = make_sources(prepared, interruption)
     trained = [p for model in parts.values() for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(settings, trained, plan.learning_rate)
     scheduler = make_scheduler(settings, optimizer, plan.steps)
-    denoiser = Denoiser(pipeline, family, settings.train_text_encoder)
+    denoiser = Denoiser(pipeline, family, settings.train_text_encoder, settings.guidance_scale)
     # The schedule stays out: prepared, it would take a step for every process.
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     run = _Run(prepared, plan, model, optimizer, scheduler, loss, stream, latents, texts, interruption)

@@ -1,7 +1,8 @@
 """Optimizers and schedules of a training, by their flags."""
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,11 +22,15 @@ def check_extras(settings: CustomizeSettings) -> None:
     Raises:
         InvalidValueError: one is not.
     """
-    if settings.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        raise InvalidValueError(
-            "--use_8bit_adam needs the package bitsandbytes, which is not installed. Run `pip install bitsandbytes`, "
-            "or leave the flag out."
-        )
+    for flag, asked, package in (
+        ("--use_8bit_adam", settings.use_8bit_adam, "bitsandbytes"),
+        ("--optimizer prodigy", settings.optimizer == "prodigy", "prodigyopt"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise InvalidValueError(
+                f"{flag} needs the package {package}, which is not installed. Run `pip install {package}`, or leave "
+                "the flag out."
+            )
     if importlib.util.find_spec("diffusers") is None:
         raise InvalidValueError(
             "Training an adapter needs the package diffusers, which is not installed. Run `pip install "
@@ -42,7 +47,7 @@ def make_optimizer(settings: CustomizeSettings, parameters: Iterable[nn.Paramete
         parameters: what it changes.
         rate: the highest learning rate.
     """
-    kind = _eight_bit_adam() if settings.use_8bit_adam else AdamW
+    kind = _prodigy() if settings.optimizer == "prodigy" else _eight_bit_adam() if settings.use_8bit_adam else AdamW
     return kind(
         list(parameters),
         lr=rate,
@@ -76,3 +81,10 @@ def _eight_bit_adam() -> type[Optimizer]:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit
+
+
+def _prodigy() -> Callable[..., Optimizer]:
+    from prodigyopt import Prodigy
+
+    # As in diffusers' scripts, for rates that start low.
+    return partial(Prodigy, decouple=True, use_bias_correction=True, safeguard_warmup=True)

@@ -26,7 +26,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({base})
 # Not load_lora_weights, which reads adapters of other kinds.
 comcat_hf.load_comcat_weights(pipe, {repository})
-image = pipe({prompt}).images[0]
+image = pipe(prompt={prompt}).images[0]
 """
 
 

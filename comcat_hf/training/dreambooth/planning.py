@@ -107,7 +107,7 @@ def plan_training(
     return CustomizePlan(
         settings=settings,
         pipeline=type(pipeline).__name__,
-        base_dtype=str(pipeline.unet.dtype).removeprefix("torch."),
+        base_dtype=str(next(iter(parts.values())).dtype).removeprefix("torch."),
         parameters=counts,
         adapter_bytes=sum(p.numel() * 4 for found in trained.values() for p in found),
         base_parameters=everything - sum(counts.values()),

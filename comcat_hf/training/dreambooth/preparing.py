@@ -19,7 +19,7 @@ from ..flags import values_deciding
 from ..interruption import Interruption, end_if_stopped, on_main, until_stopped
 from ..locks import locked
 from .data import Example, class_examples, digest
-from .families import PipelineFamily, load_pipeline
+from .families import Family, load_pipeline
 from .planning import CustomizePlan, plan_training
 from .sampling import generate_class_images
 from .settings import CustomizeSettings
@@ -58,13 +58,18 @@ class PreparedRun:
     settings: CustomizeSettings
     accelerator: Accelerator
     pipeline: Any
-    family: PipelineFamily
+    family: Family
     parts: Mapping[str, nn.Module]
     images: tuple[Example, ...]
     classes: tuple[Example, ...]
     seed: int
     checkpoint: Path | None
     done: Progress | None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer."""
+        return getattr(self.pipeline, self.family.denoiser)
 
     def plan(self) -> CustomizePlan:
         """What the training comes to."""
@@ -104,12 +109,17 @@ def make_sources(prepared: PreparedRun, interruption: Interruption) -> tuple[Exa
         settings.center_crop or settings.cache_latents,
         settings.random_flip,
         not settings.cache_latents,
+        settings.caption_dropout,
+        settings.buckets,
+        settings.train_batch_size * prepared.accelerator.num_processes,
     )
     latents = Latents(pipeline.vae, device)
     texts = Texts(pipeline, prepared.family, device, settings.train_text_encoder)
     prompts = [example.prompt for example in (*prepared.images, *prepared.classes)]
     if prepared.accelerator.is_main_process:
         warn_of_long_prompts(prompts, pipeline, prepared.family)
+    if settings.caption_dropout:
+        prompts.append("")
     if settings.cache_latents:
         watch = partial(until_stopped, accelerator=prepared.accelerator, interruption=interruption)
         latents = cache_latents(stream, latents, watch)
@@ -121,13 +131,11 @@ def make_sources(prepared: PreparedRun, interruption: Interruption) -> tuple[Exa
     return stream, latents, texts
 
 
-def add_adapters(
-    settings: CustomizeSettings, pipeline: Any, family: PipelineFamily, seed: int
-) -> dict[str, nn.Module]:
+def add_adapters(settings: CustomizeSettings, pipeline: Any, family: Family, seed: int) -> dict[str, nn.Module]:
     """Put the adapter into all parts that are trained; returns these by name."""
     # The initial factors are random, and the same on every process.
     set_seed(seed % 2**32)
-    names = ("unet", *(family.encoders if settings.train_text_encoder else ()))
+    names = (family.denoiser, *(family.encoders if settings.train_text_encoder else ()))
     parts = {name: getattr(pipeline, name) for name in names}
     for model in parts.values():
         model.add_adapter(settings.adapter_config(), adapter_name=settings.adapter_name)
@@ -162,7 +170,7 @@ def with_class_images(prepared: PreparedRun, interruption: Interruption) -> Prep
 def _draw_class_images(prepared: PreparedRun, missing: range, interruption: Interruption) -> None:
     settings, accelerator, pipeline = prepared.settings, prepared.accelerator, prepared.pipeline
     asked = settings.prior_generation_precision
-    if asked is not None and DTYPES[asked] != pipeline.unet.dtype:
+    if asked is not None and DTYPES[asked] != prepared.denoiser.dtype:
         pipeline, _ = load_pipeline(settings, DTYPES[asked])
         for model in modules(pipeline):
             model.to(accelerator.device)

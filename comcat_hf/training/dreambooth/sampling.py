@@ -5,6 +5,7 @@ import math
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,17 @@ def generate(
     """
     size, vae = settings.resolution, pipeline.vae
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        list(prompts),
+    draw = partial(
+        pipeline,
+        prompt=list(prompts),
         generator=list(generators),
         height=size,
         width=size,
         num_inference_steps=settings.num_inference_steps,
-        output_type="latent",
-    ).images
+    )
+    if not hasattr(pipeline, "unet"):
+        return draw(output_type="pil").images
+    latents = draw(output_type="latent").images
     # Not by the pipeline, which cannot where the autoencoder alone is in float32.
     decoded = vae.decode(from_latents(vae, latents.float()).to(vae.dtype)).sample
     return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")

@@ -50,7 +50,11 @@ class CustomizeSettings:
     caption_column: str | None = flag(None, "Column (data set) or key (metadata.jsonl) that holds captions.", IMAGES)
     instance_prompt: str | None = flag(None, "Prompt with the subject's name, e.g. 'a photo of sks dog'.", IMAGES)
     instance_token: str | None = flag(None, "The subject's name, e.g. sks; prompts must hold it.", NOTHING)
+    caption_dropout: float = flag(0.0, "Share of the subject's prompts that are left empty.", TRAINING, BELOW_ONE)
     resolution: int = flag(512, "Side of the training images in pixels.", TRAINING, COUNT)
+    aspect_ratio_buckets: str | None = flag(
+        None, "Heights and widths, such as 512,512;448,576: images take the nearest in shape.", TRAINING
+    )
     center_crop: bool = flag(False, "Crop at the centre instead of anywhere.", TRAINING)
     random_flip: bool = flag(False, "Mirror images half of the time.", TRAINING)
     # The class
@@ -98,12 +102,21 @@ class CustomizeSettings:
     snr_gamma: float | None = flag(
         None, "Min-SNR loss weights with this gamma; 5.0 is recommended.", TRAINING, ABOVE_ZERO
     )
+    weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = flag(
+        "logit_normal", "Flow matching: how noise levels are drawn and weighted.", TRAINING
+    )
+    logit_mean: float = flag(0.0, "Flow matching: mean of logit_normal.", TRAINING)
+    logit_std: float = flag(1.0, "Flow matching: standard deviation of logit_normal.", TRAINING, ABOVE_ZERO)
+    guidance_scale: float = flag(3.5, "Guidance that a distilled transformer (FLUX) is told.", TRAINING, FROM_ZERO)
     learning_rate: float = flag(2.5e-3, "Highest learning rate.", TRAINING, ABOVE_ZERO)
     scale_lr: bool = flag(False, "Multiply the rate by processes, accumulation steps and batch size.", TRAINING)
     lr_scheduler: Schedule = flag("linear", "How the learning rate changes.", TRAINING)  # noqa: RUF009
     lr_warmup_steps: int = flag(0, "Steps in which the rate rises.", TRAINING, FROM_ZERO)
     lr_num_cycles: int = flag(1, "Restarts of cosine_with_restarts.", TRAINING, COUNT)
     lr_power: float = flag(1.0, "Power of polynomial.", TRAINING, ABOVE_ZERO)
+    optimizer: Literal["adamw", "prodigy"] = flag(
+        "adamw", "prodigy finds its rate by itself: give --learning_rate 1.", TRAINING
+    )
     use_8bit_adam: bool = flag(False, "Adam of bitsandbytes.", TRAINING)
     adam_beta1: float = flag(0.9, "First decay rate of Adam.", TRAINING, BELOW_ONE)
     adam_beta2: float = flag(0.999, "Second decay rate of Adam.", TRAINING, BELOW_ONE)
@@ -159,8 +172,27 @@ class CustomizeSettings:
             raise InvalidValueError("--qk_rank and --vo_rank are both none, which leaves nothing to train. Give one.")
         if Path(self.output_dir).expanduser().is_file():
             raise InvalidValueError(f"--output_dir {self.output_dir}: expected a folder, found a file. Give another.")
+        if self.optimizer == "prodigy" and self.use_8bit_adam:
+            raise InvalidValueError("--use_8bit_adam is for --optimizer adamw, got prodigy. Leave one of them out.")
+        if self.buckets and self.with_prior_preservation:
+            raise InvalidValueError(
+                "--aspect_ratio_buckets: class images are square, so they cannot stand in a batch with images of "
+                "other shapes. Leave the buckets or --with_prior_preservation out."
+            )
         self._check_class()
         self._check_prompts()
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """The heights and widths of `aspect_ratio_buckets`."""
+        pairs = (self.aspect_ratio_buckets or "").split(";") if self.aspect_ratio_buckets else ()
+        found = [re.fullmatch(r"\s*([1-9]\d{0,4})\s*,\s*([1-9]\d{0,4})\s*", pair) for pair in pairs]
+        if not all(found):
+            raise InvalidValueError(
+                f"--aspect_ratio_buckets: expected heights and widths such as 512,512;448,576, got "
+                f"{self.aspect_ratio_buckets!r}."
+            )
+        return tuple((int(match[1]), int(match[2])) for match in found)
 
     def adapter_config(self) -> ComCATConfig:
         """The configuration of the adapter that is trained."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .families import PipelineFamily, Text
+from .families import Family, Text, to_device
 from .stream import ExampleStream
 
 
@@ -79,7 +80,7 @@ class Texts:
     """
 
     pipeline: Any
-    family: PipelineFamily
+    family: Family
     device: torch.device
     trained: bool
     kept: Mapping[str, Text] | None = None
@@ -88,15 +89,10 @@ class Texts:
         """Arguments of the denoiser for some prompts."""
         if self.kept is not None:
             found = [self.kept[prompt] for prompt in prompts]
-            return {"text": {name: torch.stack([f[name] for f in found]).to(self.device) for name in found[0]}}
-        tokens = [
-            {name: ids.to(self.device) for name, ids in given.items()}
-            for given in self.family.tokenize(self.pipeline, prompts)
-        ]
+            return {"text": {name: _padded([f[name] for f in found]).to(self.device) for name in found[0]}}
         if self.trained:
-            return {"tokens": tokens}
-        with torch.no_grad():
-            return {"text": self.family.encode([getattr(self.pipeline, n) for n in self.family.encoders], tokens)}
+            return {"tokens": to_device(self.family.tokenize(self.pipeline, prompts), self.device)}
+        return {"text": self.family.texts(self.pipeline, prompts, self.device)}
 
 
 def cache_latents(stream: ExampleStream, latents: Latents, watch: Watch) -> Latents:
@@ -110,9 +106,9 @@ def cache_latents(stream: ExampleStream, latents: Latents, watch: Watch) -> Late
     kept = {}
     flips = (False, True) if stream.random_flip else (False,)
     for kind, examples in {"instance": stream.instances, "class": stream.classes}.items():
-        for index, example in enumerate(watch(examples)):
+        for index in watch(range(len(examples))):
             for flip in flips:
-                image = stream.prepare(example, flip)
+                image = stream.prepare(kind, index, flip)
                 mean, deviation = _encode(latents.vae, image.pixels[None].to(latents.device))
                 kept[kind, index, flip] = _Kept(mean[0].cpu(), deviation[0].cpu(), image.time_ids)
     return Latents(latents.vae, latents.device, kept)
@@ -132,9 +128,9 @@ def cache_texts(prompts: Iterable[str], texts: Texts, watch: Watch) -> Texts:
     return Texts(texts.pipeline, texts.family, texts.device, texts.trained, kept)
 
 
-def warn_of_long_prompts(prompts: Iterable[str], pipeline: Any, family: PipelineFamily) -> None:
+def warn_of_long_prompts(prompts: Iterable[str], pipeline: Any, family: Family) -> None:
     """Say which prompts are longer than the text encoders can read."""
-    for prompt in dict.fromkeys(prompts):
+    for prompt in dict.fromkeys(prompts) if family.tokenizers else ():
         tokenizer = getattr(pipeline, family.tokenizers[0])
         if (count := len(tokenizer(prompt, verbose=False).input_ids)) > tokenizer.model_max_length:
             logger.warning(
@@ -146,29 +142,48 @@ def warn_of_long_prompts(prompts: Iterable[str], pipeline: Any, family: Pipeline
 
 
 def to_latents(vae: Any, encoded: Tensor) -> Tensor:
-    """From the autoencoder's numbers to those that the UNet works on."""
-    mean, deviation = _statistics(vae, encoded)
-    return (encoded - mean) * (vae.config.scaling_factor / deviation)
+    """From the autoencoder's numbers to those that the UNet or transformer works on."""
+    if hasattr(vae, "bn"):
+        # FLUX.2: two by two numbers become channels, each with statistics of its own.
+        patches, norm = F.pixel_unshuffle(encoded, 2), vae.bn
+        variance = norm.running_var.view(1, -1, 1, 1).float() + vae.config.batch_norm_eps
+        return (patches - norm.running_mean.view(1, -1, 1, 1).float()) / variance.sqrt()
+    mean, deviation, scale = _statistics(vae, encoded)
+    return (encoded - mean) * (scale / deviation)
 
 
 def from_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Undo [`to_latents`]."""
-    mean, deviation = _statistics(vae, latents)
-    return latents * (deviation / vae.config.scaling_factor) + mean
+    """Undo [`to_latents`] for a pipeline with a UNet."""
+    mean, deviation, scale = _statistics(vae, latents)
+    return latents * (deviation / scale) + mean
 
 
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor, float]:
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
     found = (getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None))
+    # Qwen-Image's has no scaling_factor beside them.
+    scale = getattr(vae.config, "scaling_factor", 1.0)
     mean, deviation = (
-        default if value is None else value for value, default in zip(found, ([0.0], [1.0]), strict=True)
+        default if value is None else value for value, default in zip(found, ([shift], [1.0]), strict=True)
     )
-    return tuple(torch.tensor(value, device=like.device).view(1, -1, 1, 1) for value in (mean, deviation))
+    mean, deviation = (torch.tensor(value, device=like.device).view(1, -1, 1, 1) for value in (mean, deviation))
+    return mean, deviation, scale
 
 
 @torch.no_grad()
 def _encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    found = vae.encode(pixels.to(vae.dtype)).latent_dist
+    pixels = pixels.to(vae.dtype)
+    if hasattr(vae.config, "temperal_downsample"):
+        # An autoencoder of videos, of one frame here.
+        found = vae.encode(pixels[:, :, None]).latent_dist
+        return found.mean[:, :, 0].float(), found.std[:, :, 0].float()
+    found = vae.encode(pixels).latent_dist
     return found.mean.float(), found.std.float()
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows as one tensor, zeros behind the shorter ones."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True) if rows[0].ndim else torch.stack(list(rows))
 
 
 def _place(item: Item) -> Place:

@@ -4,6 +4,7 @@ What stands at a position - which image, where it is cropped, whether it is mirr
 seed and the position alone. A resumed run therefore only has to know how far it was.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from .data import Example, Prepared, prepare_image
 
 __all__ = ["ExampleStream", "stream_loader"]
 
+_EXAMPLES = {"instance": "instances", "class": "classes"}
+
 
 @dataclass(frozen=True)
 class ExampleStream(Dataset):
@@ -29,6 +32,10 @@ class ExampleStream(Dataset):
         seed: of the run.
         resolution, center_crop, random_flip: how images are made ready.
         open_images: whether items hold pixels; not where the latents are cached.
+        caption_dropout: share of the subject's prompts that are left empty.
+        buckets: heights and widths, of which images of the subject take the one nearest to their shape; the
+            resolution if there are none.
+        together: how many positions, from a multiple of their number, must have images of one size.
     """
 
     instances: tuple[Example, ...]
@@ -38,10 +45,13 @@ class ExampleStream(Dataset):
     center_crop: bool
     random_flip: bool
     open_images: bool = True
+    caption_dropout: float = 0.0
+    buckets: tuple[tuple[int, int], ...] = ()
+    together: int = 1
 
     def __len__(self) -> int:
         """Positions per epoch: so many that each image occurs."""
-        return max(len(self.instances), len(self.classes))
+        return max(len(self._order("instance", 0)), len(self.classes))
 
     def __getitem__(self, position: int) -> list[dict[str, Any]]:
         items = [self._item("instance", self.instances, position)]
@@ -49,19 +59,50 @@ class ExampleStream(Dataset):
             items.append(self._item("class", self.classes, position))
         return items
 
+    @functools.cached_property
+    def nearest(self) -> tuple[int, ...]:
+        """Which bucket every image of the subject takes."""
+        from diffusers.training_utils import find_nearest_bucket
+
+        sizes = (example.open().size for example in self.instances)
+        return tuple(find_nearest_bucket(height, width, self.buckets) for width, height in sizes)
+
+    def size_of(self, kind: str, index: int) -> int | tuple[int, int]:
+        """The size to which one image is brought."""
+        return self.buckets[self.nearest[index]] if self.buckets and kind == "instance" else self.resolution
+
+    def _order(self, kind: str, epoch: int) -> list[int]:
+        """The images of one epoch; those of a bucket stand together, filled up with images of that bucket."""
+        count, generator = len(getattr(self, _EXAMPLES[kind])), seeded(self.seed, f"{kind} order", epoch)
+        drawn = torch.randperm(count, generator=generator).tolist()
+        if kind == "class" or not self.buckets:
+            return drawn
+        steps = []
+        for bucket in sorted(set(self.nearest)):
+            members = [index for index in drawn if self.nearest[index] == bucket]
+            filled = [members[i % len(members)] for i in range(-(-len(members) // self.together) * self.together)]
+            steps += [filled[i : i + self.together] for i in range(0, len(filled), self.together)]
+        return [index for step in torch.randperm(len(steps), generator=generator).tolist() for index in steps[step]]
+
     def _item(self, kind: str, examples: tuple[Example, ...], position: int) -> dict[str, Any]:
-        epoch, place = divmod(position, len(examples))
-        index = _order(self.seed, f"{kind} order", epoch, len(examples))[place]
+        epoch, place = divmod(position, len(self._order(kind, 0)))
+        index = self._order(kind, epoch)[place]
         generator = seeded(self.seed, f"{kind} image", position)
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
-        item = {"kind": kind, "index": index, "flip": flip, "prompt": examples[index].prompt}
+        prompt = "" if kind == "instance" and self._drops(position) else examples[index].prompt
+        item = {"kind": kind, "index": index, "flip": flip, "prompt": prompt}
         if self.open_images:
-            item["image"] = self.prepare(examples[index], flip, generator)
+            item["image"] = self.prepare(kind, index, flip, generator)
         return item
 
-    def prepare(self, example: Example, flip: bool, generator: torch.Generator | None = None) -> Prepared:
-        """Open an example's image and make it ready."""
-        return prepare_image(example.open(), self.resolution, self.center_crop, flip, generator)
+    def _drops(self, position: int) -> bool:
+        drawn = torch.rand((), generator=seeded(self.seed, "caption", position))
+        return self.caption_dropout > 0 and bool(drawn < self.caption_dropout)
+
+    def prepare(self, kind: str, index: int, flip: bool, generator: torch.Generator | None = None) -> Prepared:
+        """Open an image and make it ready."""
+        image = getattr(self, _EXAMPLES[kind])[index].open()
+        return prepare_image(image, self.size_of(kind, index), self.center_crop, flip, generator)
 
 
 def stream_loader(
@@ -104,7 +145,3 @@ class _Positions(Sampler):
 
 def _collate(pairs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [items[part] for part in range(len(pairs[0])) for items in pairs]
-
-
-def _order(seed: int, kind: str, epoch: int, count: int) -> tuple[int, ...]:
-    return tuple(torch.randperm(count, generator=seeded(seed, kind, epoch)).tolist())

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from comcat_hf.errors import InvalidValueError
-from comcat_hf.training.dreambooth.data import class_examples, find_images, instance_examples, prepare_image
+from comcat_hf.training.dreambooth.data import Example, class_examples, find_images, instance_examples, prepare_image
 from comcat_hf.training.dreambooth.settings import CustomizeSettings
 from comcat_hf.training.dreambooth.stream import ExampleStream, stream_loader
 from tests.customization.pipelines import write_digits
@@ -197,3 +197,26 @@ def test_epochs_hold_every_image_and_processes_share_them(folder):
     shares = [list(stream_loader(source, 3, 0, 2, process, 2)) for process in (0, 1)]
     together = [[*first, *second] for first, second in zip(*shares, strict=True)]
     assert together == list(stream_loader(source, 6, 0, 2, 0, 1))
+
+
+def test_buckets_fill_every_batch_with_images_of_one_shape(tmp_path):
+    shapes = [(30, 20)] * 3 + [(20, 30)] * 5 + [(20, 20)] * 2
+    for index, (width, height) in enumerate(shapes):
+        Image.effect_noise((width, height), 50).convert("RGB").save(tmp_path / f"{index}.png")
+    examples = [Example(str(path), "a sks", path) for path in find_images(tmp_path)]
+    source = stream(examples, (), buckets=((20, 20), (16, 24), (24, 16)), together=4)
+    # Three, five and two images in fours.
+    assert len(source) == 4 + 8 + 4
+    seen = []
+    for batch in stream_loader(source, 2, 0, 16, 0, 2):
+        shapes = {tuple(item["image"].pixels.shape[1:]) for item in batch}
+        assert len(shapes) == 1
+        seen.append(shapes.pop())
+    assert set(seen) == {(20, 20), (16, 24), (24, 16)}
+    for epoch in (0, 1):
+        indices = [source[epoch * 16 + place][0]["index"] for place in range(16)]
+        assert set(indices) == set(range(10))
+    assert source[3][0]["image"].time_ids[4:] in source.buckets
+    other = [list(stream_loader(source, 2, 0, 8, process, 2)) for process in (0, 1)]
+    pairs = zip(*other, strict=True)
+    assert all(a[0]["image"].pixels.shape == b[0]["image"].pixels.shape for a, b in pairs)
