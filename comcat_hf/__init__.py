@@ -5,6 +5,7 @@ Importing the package registers PEFT type `COMCAT` and native loading of compres
 
 from typing import TYPE_CHECKING, Any
 
+from .compression import Elastic as Elastic
 from .compression import LatencyTable as LatencyTable
 from .compression import Statistics as Statistics
 from .compression import allocate_ranks as allocate_ranks
