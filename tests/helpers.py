@@ -3,6 +3,8 @@
 Every parameter is random: biases, class tokens and norms would else start at values that hide errors.
 """
 
+import copy
+import importlib
 import multiprocessing
 import os
 import socket
@@ -16,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from comcat_hf.modeling import apply_ranks, find_sites
+from comcat_hf.modeling import apply_ranks, find_sites, known_sites
 
 
 # At these sizes further threads only wait for each other.
@@ -59,13 +61,23 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def find_class(name: str) -> type:
+    """A class of transformers, or one of a model that it does not give at the top: `"qwen3_vl.Qwen3VLVisionModel"`."""
+    folder, _, cls = name.rpartition(".")
+    if not folder:
+        return getattr(transformers, cls)
+    kind = "configuration" if cls.endswith("Config") else "modeling"
+    return getattr(importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}"), cls)
+
+
 def build(model_class: str, config_class: str, inputs: Callable[[], Inputs], **settings: Any) -> Built:
     """A seeded model in eval mode from the names of its classes, and inputs for it."""
     attention = settings.pop("attn_implementation", "sdpa")
-    config = getattr(transformers, config_class)(**settings)
+    # A copy: some configurations change what they are given.
+    config = find_class(config_class)(**copy.deepcopy(settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, model_class)._from_config(config, attn_implementation=attention)
+        model = find_class(model_class)._from_config(config, attn_implementation=attention)
     return randomize(model).eval(), inputs()
 
 
@@ -262,10 +274,22 @@ def classes_of(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
+@torch.no_grad()
+def make_low_rank(model: nn.Module, qk: int, vo: int) -> None:
+    """Give the dense weights products of these ranks per head, so that those ranks lose nothing; biases stay."""
+    for site in known_sites(model, "attention").values():
+        view, ranks = site.view, {"qk": qk, "vo": vo}
+        for pair, linear in (("qk", view.key), ("vo", view.value)):
+            if pair in site.choices:
+                u, s, v = torch.linalg.svd(linear.weight.unflatten(0, (view.num_heads, -1)), full_matrices=False)
+                s[:, ranks[pair] :] = 0
+                linear.weight.copy_((u * s.unsqueeze(1) @ v).flatten(0, 1))
+
+
 def full_ranks(model: nn.Module, scope: str = "attention") -> dict[str, int | dict[str, int]]:
     """A plan at full rank: what it makes of a model must compute the same."""
     return {
-        name: dict.fromkeys(("qk", "vo"), site.view.head_dim) if site.kind == "attention" else min(_sides(site.linear))
+        name: dict(site.choices) if site.kind == "attention" else min(_sides(site.linear))
         for name, site in find_sites(model, scope).items()
     }
 
@@ -273,7 +297,10 @@ def full_ranks(model: nn.Module, scope: str = "attention") -> dict[str, int | di
 def attention_ranks(model: nn.Module, qk: int | None = None, vo: int | None = None) -> dict[str, dict[str, int]]:
     """The same ranks for all attention of a model."""
     entry = {pair: rank for pair, rank in (("qk", qk), ("vo", vo)) if rank is not None}
-    return {name: dict(entry) for name in find_sites(model, "attention")}
+    return {
+        name: {pair: rank for pair, rank in entry.items() if pair in site.choices}
+        for name, site in known_sites(model, "attention").items()
+    }
 
 
 def compressed(family: str = "vit", qk: int = 5, vo: int = 12, linear: int | None = None, **settings: Any) -> Built:

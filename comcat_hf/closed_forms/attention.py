@@ -62,11 +62,12 @@ class AttentionMoments:
     `query` (..., H, p, p) is `E[q^T q]`, bias included, not centred; `key` (..., H, p, p) the second moment of k
     centred within each image; `attended` (..., H, p, p) the covariance and `attended_mean` (..., H, p) the mean of u,
     the input of the output projection (value bias included). `qk_curvature` and `vo_curvature` say how the model's
-    output sees errors of the two products (`curvature.py`); the factors are fitted to a mixture of both.
+    output sees errors of the two products (`curvature.py`); the factors are fitted to a mixture of both. `query` and
+    `key` are `None` where only the value/output product is factorised.
     """
 
-    query: Tensor
-    key: Tensor
+    query: Tensor | None
+    key: Tensor | None
     attended: Tensor
     attended_mean: Tensor
     qk_curvature: Curvature | None = None

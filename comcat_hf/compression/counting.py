@@ -1,5 +1,6 @@
 """Parameters and multiply-accumulates of a model, counted, dense or compressed."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValueError
 from ..modeling import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy, unwrapped
+from .calibration.inputs import main_input
 
 
-__all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "trace"]
+__all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "samples_in", "trace"]
 
 
 def count_parameters(model: nn.Module, names: tuple[str, ...] | None = None) -> int:
@@ -44,7 +46,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         )
     if hasattr(config, "cross_attention_dim") and not hasattr(model, "main_input_name"):
         return _denoiser_inputs(config)
-    main = getattr(model, "main_input_name", "pixel_values")
+    main = main_input(model)
     if main == "input_ids":
         length = getattr(config.get_text_config(), "max_position_embeddings", 512)
         text = {"input_ids": torch.zeros(1, min(length, 512), dtype=torch.long, device="meta")}
@@ -111,9 +113,9 @@ class Trace:
     macs: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, Tokens] = field(default_factory=dict)
 
-    def add_call(self, name: str, queries: int, keys: int) -> None:
+    def add_call(self, name: str, queries: int, keys: int, seen: int | None = None) -> None:
         calls = self.tokens[name].calls if name in self.tokens else 0
-        self.tokens[name] = Tokens(queries, keys, calls + 1)
+        self.tokens[name] = Tokens(queries, keys, calls + 1, seen)
 
 
 @torch.no_grad()
@@ -130,14 +132,16 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: b
         UnsupportedModuleError: attention that is not known.
     """
     given = example_inputs(model) if inputs is None else inputs
+    # Where samples are packed one behind the other, what says their sizes is looked into.
+    packed = _is_packed(given) and not next(model.parameters()).is_meta
     # A mask saves nothing in the products, and transformers would look into it, which has no values here.
     given = {
-        k: v.to("meta") if isinstance(v, Tensor) else v
+        k: v.to("meta") if isinstance(v, Tensor) and not packed else v
         for k, v in given.items()
         if k != "attention_mask" and not k.startswith("label")
     }
-    batch = next((len(v) for v in given.values() if isinstance(v, Tensor) and v.ndim), 0)
-    skeleton = meta_copy(model).eval()
+    batch = samples_in(given)
+    skeleton = (copy.deepcopy if packed else meta_copy)(model).eval()
     result = Trace()
     views = _attention_families(skeleton, whole)
     for name, module in skeleton.named_modules():
@@ -155,6 +159,22 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: b
             f"{error}. Pass inputs= with everything that its forward needs."
         ) from error
     return result
+
+
+def samples_in(inputs: Mapping[str, Any]) -> int:
+    """How many samples model inputs are; packed patches are one."""
+    first = _first(inputs)
+    return 0 if first is None else 1 if _is_packed(inputs) else len(first)
+
+
+def _is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether each row of the inputs is a patch, and whole images lie one behind the other."""
+    first = _first(inputs)
+    return first is not None and first.ndim == 2 and first.is_floating_point()
+
+
+def _first(inputs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
 
 
 def _attention_families(model: nn.Module, whole: bool) -> dict[str, AttentionFamily]:
@@ -204,18 +224,30 @@ def _record(
 
 
 def _count_products(result: Trace, name: str, module: nn.Module, family: AttentionFamily, batch: int) -> None:
-    shapes: dict[str, tuple[int, int]] = {}
-    for role in ("query", "key", "value"):
-        projection = getattr(module, getattr(family, role))
-        projection.register_forward_hook(
-            lambda m, args, output, role=role: shapes.update(
-                {role: (output[..., 0].numel() // batch, output.shape[-1])}
-            )
-        )
+    shapes: dict[str, tuple[int, int, int]] = {}
+
+    def note(roles: Mapping[str, int], module: nn.Module, args: tuple, output: Tensor) -> None:
+        rows = output[..., 0].numel()
+        # Of one window, where a sample has several.
+        seen = rows // len(output) if output.ndim > 2 else rows
+        shapes.update({role: (rows // batch, seen, width or output.shape[-1]) for role, width in roles.items()})
+
+    for layer, roles in _widths(module, family).items():
+        getattr(module, layer).register_forward_hook(partial(note, roles))
 
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        (queries, width), (keys, _), (_, value_width) = shapes["query"], shapes["key"], shapes["value"]
-        result.macs[name] = result.macs.get(name, 0) + queries * keys * (width + value_width)
-        result.add_call(name, queries, keys)
+        (queries, _, width), (keys, seen, _), (_, _, value_width) = (shapes[r] for r in ("query", "key", "value"))
+        result.macs[name] = result.macs.get(name, 0) + queries * seen * (width + value_width)
+        result.add_call(name, queries, keys, seen)
 
     module.register_forward_hook(hook)
+
+
+def _widths(module: nn.Module, family: AttentionFamily) -> dict[str, dict[str, int]]:
+    """What each input projection gives, by attribute name, with the width of each; 0 is the whole of its output."""
+    if not family.fused:
+        return {getattr(family, role): {role: 0} for role in ("query", "key", "value")}
+    heads, dense = family.heads_of(module), getattr(module, "dense_width", None)
+    ranks = getattr(module, "qk_rank", None), getattr(module, "vo_rank", None)
+    qk, vo = (heads * (rank or dense or family.head_dim_of(module)) for rank in ranks)
+    return {family.query: {"query": qk, "key": qk, "value": vo}}

@@ -5,9 +5,9 @@ from .families import MLPFamily as MLPFamily
 from .finding import SCOPES as SCOPES
 from .finding import find_sites as find_sites
 from .finding import known_sites as known_sites
+from .linears import LowRankLinear as LowRankLinear
+from .linears import NarrowLinear as NarrowLinear
 from .lowrank import LowRankAttention as LowRankAttention
-from .lowrank import LowRankLinear as LowRankLinear
-from .lowrank import NarrowLinear as NarrowLinear
 from .mlps import MLPView as MLPView
 from .mlps import register_mlp_family as register_mlp_family
 from .sites import AttentionSite as AttentionSite

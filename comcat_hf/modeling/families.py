@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, Literal, TypeVar
 
 from torch import nn
@@ -44,6 +45,7 @@ class Form:
         layout: which columns of a head the rotation takes together: `"pairs"` of neighbours, or the two `"halves"`.
         scale: whether the kernel takes its scale from the `"width"` of the heads, or is `"given"` that of the module.
         heads_first: whether norms get heads before tokens.
+        by_itself: whether the class itself passes further columns of queries and keys by what it does to them.
         refuse_qk: why the query/key product cannot be adapted, where it cannot.
         compress: why the class cannot be compressed, where it cannot.
     """
@@ -53,6 +55,7 @@ class Form:
     layout: Literal["pairs", "halves"] = "pairs"
     scale: Literal["width", "given"] = "given"
     heads_first: bool = False
+    by_itself: bool = False
     refuse_qk: str | None = None
     compress: str | None = None
 
@@ -64,12 +67,12 @@ class AttentionFamily:
     Args:
         host: import path of the class, for example `"transformers.models.vit.modeling_vit.ViTAttention"`.
         query, key, value: attribute names of the three input projections (`nn.Linear`); one name three times where one
-            layer has the rows of all three, in this order, and perhaps others behind.
+            layer has the rows of all three, in this order, head after head, and perhaps others behind.
         output: attribute name of the output projection, or its path: seen from the class or, with `output_in_parent`,
             from the module that holds the attention.
         output_in_parent: `True` where the class returns the heads' outputs and a sibling projects them.
-        num_heads, head_dim, scaling: attribute names of H, p and of the factor on the scores; without `head_dim` the
-            class reads p off its projections.
+        num_heads, head_dim, scaling: attribute names of H (perhaps a path), of p and of the factor on the scores;
+            without `head_dim` the projections give p.
         dropout: attribute name of the attention dropout: a number or an `nn.Dropout`; `None` where there is none.
         refuse: optional; gets the module and returns the reason why this one instance cannot be factorised, or `None`.
         refuse_qk: the same for the query/key product alone.
@@ -79,9 +82,14 @@ class AttentionFamily:
         sibling: path of the projection, seen from the module that holds the attention, that takes the heads' outputs
             of an instance with `pre_only`.
         sizes: attributes that hold the width of all heads together, of queries and of keys.
-        scale_of: optional; for classes that run their own `forward` on the smaller projections: gets the dense module
-            and returns the factor on the scores, which the kernel takes from the width of the heads. Without it the
-            kernel is found by the module's `config`, as in transformers, and given `scaling`.
+        hosted: whether the class runs its own `forward` on the smaller projections, so that whatever it does between
+            them stays: biases added to the scores, windows, further arguments. Where `refuse_qk` refuses (a norm or a
+            rotation stands between projection and score) the value/output product alone can be compressed. Without
+            it the kernel is found by the module's `config`, as in transformers, and given `scaling`.
+        tokens_first: whether the output projection gets `(tokens, samples, d)`.
+        fixed_width: of a hosted class: its `forward` takes heads of the dense width only.
+        scale_of: optional, makes the class hosted: gets the dense module and returns the factor on the scores, which
+            the kernel takes from the width of the heads. Without it a hosted class gives its kernel a factor.
     """
 
     host: str
@@ -97,6 +105,9 @@ class AttentionFamily:
     refuse: Callable[[nn.Module], str | None] | None = None
     refuse_qk: Callable[[nn.Module], str | None] | None = None
     scale_of: Callable[[nn.Module], float] | None = None
+    hosted: bool = False
+    fixed_width: bool = False
+    tokens_first: bool = False
     norms: tuple[str, str] | None = None
     form: Form = Form()
     processors: Mapping[str, Form] = field(default_factory=dict, hash=False)
@@ -107,6 +118,14 @@ class AttentionFamily:
     def fused(self) -> bool:
         """Whether one layer projects to queries, keys and values."""
         return self.query == self.key == self.value
+
+    @property
+    def runs_host(self) -> bool:
+        """Whether the class's own `forward` runs on the smaller projections."""
+        return self.hosted or self.scale_of is not None
+
+    def heads_of(self, module: nn.Module) -> int:
+        return attrgetter(self.num_heads)(module)
 
     @property
     def stream(self) -> Stream:
@@ -127,20 +146,19 @@ class AttentionFamily:
     def head_dim_of(self, module: nn.Module) -> int:
         if self.head_dim is not None:
             return getattr(module, self.head_dim)
-        return base_module(getattr(module, self.query)).out_features // getattr(module, self.num_heads)
+        rows = base_module(getattr(module, self.query)).out_features
+        return rows // self.heads_of(module) // (3 if self.fused else 1)
 
     def attributes(self) -> tuple[str, ...]:
         """What a module of the class must have."""
-        # Without a scale of its own the kernel is found through the configuration.
-        kernel = (self.scaling, "config") if self.scale_of is None else ()
+        # Where the host does not run itself its kernel is found through the configuration.
+        kernel = () if self.runs_host else (self.scaling, "config")
         optional = (name for name in (self.head_dim, self.dropout) if name is not None)
-        return (self.query, self.key, self.value, self.num_heads, *optional, *kernel)
+        return (self.query, self.key, self.value, self.num_heads.partition(".")[0], *optional, *kernel)
 
     def described(self) -> str:
         """Words for an error: who needs the attributes."""
-        return (
-            "its AttentionFamily names" if self.scale_of else "its AttentionFamily names or, without scale_of, needs"
-        )
+        return "its AttentionFamily names" if self.runs_host else "its AttentionFamily names or, without hosted, needs"
 
     def output_of(self, owner: nn.Module) -> nn.Module:
         """The output projection, seen from the class or, with `output_in_parent`, from its parent."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import nn
 
 from ..errors import InvalidValueError, UnsupportedModuleError
-from .lowrank import LowRankLinear
+from .linears import LowRankLinear
 from .mlps import mlp_views
 from .sites import AttentionSite, LinearSite, MLPSite, Site, block_of
 from .targets import EVERYTHING, Targets

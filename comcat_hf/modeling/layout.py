@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checks import some_of
 from ..errors import RankPlanError, UnsupportedModuleError
-from .lowrank import LowRankAttention, NarrowLinear
+from .linears import NarrowLinear
+from .lowrank import LowRankAttention
 from .sites import AttentionSite, MLPSite, Site
 from .surgery import sites_for
 

@@ -1,7 +1,7 @@
-"""What replaces the dense modules: low-rank attention, low-rank linear layers, and the layers of a narrowed MLP.
+"""Low-rank attention, which replaces the dense module.
 
-All keep the parameter names of the module they replace, at smaller shapes. A process that does not know this package
-therefore stops on a size mismatch when it loads such a checkpoint, where it would otherwise invent weights.
+It keeps the parameter names of the module that it replaces, at smaller shapes. A process that does not know this
+package therefore stops on a size mismatch when it loads such a checkpoint, where it would otherwise invent weights.
 """
 
 import functools
@@ -15,77 +15,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .families import AttentionFamily
+from .linears import empty_linear
 from .stand_in import StandIn, common_width, pad_heads, split_heads
 from .views import AttentionView
 from .weights import compute_dtype
 from .wrappers import base_module
 
 
-__all__ = ["LowRankAttention", "LowRankLinear", "NarrowLinear"]
+__all__ = ["LowRankAttention"]
 
 # What a host module's __dict__ holds besides its own settings: nn.Module's slots, and accelerate's forward wrapping.
 _NOT_SETTINGS = frozenset(nn.Module().__dict__) | {"forward", "_hf_hook", "_old_forward"}
 _CAPTURE_HOOKS = "transformers.utils.output_capturing"
-
-
-class NarrowLinear(nn.Linear):
-    """A layer of an MLP that has lost hidden units: fewer outputs before the activation, or fewer inputs behind it.
-
-    It computes what `nn.Linear` does; the class says that its size is a choice and not the configuration's.
-    """
-
-    is_narrow = True
-
-
-def empty_linear(
-    linear: nn.Linear, out_features: int, in_features: int, bias: bool, cls: type[nn.Linear] = nn.Linear
-) -> nn.Linear:
-    """An empty linear layer of other sizes, on the device and in the dtype of the one given."""
-    weight = linear.weight
-    return nn.utils.skip_init(
-        cls, in_features, out_features, bias=bias, device=weight.device, dtype=compute_dtype(linear)
-    ).train(linear.training)
-
-
-class LowRankLinear(nn.Module):
-    """`y = (x first_factor^T) weight^T + bias` with an inner width of `rank`.
-
-    Attributes:
-        first_factor: projection to the rank, weight of shape `(rank, in_features)`.
-        weight: `(out_features, rank)`.
-        bias: `(out_features,)` or `None`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.first_factor = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        self.first_factor.reset_parameters()
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.first_factor(input), self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
 
 
 class LowRankAttention(nn.Module):
@@ -123,21 +64,22 @@ class LowRankAttention(nn.Module):
         module.qk_rank, module.vo_rank = qk_rank, vo_rank
         _keep_capture_hooks(view.module, module)
 
-        heads = view.num_heads
-        ranks = {view.family.query: qk_rank, view.family.key: qk_rank, view.family.value: vo_rank}
+        inputs = _inputs(view, qk_rank, vo_rank)
         output, _, index = ("", "", "") if view.family.output_in_parent else view.family.output.partition(".")
         for name, child in view.module._modules.items():
-            rank = ranks.get(name)
-            if rank is not None:
-                bias = name == view.family.query and child.bias is not None
-                module.add_module(name, empty_linear(child, heads * rank, child.in_features, bias))
+            if name in inputs:
+                module.add_module(name, inputs[name])
             elif name == output and vo_rank is not None:
                 dense = view.output
-                linear = empty_linear(dense, dense.out_features, heads * vo_rank, True)
+                linear = empty_linear(dense, dense.out_features, view.num_heads * vo_rank, True)
                 layers = [linear if part is dense else part for part in child] if index else ()
                 module.add_module(name, nn.ModuleList(layers) if index else linear)
             else:
                 _borrow(module, name, child)
+        for name, parameter in view.module._parameters.items():
+            _borrow(module, name, parameter)
+        for name, buffer in view.module._buffers.items():
+            module.register_buffer(name, buffer, name not in view.module._non_persistent_buffers_set)
         module._finish(view)
         return module
 
@@ -147,7 +89,7 @@ class LowRankAttention(nn.Module):
     def own_borrowed(self) -> "LowRankAttention":
         """Take the projections shared with the dense module into this module's own parameters, and return self."""
         for name in list(self.__dict__.get("_borrowed", ())):
-            self.add_module(name, self.__dict__.pop(name))
+            setattr(self, name, self.__dict__.pop(name))
         self.__dict__.pop("_borrowed", None)
         return self
 
@@ -196,7 +138,7 @@ class LowRankAttention(nn.Module):
             return rank
         if self._family.head_dim is not None:
             return getattr(self, self._family.head_dim)
-        return base_module(getattr(self, projection)).out_features // getattr(self, self._family.num_heads)
+        return base_module(getattr(self, projection)).out_features // self._family.heads_of(self)
 
     def _dropout(self) -> float:
         if self._family.dropout is None:
@@ -205,7 +147,7 @@ class LowRankAttention(nn.Module):
         return dropout.p if isinstance(dropout, nn.Dropout) else dropout
 
     def extra_repr(self) -> str:
-        return f"heads={getattr(self, self._family.num_heads)}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"
+        return f"heads={self._family.heads_of(self)}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"
 
     def __reduce_ex__(self, protocol: int):
         # The class is made at run time, so pickle could not find it by name.
@@ -249,9 +191,30 @@ def _keep_capture_hooks(host: nn.Module, module: nn.Module) -> None:
             module._forward_hooks[key] = hook
 
 
-def _borrow(module: nn.Module, name: str, child: nn.Module | None) -> None:
+def _inputs(view: AttentionView, qk_rank: int | None, vo_rank: int | None) -> dict[str, nn.Linear]:
+    """The empty input projections by attribute name, without those that stay as they are."""
+    family, heads = view.family, view.num_heads
+    if family.fused:
+        # What stays dense is a part of it, biases included.
+        dense = getattr(view.module, family.query)
+        widths = [view.head_dim if rank is None else rank for rank in (qk_rank, qk_rank, vo_rank)]
+        return {family.query: empty_linear(dense, heads * sum(widths), dense.in_features, dense.bias is not None)}
+    ranks = {family.query: qk_rank, family.key: qk_rank, family.value: vo_rank}
+    dense = {name: getattr(view.module, name) for name, rank in ranks.items() if rank is not None}
+    return {
+        name: empty_linear(
+            linear, heads * ranks[name], linear.in_features, name == family.query and linear.bias is not None
+        )
+        for name, linear in dense.items()
+    }
+
+
+def _borrow(module: nn.Module, name: str, child: nn.Module | nn.Parameter | None) -> None:
     # Reachable as an attribute and kept out of the parameters: they belong to the dense module.
-    if child is None or next(child.parameters(), None) is None:
+    if child is None:
+        (module.register_parameter if name in module._parameters else module.add_module)(name, None)
+        return
+    if isinstance(child, nn.Module) and next(child.parameters(), None) is None:
         module.add_module(name, child)
         return
     module.__dict__[name] = child
@@ -259,51 +222,96 @@ def _borrow(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 class HostedLowRankAttention(LowRankAttention):
-    """Low-rank attention that runs the host's own `forward`, for hosts whose kernel is behind a processor.
+    """Low-rank attention that runs the host's own `forward`.
 
     Attributes:
-        dense_scale: the factor on the scores of the dense head.
-        dense_width: its width.
+        dense_scale: the factor on the scores of the dense head, where the kernel takes it from the width of the heads.
+        dense_width: width of a dense head.
+        fixed_width: whether the heads have that width in the kernel too, filled up with zeros.
     """
 
-    dense_scale: float
+    dense_scale: float | None
     dense_width: int
+    fixed_width: bool
 
     def _finish(self, view: AttentionView) -> None:
-        self.dense_scale, self.dense_width = view.family.scale_of(view.module), view.head_dim
+        family = view.family
+        self.dense_scale = None if family.scale_of is None else family.scale_of(view.module)
+        self.dense_width = view.head_dim
+        # Norms and tables of rotations are as wide as the dense heads.
+        self.fixed_width = family.fixed_width or view.keeps_width
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend, as the host's `forward` says."""
         # Made anew each time: it costs no more than a few attributes, and nothing has to be kept in step.
-        stand_in = StandIn.of(self, self._family, self, self._host)
-        stand_in.resize(self._heads(), self._common_width())
-        return stand_in.forward(*args, **kwargs)
+        projections = _Projections(self, self._family)
+        stand_in = StandIn.of(self, self._family, projections, self._host)
+        stand_in.resize(projections.heads, projections.width)
+        output = stand_in.forward(*args, **kwargs)
+        if not self._family.output_in_parent:
+            return output
+        return (projections.narrow(output[0]), *output[1:])
+
+
+class _Projections:
+    """What a stand-in for low-rank attention projects with: the factors, filled up to the width of the kernel."""
+
+    def __init__(self, attention: nn.Module, family: AttentionFamily) -> None:
+        self.attention, self.family = attention, family
+        self.heads = family.heads_of(attention)
+        dense = getattr(attention, "dense_width", None) or family.head_dim_of(attention)
+        ranks = getattr(attention, "qk_rank", None), getattr(attention, "vo_rank", None)
+        self.qk_width, self.vo_width = (dense if rank is None else rank for rank in ranks)
+        fixed = getattr(attention, "fixed_width", False)
+        self.width = dense if fixed else common_width(self.qk_width, self.vo_width)
 
     def query(self, states: Tensor) -> Tensor:
-        width = self._common_width()
-        # Refuses a processor that does not compute plain attention.
-        self._family.scale_of(self)
-        factor = self.dense_scale * width**0.5
-        states = pad_heads(_project(getattr(self, self._family.query), states), self._heads(), width)
-        return states if abs(factor - 1) < 1e-9 else states * factor
+        return self._scaled(self._wide(self._rows(self.family.query, states)))
 
     def key(self, states: Tensor) -> Tensor:
-        return pad_heads(_project(getattr(self, self._family.key), states), self._heads(), self._common_width())
+        return self._wide(self._rows(self.family.key, states))
 
     def value(self, states: Tensor) -> Tensor:
-        return pad_heads(_project(getattr(self, self._family.value), states), self._heads(), self._common_width())
+        return self._wide(self._rows(self.family.value, states))
+
+    def fused(self, states: Tensor) -> Tensor:
+        """Queries, keys and values of one layer, side by side."""
+        sizes = [self.heads * width for width in (self.qk_width, self.qk_width, self.vo_width)]
+        query, key, value = map(self._wide, self._rows(self.family.query, states).split(sizes, dim=-1))
+        return torch.cat([self._scaled(query), key, value], dim=-1)
 
     def output(self, states: Tensor) -> Tensor:
-        width = self.dense_width if self.vo_rank is None else self.vo_rank
-        attended = split_heads(states, self._heads())[..., :width].flatten(-2)
-        return _project(self._family.output_of(self), attended)
+        return _project(self.family.output_of(self.attention), self.narrow(states))
 
-    def _heads(self) -> int:
-        return getattr(self, self._family.num_heads)
+    def narrow(self, attended: Tensor) -> Tensor:
+        """The heads' outputs without what fills them up."""
+        return split_heads(attended, self.heads)[..., : self.vo_width].flatten(-2)
 
-    def _common_width(self) -> int:
-        widths = [self.dense_width if rank is None else rank for rank in (self.qk_rank, self.vo_rank)]
-        return common_width(*widths)
+    def _rows(self, name: str, states: Tensor) -> Tensor:
+        return _project(getattr(self.attention, name), states)
+
+    def _wide(self, states: Tensor) -> Tensor:
+        return pad_heads(states, self.heads, self.width)
+
+    def _scaled(self, query: Tensor) -> Tensor:
+        if getattr(self.attention, "dense_scale", None) is None:
+            return query
+        # Refuses a processor that does not compute plain attention.
+        self.family.scale_of(self.attention)
+        factor = self.attention.dense_scale * self.width**0.5
+        return query if abs(factor - 1) < 1e-9 else query * factor
+
+
+def attend_plainly(attention: nn.Module, family: AttentionFamily, states: Tensor) -> Tensor:
+    """Attention of a hosted module, dense or low-rank, on states alone, without what its host does between."""
+    projections = _Projections(attention, family)
+    if family.fused:
+        found = projections.fused(states).chunk(3, dim=-1)
+    else:
+        found = [project(states) for project in (projections.query, projections.key, projections.value)]
+    query, key, value = (split_heads(part, projections.heads).transpose(-3, -2) for part in found)
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2)
+    return projections.narrow(attended) if family.output_in_parent else projections.output(attended)
 
 
 @functools.cache
@@ -317,7 +325,7 @@ def _low_rank_class(host: type[nn.Module], family: AttentionFamily) -> type[LowR
         "_family": family,
         "_eager_attention": staticmethod(eager),
     }
-    base = LowRankAttention if family.scale_of is None else HostedLowRankAttention
+    base = HostedLowRankAttention if family.runs_host else LowRankAttention
     return type(f"LowRank{host.__name__}", (base, host), members)
 
 

@@ -84,7 +84,9 @@ class StandIn(nn.Module):
         if self._size == (num_heads, width, num_kv_heads):
             return
         family = self._family
-        setattr(self, family.num_heads, num_heads)
+        # A class that reads the number off a configuration takes it from the width of its states.
+        if "." not in family.num_heads:
+            setattr(self, family.num_heads, num_heads)
         for names, count in zip(family.sizes, (num_heads, num_kv_heads or num_heads), strict=True):
             for name in names:
                 setattr(self, name, count * width)

@@ -11,7 +11,8 @@ from ..checks import some_of
 from ..errors import RankPlanError
 from .filling import fill, warn_not_finite
 from .finding import known_sites
-from .lowrank import LowRankAttention, LowRankLinear
+from .linears import LowRankLinear
+from .lowrank import LowRankAttention
 from .mlps import narrowed_mlps
 from .sites import Entry, Site, check_disjoint
 from .targets import Targets

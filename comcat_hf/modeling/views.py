@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from .families import AttentionFamily, Form, Registry, Stream, at_path
@@ -63,7 +63,7 @@ class AttentionView:
 
     @property
     def num_heads(self) -> int:
-        return getattr(self.module, self.family.num_heads)
+        return self.family.heads_of(self.module)
 
     @property
     def head_dim(self) -> int:
@@ -92,6 +92,20 @@ class AttentionView:
     @property
     def num_kv_heads(self) -> int:
         return base_module(self.key).out_features // self.head_dim
+
+    @property
+    def refusal_of_qk(self) -> str | None:
+        """Why the query/key product cannot be compressed, if it cannot."""
+        return None if self.family.refuse_qk is None else self.family.refuse_qk(self.module)
+
+    @property
+    def keeps_width(self) -> bool:
+        """Whether compressed queries and keys must keep the width of the dense head."""
+        return self.refusal_of_qk is not None
+
+    def by_sample(self, attended: Tensor) -> Tensor:
+        """What enters the output projection, as `(samples, tokens, d)` where it has three dimensions."""
+        return attended.transpose(0, 1) if self.family.tokens_first else attended
 
     @property
     def form(self) -> Form:
@@ -133,13 +147,7 @@ class AttentionView:
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (
-        *transformers.FAMILIES,
-        *transformers.PARTIAL,
-        *transformers.ADAPTED,
-        *diffusers.FAMILIES,
-        *diffusers.ADAPTED,
-    )
+    return (*transformers.FAMILIES, *diffusers.FAMILIES, *transformers.ADAPTED, *diffusers.ADAPTED)
 
 
 def _refusals() -> dict[str, str]:
@@ -153,11 +161,12 @@ def register_attention_family(family: AttentionFamily) -> None:
     """Make an attention class known that this package does not know yet.
 
     Args:
-        family: its description. The class must compute plain scaled-dot-product attention on the projections named:
-            nothing between projection and score (no rotary embedding, no norm), no bias added to the scores. With
-            `scale_of` its own `forward` runs, which must read the width of the heads off its projections (or from
-            `head_dim`); else it must call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`, and take and
-            return what attention does there.
+        family: its description. The class must compute scaled-dot-product attention on the projections named. With
+            `hosted` or `scale_of` its own `forward` runs, which must read the width of the heads off its projections
+            (or from `head_dim`), or be `fixed_width`; biases may be added to the scores, and what stands between
+            projection and score is said by `refuse_qk`. Else nothing may stand there or be added, and the class must
+            call its kernel through transformers' `ALL_ATTENTION_FUNCTIONS`, and take and return what attention does
+            there.
 
     Raises:
         InvalidValueError: if the class is registered already with another description.
@@ -167,9 +176,8 @@ def register_attention_family(family: AttentionFamily) -> None:
 
 def known_attention_classes(whole: bool = True) -> list[str]:
     """Names of the attention classes that can be factorised; without `whole`, also those of adapters alone."""
-    adapted = (*transformers.PARTIAL, *transformers.ADAPTED, *diffusers.ADAPTED)
-    partial = {family.host for family in adapted}
-    return sorted(host.rpartition(".")[2] for host in _registry.families if not whole or host not in partial)
+    adapted = {family.host for family in (*transformers.ADAPTED, *diffusers.ADAPTED)}
+    return sorted({host.rpartition(".")[2] for host in _registry.families if not whole or host not in adapted})
 
 
 def named_base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -293,7 +301,9 @@ def _view(
     absent = [attribute for attribute in family.attributes() if not hasattr(module, attribute)]
     if absent:
         raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
-    refusals = [_refuse_compression(family), family.refuse, family.refuse_qk] if whole else [family.refuse]
+    # The value/output product alone is compressed where the host's own forward runs what stands in the way.
+    in_the_way = () if family.runs_host else (family.refuse_qk,)
+    refusals = [_refuse_compression(family), family.refuse, *in_the_way] if whole else [family.refuse]
     reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
     if reason is not None:
         raise _unsupported(name, module, reason)
@@ -344,7 +354,7 @@ def check_no_adapter(path: str, module: nn.Module) -> None:
 def _check_unshared(view: AttentionView, users: dict[int, str]) -> None:
     # A whole attention module may be shared. A part of one may not: its factors would fit one of its users only.
     projections = view.projections()
-    if len(projections) < 4:
+    if len(projections) < (2 if view.family.fused else 4):
         raise _unsupported(view.name, view.module, "two of its projections are one module")
     for path, linear in projections.items():
         other = users.setdefault(id(linear.weight), path)

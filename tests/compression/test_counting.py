@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BeitConfig, BeitForImageClassification, DeiTConfig, DeiTForImageClassification
+from transformers import DeiTConfig, DeiTForImageClassification, Swinv2Config, Swinv2ForImageClassification
 
 from comcat_hf import RankPlan, compress, count_macs, count_parameters
 from comcat_hf.compression.counting import example_inputs, trace
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
-from comcat_hf.modeling import find_sites
+from comcat_hf.modeling import apply_ranks, find_sites
+from tests.architectures import ARCHITECTURES
 from tests.helpers import (
     MODELS,
     assert_unchanged,
@@ -132,11 +133,22 @@ def test_what_cannot_be_counted_is_said():
 
 
 def test_unknown_attention_is_an_error_of_the_whole_and_not_of_the_mlp():
-    config = BeitConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    config = Swinv2Config(
+        image_size=32, patch_size=8, embed_dim=32, depths=[1], num_heads=[2], window_size=4, mlp_ratio=2.0
     )
-    model = BeitForImageClassification(config)
-    with pytest.raises(UnsupportedModuleError, match="BeitAttention"):
+    model = Swinv2ForImageClassification(config)
+    with pytest.raises(UnsupportedModuleError, match="Swinv2Attention"):
         count_macs(model)
     mlp = tuple(find_sites(model, "mlp"))
-    assert count_macs(model, mlp) == 17 * 2 * 32 * 64
+    assert count_macs(model, mlp) == 16 * 2 * 32 * 64
+
+
+def test_queries_attend_within_windows():
+    model, inputs = ARCHITECTURES["swin"]()
+    name, site = next(iter(find_sites(model, "attention").items()))
+    # 256 tokens in windows of 16: four projections of width 16, two products with 16 keys.
+    dense, ranks = 256 * (4 * 16 * 16 + 2 * 16 * 16), {"qk": 4, "vo": 2}
+    assert count_macs(model, (name,), inputs) == dense
+    saved = [site.saved_macs(pair, rank, trace(model, inputs).tokens[name]) for pair, rank in ranks.items()]
+    apply_ranks(model, {name: ranks})
+    assert count_macs(model, (name,), inputs) == dense - sum(saved)

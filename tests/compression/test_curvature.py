@@ -19,6 +19,7 @@ from comcat_hf.compression.calibration.probes import Probe
 from comcat_hf.compression.fitting.compensation import compress_in_order
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import AttentionSite, LinearSite, MLPSite, find_sites
+from tests.architectures import ARCHITECTURES
 from tests.helpers import MODELS, assert_unchanged, classes_of, small_bert, small_clip, small_vit, state_of
 
 
@@ -29,11 +30,14 @@ def inserted(model, inputs):
 
     def matrices(site, mean=0.0):
         def insert(states):
-            heads, size = site.view.num_heads, site.view.head_dim
-            one = torch.eye(size).expand(len(states), heads, size, size).clone().requires_grad_()
-            added.setdefault((site.name, "vo" if isinstance(mean, torch.Tensor) else "qk"), []).append(one)
-            centred = (states - mean).unflatten(-1, (heads, size))
-            return torch.einsum("bnhi,bhij->bnhj", centred, one).flatten(-2) + mean
+            heads, size, values = site.view.num_heads, site.view.head_dim, isinstance(mean, torch.Tensor)
+            states = site.view.by_sample(states) if values else states
+            # Packed tokens are samples of their own.
+            rows = states.flatten(1, -2) if states.ndim > 2 else states[:, None]
+            one = torch.eye(size, dtype=dtype).expand(len(states), heads, size, size).clone().requires_grad_()
+            added.setdefault((site.name, "vo" if values else "qk"), []).append(one)
+            moved = torch.einsum("bnhi,bhij->bnhj", (rows - mean).unflatten(-1, (heads, size)), one).flatten(-2) + mean
+            return site.view.by_sample(moved.reshape(states.shape)) if values else moved.reshape(states.shape)
 
         return insert
 
@@ -46,10 +50,10 @@ def inserted(model, inputs):
 
         return insert
 
-    statistics = collect_statistics(model, [inputs])
+    statistics, dtype = collect_statistics(model, [inputs]), next(model.parameters()).dtype
     for site in sites.values():
         if isinstance(site, AttentionSite):
-            query, vo = matrices(site), matrices(site, statistics[site.name].attended_mean.float().flatten())
+            query, vo = matrices(site), matrices(site, statistics[site.name].attended_mean.to(dtype).flatten())
             hook = site.view.query.register_forward_hook(lambda m, a, o, f=query: f(o))
             handles.append(hook)
             handles.append(site.view.output.register_forward_pre_hook(lambda m, a, f=vo: (f(a[0]), *a[1:])))
@@ -61,8 +65,18 @@ def inserted(model, inputs):
     scalar.backward()
     for handle in handles:
         handle.remove()
-    gradients = {key: [tensor.grad for tensor in tensors] for key, tensors in added.items()}
-    return sites, statistics, gradients, hidden, weight
+    samples = len(next(iter(found.values())))
+    gradients = {
+        (name, what): [t.grad if what == "output" else _by_sample(t.grad, samples) for t in tensors]
+        for (name, what), tensors in added.items()
+        if tensors[0].grad is not None
+    }
+    return sites, statistics, gradients, hidden, weight, samples
+
+
+def _by_sample(gradients, samples):
+    """Sums over the windows of one sample, or the tokens of one output."""
+    return gradients.unflatten(0, (samples, -1)).sum(1) if len(gradients) > samples else gradients
 
 
 def close(found, expected, tolerance=1e-5, where="", scale=None):
@@ -71,12 +85,17 @@ def close(found, expected, tolerance=1e-5, where="", scale=None):
     assert error <= tolerance, f"{where} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("family", [name for name in MODELS if name != "vit_mae"])
+@pytest.mark.parametrize(
+    "family", [n for n in {**MODELS, **ARCHITECTURES} if n not in ("vit_mae", "florence2_vision")]
+)
 def test_equal_autograd_on_what_is_inserted(family):
     """All sums of every site: of attention, of linear layers and of MLPs, with masks."""
-    model, inputs = MODELS[family]()
+    model, inputs = {**MODELS, **ARCHITECTURES}[family]()
+    if family in ("altclip_text", "xclip_vision", "mllama_vision", "segformer", "sam", "hiera", "sam2_hiera"):
+        # In single precision some of these sums nearly cancel.
+        model, inputs = model.double(), {k: _double(v) for k, v in inputs.items()}
     model.requires_grad_(False)
-    sites, statistics, gradients, hidden, weight = inserted(model, inputs)
+    sites, statistics, gradients, hidden, weight, samples = inserted(model, inputs)
     gathered = collect_statistics(model, [inputs], curvature=True, mlp="mixed")
     for name, site in sites.items():
         sums = gathered.sums[site.moments_path]
@@ -103,9 +122,13 @@ def test_equal_autograd_on_what_is_inserted(family):
                 for (entered, left), gradient in zip(hidden[name], gradients[name, "output"], strict=True):
                     now = _at_rank(site, rank, statistics[site.moments_path], entered)
                     by_sample = ((now - left) * gradient).reshape(len(gradient), -1).double().sum(1)
-                    total = total + by_sample
+                    total = total + _by_sample(by_sample, samples)
                 largest = sums.moved(choice)[0]
                 close(movements(gathered, site, choice)[rank], total.square().sum() / weight, 1e-4, name, largest)
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _at_rank(site, rank, moments, entered):

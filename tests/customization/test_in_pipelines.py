@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, SanaTransformer2DModel, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0
 from safetensors.torch import load_file
 
@@ -129,30 +129,6 @@ def test_set_lora_device(folder):
     assert all(p.is_meta == (".full." in name) for name, p in parameters)
     pipe.set_adapters(["core"], [0.7])
     assert_same(draw(pipe), draw(pipeline(folder, "core")))
-
-
-def _sana():
-    return SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=8,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
-    )  # fmt: skip
-
-
-def _cog():
-    return CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2,
-        text_embed_dim=8, num_layers=1, sample_width=2, sample_height=2, sample_frames=5, patch_size=2,
-        max_text_seq_length=4,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("build", "processor"), [(_sana, "SanaLinearAttn"), (_cog, "CogVideoXAttn")])
-def test_processors_are_checked_when_an_adapter_is_added(build, processor):
-    model = build()
-    before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(UnsupportedModuleError, match=rf"transformer_blocks\.0\.attn1: .*{processor}.*exclude_modules"):
-        model.add_adapter(ComCATConfig(mode="customize", vo_rank=2))
-    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_only_what_is_targeted_is_checked(folder):

@@ -253,7 +253,7 @@ def test_what_is_refused():
         run(model, batch())
     with pytest.raises(RankPlanError, match="from 1 to 8"):
         apply_ranks(Host(), {"attn": {"qk": 9}})
-    with pytest.raises(UnsupportedModuleError, match="qk_norm"):
+    with pytest.raises(RankPlanError, match=r"query/key product cannot be compressed: .*qk_norm"):
         apply_ranks(Host(qk_norm="layer_norm"), {"attn": {"qk": 2}})
     with pytest.raises(UnsupportedModuleError, match="added_kv_proj_dim"):
         apply_ranks(Host(added_kv_proj_dim=8), {"attn": {"qk": 2}})

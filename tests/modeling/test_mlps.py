@@ -58,8 +58,10 @@ def test_rows_name_classes_of_transformers():
     for row in MLPS:
         module, _, name = row.host.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), name), nn.Module)
-    # Every module that has an attention row has one for its MLP.
-    assert {row.host.rpartition(".")[0] for row in MLPS} == {row.host.rpartition(".")[0] for row in FAMILIES}
+    # Every module with an attention row has one for its MLP. That of Segformer mixes tokens between its layers, that
+    # of SAM 2 may have further ones, and that of ModernBERT has one layer for gate and value.
+    without = {row.host.rpartition(".")[0] for row in FAMILIES} - {row.host.rpartition(".")[0] for row in MLPS}
+    assert {path.rpartition(".modeling_")[2] for path in without} == {"segformer", "sam2", "modernbert"}
 
 
 @every_family

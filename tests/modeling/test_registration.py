@@ -154,7 +154,7 @@ def test_a_kernel_that_cannot_be_found(registry):
     register_attention_family(
         replace(own_family(head_dim=None, dropout=None, scaling="heads"), host=f"{__name__}.PlainAttention")
     )
-    with pytest.raises(UnsupportedModuleError, match=r"it has no config, which .*without scale_of, needs"):
+    with pytest.raises(UnsupportedModuleError, match=r"it has no config, which .*without hosted, needs"):
         compress(nn.Sequential(PlainAttention()), 0.5)
 
 

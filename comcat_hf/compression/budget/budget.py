@@ -362,6 +362,6 @@ def entries(sites: Mapping[str, Site], chosen: Choice) -> dict[str, Any]:
 
 
 def default_step(sites: Mapping[str, Site]) -> int:
-    heads = [site.choices["qk"] for site in sites.values() if site.kind == "attention"]
+    heads = [site.choices["vo"] for site in sites.values() if site.kind == "attention"]
     limits = heads or [limit for site in sites.values() for limit in site.choices.values()]
     return 8 if max(limits) >= 64 else 4

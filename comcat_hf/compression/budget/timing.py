@@ -17,7 +17,7 @@ from ...modeling import Site, find_sites, known_sites, measuring, unwrapped
 from ...modeling.views import class_path
 from ...progress import progress_bar
 from ..clock import in_turns, time_call
-from ..counting import example_inputs, trace
+from ..counting import example_inputs, samples_in, trace
 from .budget import METRICS, Option, default_step, find_options
 from .latency import LatencyTable, ShapeTimes
 
@@ -198,14 +198,19 @@ def _batch(
 ) -> dict[str, Any]:
     """Inputs of one sample, as often as asked, on the device and in the dtype of the weights."""
     result, generator = {}, torch.Generator(weight.device).manual_seed(0)
-    for name, value in (example_inputs(model) if inputs is None else inputs).items():
+    given = example_inputs(model) if inputs is None else inputs
+    # Packed patches are one sample as they are.
+    one = samples_in(given) == 1
+    for name, value in given.items():
         if name.startswith("label"):
             continue
         if isinstance(value, Tensor) and value.ndim:
             if value.is_meta:
                 value = torch.zeros(value.shape, dtype=value.dtype, device=weight.device)
                 value = value.normal_(generator=generator) if value.is_floating_point() else value
-            value = value[:1].expand(batch_size, *value.shape[1:]).to(weight.device).contiguous()
+            if not (one and batch_size == 1):
+                value = value[:1].expand(batch_size, *value.shape[1:])
+            value = value.to(weight.device).contiguous()
             value = value.to(weight.dtype) if value.is_floating_point() else value
         result[name] = value
     return result

@@ -190,12 +190,15 @@ class _AttentionMeter(_Meter):
 
     def hooks(self) -> Iterator[Any]:
         view = self.view
-        yield view.query.register_forward_hook(lambda module, args, output: self._watch(output, "qk"))
+        if "qk" in self.maps:
+            yield view.query.register_forward_hook(lambda module, args, output: self._watch(output, "qk"))
         yield view.output.register_forward_pre_hook(
             lambda module, args: (self._watch(args[0], "vo", lambda u: u - self.mean.to(u)), *args[1:])
         )
 
     def take(self, name: str, states: Tensor, gradients: Tensor) -> None:
+        if name == "vo":
+            states, gradients = self.view.by_sample(states), self.view.by_sample(gradients)
         self.hold(name, head_gradients(_three(states), _three(gradients), self.view.num_heads))
 
     def close(self, counts: Collection[int]) -> None:
@@ -311,7 +314,8 @@ def _three(states: Tensor) -> Tensor:
 
 def _by_sample(value: Tensor, counts: Collection[int], name: str) -> Tensor:
     """Sums over what a model makes of one sample in the batch dimension: windows, frames."""
-    if len(value) in counts:
+    # Fewer than the outputs: of several that the model mixes, such as the frames of a video.
+    if any(count % len(value) == 0 for count in counts):
         return value
     samples = next((count for count in sorted(counts, reverse=True) if len(value) % count == 0), None)
     if samples is None:

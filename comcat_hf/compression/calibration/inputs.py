@@ -1,7 +1,7 @@
 """Calibration batches as keyword arguments of a model."""
 
 from collections.abc import Iterable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -116,9 +116,11 @@ def cut_batch(inputs: Mapping[str, Any], main: str, pieces: int) -> list[dict[st
 
 def main_input(model: nn.Module) -> str:
     """Name of the input that a batch cannot lack."""
-    # diffusers says it by its place alone.
-    default = "pixel_values" if isinstance(model, PreTrainedModel) else next(iter(signature(model.forward).parameters))
-    return getattr(model, "main_input_name", default)
+    taken = signature(model.forward).parameters.values()
+    names = [one.name for one in taken if one.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+    named = getattr(model, "main_input_name", "pixel_values" if isinstance(model, PreTrainedModel) else None)
+    # diffusers says it by its place alone, and what a tower of transformers inherits may be that of texts.
+    return named if named in names or not names else names[0]
 
 
 def _describe(inputs: Mapping[str, Any]) -> str:

@@ -34,12 +34,14 @@ class Sums:
     """Weighted sums over the tokens of one module, float64; those of two halves of the data add up.
 
     Attributes:
-        side: `"heads"` for attention; for a linear layer the side of its covariance, `"input"` or `"output"`.
+        side: `"heads"` for attention, `"values"` where only its value/output product can be compressed; for a linear
+            layer the side of its covariance, `"input"` or `"output"`.
         values: the sums by name. Attention: `count`, `query` (H, p, p); `keys`, `key` (H, p, p), centred within each
-            sample; `rows`, `attended` (H, p, p), `attended_sum` (H, p). Linear: `count`, `input` (d_in), `mean` (n),
-            `second` (n, n). With curvature besides `weight`, that of the movements, and: attention: `qk_moved`,
-            `vo_moved` (p + 1), `qk_left`, `qk_right`, `vo_left`, `vo_right` (H, p, p); linear: `gradient`
-            (d_out, d_out) and `rank_moved` by rank or `width_moved` at a few widths.
+            sample; `rows`, `attended` (H, p, p), `attended_sum` (H, p), the only ones of values. Linear: `count`,
+            `input` (d_in), `mean` (n), `second` (n, n). With curvature besides `weight`, that of the movements, and:
+            attention: `qk_moved`, `vo_moved` (p + 1), `qk_left`, `qk_right`, `vo_left`, `vo_right` (H, p, p), of
+            values those of `vo`; linear: `gradient` (d_out, d_out) and `rank_moved` by rank or `width_moved`
+            at a few widths.
     """
 
     side: str
@@ -59,7 +61,7 @@ class Sums:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.values["query" if self.side == "heads" else "second"].shape)
+        return tuple(self.values[_WHOLE[self.side]].shape)
 
 
 def sum_names(side: str) -> tuple[str, ...]:
@@ -69,7 +71,7 @@ def sum_names(side: str) -> tuple[str, ...]:
 
 def weighed(moments: Any, sums: Sums) -> Any:
     """Moments with the curvature that other sums of the same module hold."""
-    if sums.side == "heads":
+    if sums.side in _OF_HEADS:
         return replace(moments, **{f"{pair}_curvature": _curvature(sums.values, pair) for pair in ("qk", "vo")})
     return replace(moments, curvature=sums.values.get("gradient"))
 
@@ -78,8 +80,8 @@ def _attention_moments(sums: Mapping[str, Tensor], side: str) -> AttentionMoment
     mean = sums["attended_sum"] / sums["rows"]
     second = sums["attended"] / sums["rows"]
     return AttentionMoments(
-        query=sums["query"] / sums["count"],
-        key=sums["key"] / sums["keys"],
+        query=sums["query"] / sums["count"] if "query" in sums else None,
+        key=sums["key"] / sums["keys"] if "key" in sums else None,
         attended=second - mean[:, :, None] * mean[:, None, :],
         attended_mean=mean,
         qk_curvature=_curvature(sums, "qk"),
@@ -98,8 +100,10 @@ def _linear_moments(sums: Mapping[str, Tensor], side: str) -> LinearMoments:
 
 
 _LINEAR_NAMES = ("count", "input", "mean", "second")
+_VALUE_NAMES = ("rows", "attended", "attended_sum")
 _NAMES = {
-    "heads": ("count", "query", "keys", "key", "rows", "attended", "attended_sum"),
+    "heads": ("count", "query", "keys", "key", *_VALUE_NAMES),
+    "values": _VALUE_NAMES,
     "input": _LINEAR_NAMES,
     "output": _LINEAR_NAMES,
 }
@@ -110,10 +114,14 @@ _MOVED = ("qk_moved", "vo_moved", "rank_moved", "width_moved")
 _LINEAR_CURVATURE, _WAYS = frozenset(("weight", "gradient")), frozenset(("rank_moved", "width_moved"))
 _CURVATURE = {
     "heads": frozenset(("weight", *_PAIRS, "qk_moved", "vo_moved")),
+    "values": frozenset(("weight", "vo_left", "vo_right", "vo_moved")),
     "input": _LINEAR_CURVATURE,
     "output": _LINEAR_CURVATURE,
 }
-_EITHER = {"heads": frozenset(), "input": _WAYS, "output": _WAYS}
+_EITHER = {"heads": frozenset(), "values": frozenset(), "input": _WAYS, "output": _WAYS}
+# Which sum has the shape of the second moments.
+_WHOLE = {"heads": "attended", "values": "attended", "input": "second", "output": "second"}
+_OF_HEADS = frozenset(("heads", "values"))
 _COUNTS = ("count", "keys", "rows")
 # By name, from the shape of the second moments; `input` is as wide as the layer's input.
 _SHAPE_OF: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
@@ -127,7 +135,7 @@ _SHAPE_OF: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
 }
 _FIELDS = dict.fromkeys(("architecture", "samples", "scope", "sides"), TEXT)
 _MOMENTS: dict[str, Callable[..., Any]] = {
-    "heads": _attention_moments,
+    **dict.fromkeys(_OF_HEADS, _attention_moments),
     "input": _linear_moments,
     "output": _linear_moments,
 }

@@ -192,24 +192,25 @@ class _Collector(ABC):
 
 
 class _AttentionCollector(_Collector):
-    side = "heads"
-
     def __init__(self, site: AttentionSite, mask: TokenMask) -> None:
         super().__init__(mask)
         self.view = site.view
+        self.side = "heads" if "qk" in site.choices else "values"
         self.keys_admitted: Tensor | None = None
         self.other_input = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         heads, size = self.view.num_heads, self.view.head_dim
-        return {**dict.fromkeys(("query", "key", "attended"), (heads, size, size)), "attended_sum": (heads, size)}
+        pairs = ("query", "key", "attended") if self.side == "heads" else ("attended",)
+        return {**dict.fromkeys(pairs, (heads, size, size)), "attended_sum": (heads, size)}
 
     def hooks(self) -> Iterator[Any]:
         view = self.view
         yield view.module.register_forward_pre_hook(self._on_call, with_kwargs=True)
-        yield view.query.register_forward_hook(lambda module, args, output: self._on_query(output))
-        yield view.key.register_forward_hook(lambda module, args, output: self._on_key(output))
-        yield view.output.register_forward_pre_hook(lambda module, args: self._on_attended(args[0]))
+        if self.side == "heads":
+            yield view.query.register_forward_hook(lambda module, args, output: self._on_query(output))
+            yield view.key.register_forward_hook(lambda module, args, output: self._on_key(output))
+        yield view.output.register_forward_pre_hook(lambda module, args: self._on_attended(view.by_sample(args[0])))
 
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # diffusers names the other input, and gives its mask three dimensions.
@@ -222,18 +223,23 @@ class _AttentionCollector(_Collector):
 
     def _weights(self, states: Tensor, *, keys: bool = False) -> Tensor:
         weights = self.mask.weights(states)
-        masked = self.keys_admitted is not None and (keys or not self.other_input)
-        if masked and self.keys_admitted.shape[-1] == states.shape[1]:
-            weights = weights * self.keys_admitted
-        return weights
+        admitted = self.keys_admitted
+        if admitted is not None and (keys or not self.other_input) and states.ndim == 3:
+            # The mask of the windows of one image serves all images.
+            times, left = divmod(len(states), len(admitted))
+            if not left and admitted.shape[1] == states.shape[1]:
+                weights = weights * admitted.repeat(times, 1)
+        return weights.reshape(1, -1) if states.ndim == 2 else weights.flatten(1)
 
     def _heads(self, states: Tensor) -> Tensor:
         """(samples, H, tokens, p)"""
-        return _precise(states).unflatten(-1, (self.view.num_heads, self.view.head_dim)).transpose(1, 2)
+        heads = _precise(states).unflatten(-1, (self.view.num_heads, self.view.head_dim))
+        # Packed tokens have no dimension of samples, those of an image perhaps two.
+        heads = heads[None] if states.ndim == 2 else heads.flatten(1, -3)
+        return heads.transpose(1, 2)
 
     def _on_query(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
-        self.calls += 1
         self._add(count=weights.sum(), query=_second(heads, weights))
 
     def _on_key(self, states: Tensor) -> None:
@@ -244,6 +250,7 @@ class _AttentionCollector(_Collector):
 
     def _on_attended(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
+        self.calls += 1
         self._add(
             rows=weights.sum(),
             attended=_second(heads, weights),

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -306,7 +307,7 @@ def record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]
 
     def before(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         record, kwargs = calls[path], dict(kwargs)
-        states = args[0] if args else kwargs.pop("hidden_states")
+        states = args[0] if args else kwargs.pop(next(iter(signature(module.forward).parameters)))
         record.dense_in.append(states)
         record.arguments.append((args[1:], kwargs))
         mask = running.get("attention_mask")

@@ -32,6 +32,7 @@ PROCESSORS: dict[str, Form] = {
     "QwenDoubleStreamAttnProcessor2_0": _joint(),
     "HunyuanVideoAttnProcessor2_0": _joint(),
     "HunyuanImageAttnProcessor": _joint(),
+    "BriaAttnProcessor": _joint(),
     **dict.fromkeys(("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"), _rotary((_TEXT,), scale="given")),
     "ZSingleStreamAttnProcessor": _rotary(rotary="freqs_cis"),
     "Lumina2AttnProcessor2_0": _rotary(rotary="image_rotary_emb", scale="given"),

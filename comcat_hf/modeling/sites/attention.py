@@ -1,6 +1,6 @@
 """The site of an attention module."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,9 @@ from ...closed_forms.attention import (
 )
 from ...closed_forms.curvature import Curvature
 from ...errors import RankPlanError
-from ..lowrank import LowRankAttention, empty_linear
+from ..linears import empty_linear
+from ..lowrank import LowRankAttention, attend_plainly
+from ..rows import Rows
 from ..views import AttentionView
 from .base import Ranks, Site, Tokens, biases_of, check_rank, errors_name
 
@@ -28,6 +30,9 @@ __all__ = ["AttentionSite"]
 
 # What `factorize_qk` and `factorize_vo` take by default.
 _RIDGE = 1e-6
+
+_PAIRS = ("qk", "vo")
+_ROLES = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class AttentionSite(Site):
 
     @property
     def choices(self) -> dict[str, int]:
-        return {"qk": self.view.head_dim, "vo": self.view.head_dim}
+        pairs = ("vo",) if self.view.keeps_width else _PAIRS
+        return dict.fromkeys(pairs, self.view.head_dim)
 
     @property
     def input_width(self) -> int:
@@ -59,32 +65,30 @@ class AttentionSite(Site):
         return self.view.output_name, self.view.output
 
     def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
-        chosen = isinstance(entry, Mapping) and any(rank is not None for rank in entry.values())
-        if not chosen or set(entry) - set(self.choices):
+        ranks = ranks_of_pairs(self.view, entry, wider=wider)
+        if ranks["qk"] is not None and (reason := self.view.refusal_of_qk):
             raise RankPlanError(
-                f"{self.name} is an attention module: its ranks must be {{'qk': r, 'vo': r}} (one may be left out), "
-                f"got {entry!r}."
+                f"{self.name} is a {type(self.view.module).__name__} whose query/key product cannot be compressed: "
+                f"{reason}. Leave 'qk' out of its entry {dict(entry)!r}."
             )
-        for choice, rank in entry.items():
-            if rank is not None:
-                limit = self.view.query.in_features if wider else self.view.head_dim
-                check_rank(f"{self.name}, {choice}", rank, limit, "the head dimension")
-        return {choice: entry.get(choice) for choice in self.choices}
+        return ranks
 
     def saved_parameters(self, choice: str, rank: int) -> int:
         view, heads = self.view, self.view.num_heads
         cut = heads * (view.head_dim - rank)
+        # A fused layer has one bias, whose part for keys and values is zero.
+        whole = cut if view.family.fused else heads * view.head_dim
         if choice == "qk":
-            biases = (view.query.bias is not None) * cut + (view.key.bias is not None) * view.key.out_features
+            biases = (view.query.bias is not None) * cut + (view.key.bias is not None) * whole
             return cut * (view.query.in_features + view.key.in_features) + biases
         old, new = view.value.bias is not None, view.output.bias is None
-        biases = old * view.value.out_features - new * view.output.out_features
+        biases = old * whole - new * view.output.out_features
         return cut * (view.value.in_features + view.output.out_features) + biases
 
     def saved_macs(self, choice: str, rank: int, tokens: Tokens) -> int:
         view = self.view
         cut = tokens.calls * view.num_heads * (view.head_dim - rank)
-        product = tokens.queries * tokens.keys
+        product = tokens.queries * (tokens.seen or tokens.keys)
         if choice == "qk":
             return cut * (tokens.queries * view.query.in_features + tokens.keys * view.key.in_features + product)
         return cut * (tokens.keys * view.value.in_features + tokens.queries * view.output.out_features + product)
@@ -110,26 +114,44 @@ class AttentionSite(Site):
         return modules
 
     def run(self, modules: Mapping[str, nn.Module], states: Tensor, config: Any = None) -> Any:
-        output = modules[self.name](states)
+        family = self.view.family
+        if family.runs_host and not family.processors:
+            # What else the host's forward is called with is not at hand.
+            output = attend_plainly(modules[self.name], family, states)
+        else:
+            output = modules[self.name](states)
+        if self.view.output_name not in modules:
+            return output
         # A sibling's.
-        return modules[self.view.output_name](output[0]) if self.view.output_name in modules else output
+        return modules[self.view.output_name](output[0] if isinstance(output, tuple) else output)
 
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: AttentionMoments | None = None) -> None:
         view, family = self.view, self.view.family
         attention = substitutes[view.name]
+        rows: dict[str, tuple[Tensor, Tensor | None]] = {}
         if attention.qk_rank is not None:
             with errors_name(f"{self.name}, qk"):
                 factors = factorize_qk(*self._query_key(), attention.qk_rank, moments=moments)
-            _fill(getattr(attention, family.query), factors.query_weight, factors.query_bias)
-            _fill(getattr(attention, family.key), factors.key_weight, None)
+            rows["query"], rows["key"] = (factors.query_weight, factors.query_bias), (factors.key_weight, None)
         if attention.vo_rank is not None:
             with errors_name(f"{self.name}, vo"):
                 factors = factorize_vo(*self._value_output(), attention.vo_rank, moments=moments)
-            _fill(getattr(attention, family.value), factors.value_weight, None)
+            rows["value"] = factors.value_weight, None
             output = substitutes[view.output_name] if family.output_in_parent else family.output_of(attention)
             output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
             output.bias.copy_(factors.output_bias)
+        if family.fused:
+            _fill_fused(
+                getattr(attention, family.query), [rows.get(role) or self._dense_rows(role) for role in _ROLES]
+            )
+        else:
+            for role, (weight, bias) in rows.items():
+                _fill(getattr(attention, getattr(family, role)), weight, bias)
+
+    def _dense_rows(self, role: str) -> tuple[Tensor, Tensor | None]:
+        linear = getattr(self.view, role)
+        return self._rows(linear.weight), self._rows(linear.bias)
 
     def spectrum(self, choice: str, moments: AttentionMoments | None = None) -> Tensor:
         if choice == "qk":
@@ -188,7 +210,11 @@ class AttentionSite(Site):
         view.value.weight.copy_(value.flatten(0, 1))
         view.output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
         for linear, constant_of in ((view.value, shift.flatten()), (view.output, constant)):
-            linear.bias = nn.Parameter(constant_of.to(linear.weight).clone(), requires_grad=False)
+            constant_of = constant_of.to(linear.weight)
+            # Rows write into the bias of their layer.
+            linear.bias = (
+                constant_of if isinstance(linear, Rows) else nn.Parameter(constant_of.clone(), requires_grad=False)
+            )
         return view.value
 
     def _query_key(self) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -205,7 +231,29 @@ class AttentionSite(Site):
         return None if tensor is None else tensor.unflatten(0, (self.view.num_heads, self.view.head_dim))
 
 
-def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+def ranks_of_pairs(view: AttentionView, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
+    """The ranks that an entry gives the two products of an attention module, after a check of their sizes."""
+    chosen = isinstance(entry, Mapping) and any(rank is not None for rank in entry.values())
+    if not chosen or set(entry) - set(_PAIRS):
+        raise RankPlanError(
+            f"{view.name} is an attention module: its ranks must be {{'qk': r, 'vo': r}} (one may be left out), "
+            f"got {entry!r}."
+        )
+    for pair, rank in entry.items():
+        if rank is not None:
+            limit = view.query.in_features if wider else view.head_dim
+            check_rank(f"{view.name}, {pair}", rank, limit, "the head dimension")
+    return {pair: entry.get(pair) for pair in _PAIRS}
+
+
+def _fill_fused(linear: nn.Linear, rows: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    linear.weight.copy_(torch.cat([weight.flatten(0, 1) for weight, _ in rows]))
+    if linear.bias is not None:
+        biases = [weight.new_zeros(weight.shape[:2]) if bias is None else bias for weight, bias in rows]
+        linear.bias.copy_(torch.cat([bias.flatten() for bias in biases]))
+
+
+def _fill(linear: nn.Linear | Rows, weight: Tensor, bias: Tensor | None) -> None:
     linear.weight.copy_(weight.flatten(0, 1))
     if linear.bias is not None and bias is None:
         linear.bias.zero_()

@@ -23,12 +23,14 @@ Ranks = Mapping[str, int | None]
 class Tokens:
     """How many tokens one sample sends through a site in a call: as queries (or rows of a linear layer), and as keys.
 
-    `calls`: how often; more than once where blocks share a module.
+    `calls`: how often; more than once where blocks share a module. `seen`: how many keys a query attends to, where it
+    attends within a window.
     """
 
     queries: int
     keys: int
     calls: int = 1
+    seen: int | None = None
 
 
 class Site(ABC):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...closed_forms.linear import LinearMoments, factorize_linear, linear_spectrum
-from ..lowrank import LowRankLinear
+from ..linears import LowRankLinear
 from .base import Ranks, Site, Tokens, check_rank, errors_name
 
 

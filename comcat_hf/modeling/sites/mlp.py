@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from ...closed_forms.linear import LinearMoments
 from ...closed_forms.width import HiddenUnits, narrow_mlp, order_units
 from ...errors import RankPlanError
-from ..lowrank import NarrowLinear, empty_linear
+from ..linears import NarrowLinear, empty_linear
 from ..mlps import MLPView
 from .base import Ranks, Site, Tokens, biases_of, check_rank, errors_name
 

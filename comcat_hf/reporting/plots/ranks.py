@@ -49,16 +49,19 @@ def plot_compression(
     rows = len({row for row, column in table if column})
     # For a deep model, the two spectra are stacked beside the tall map.
     tall = rows > _TALL
-    layout = [["ranks", "qk"], ["ranks", "vo"]] if tall else [["ranks", "qk", "vo"]]
+    pairs = [pair for pair in PAIRS if any(pair in spectra[name] for name in spectra)]
+    layout = [["ranks", pair] for pair in pairs] if tall and pairs else [["ranks", *pairs]]
     figure = new_figure(*((10, 1.7 + 0.3 * rows) if tall else (13, 2.6 + 0.36 * rows)))
     axes = figure.subplot_mosaic(layout, width_ratios=[1.2] + [1] * (len(layout[0]) - 1))
     _draw_ranks(axes["ranks"], table)
-    panels = [axes[pair] for pair in PAIRS]
+    panels = [axes[pair] for pair in pairs]
     lowest = min((values.min().item() for pairs in spectra.values() for values in pairs.values()), default=1.0)
-    for panel, (pair, label) in zip(panels, PAIRS.items(), strict=True):
-        _draw_spectra(panel, pair, {name: spectra[name][pair] for name in spectra}, plan)
+    for panel, pair in zip(panels, pairs, strict=True):
+        _draw_spectra(panel, pair, {name: found[pair] for name, found in spectra.items() if pair in found}, plan)
         panel.set_ylim(max(_FLOOR, min(lowest, 0.1)) * 0.9, 1.15)
-        panel.set_title(f"{label}: singular values" + ("" if statistics is None else " seen by the data"), fontsize=10)
+        panel.set_title(
+            f"{PAIRS[pair]}: singular values" + ("" if statistics is None else " seen by the data"), fontsize=10
+        )
     _add_layer_bar(figure, panels, len(spectra))
     return finish(figure, path, title)
 

@@ -76,7 +76,7 @@ def head_spectra(dense: nn.Module, statistics: Mapping[str, Any] | None = None) 
         by attention module and pair (`qk`, `vo`), values of shape `(H, p)`, in descending order.
     """
     return {
-        name: {pair: _shares(site.spectrum(pair, (statistics or {}).get(name))) for pair in PAIRS}
+        name: {pair: _shares(site.spectrum(pair, (statistics or {}).get(name))) for pair in site.choices}
         for name, site in known_sites(dense).items()
         if site.kind == "attention"
     }

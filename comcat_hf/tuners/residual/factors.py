@@ -12,7 +12,7 @@ from ...closed_forms.bases import head_basis
 from ...errors import InvalidValueError, UnsupportedModuleError
 from ...modeling.families import Stream
 from ...modeling.rows import Rows
-from ...modeling.sites import AttentionSite
+from ...modeling.sites.attention import ranks_of_pairs
 from ...modeling.views import AttentionView, attention_views, known_attention_classes
 from ...modeling.weights import class_path, compute_dtype, float_weight
 from ...modeling.wrappers import base_module
@@ -157,7 +157,7 @@ class ResidualSite:
         return {choice: ranks[choice] for choice in self.choices if ranks.get(choice) is not None} or None
 
     def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
-        ranks = AttentionSite(self.view).ranks(entry)
+        ranks = ranks_of_pairs(self.view, entry)
         check_adaptable(self.view, ranks, self.core)
         return ranks
 

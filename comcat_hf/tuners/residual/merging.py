@@ -146,6 +146,8 @@ def with_rows(
             _set_output(view, module, stream, rows["output"], width, output_bias)
             output_bias = None
     _set_sizes(view, module, width)
+    # Asked for by who saves a model.
+    module.has_wider_heads = width != p
     if view.sibling is not None and width != p:
         further = streams[0]["output"][:, p:].flatten(0, 1).T.to(compute_dtype(base_module(view.output)))
         module.further_output = _linear(further, None) if further.shape[1] else None
@@ -204,6 +206,7 @@ def _copy_of(host: nn.Module) -> nn.Module:
     slots = set(module.__dict__) | {"forward", "_hf_hook", "_old_forward"}
     module.__dict__.update({key: value for key, value in host.__dict__.items() if key not in slots})
     module._modules.update(host._modules)
+    module._parameters.update(host._parameters)
     module._buffers.update(host._buffers)
     module.training = host.training
     for name in _HOOKS:
