@@ -86,7 +86,7 @@ def test_the_formula(name, monkeypatch):
 
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_nothing_is_left_at_a_sibling(name):
-    model, inputs = MODELS[name]()
+    model, _ = MODELS[name]()
     hooks = {path: list(module._forward_hooks) for path, module in model.named_modules()}
     model = get_peft_model(model, ComCATConfig(mode="customize", init_weights=False, **FULL)).unload()
     assert {path: list(module._forward_hooks) for path, module in model.named_modules()} == hooks
