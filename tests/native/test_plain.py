@@ -14,6 +14,7 @@ from comcat_hf.errors import BudgetError, InvalidValueError, RankPlanError, Unsu
 from comcat_hf.modeling.hosts import transformers as hosts
 from comcat_hf.modeling.layout import find_alike
 from comcat_hf.modeling.surgery import known_sites
+from tests.architectures import ARCHITECTURES
 from tests.helpers import MODELS, assert_close, images, outputs, small_bert, small_clip, small_dinov2, small_vit
 
 
@@ -126,8 +127,8 @@ def test_every_way_to_choose_widths_meets_the_budget(how):
 def test_every_class_that_reads_its_head_width_from_the_configuration_gets_smaller_heads():
     reading = {host.host for host in hosts.FAMILIES if _reads(host.host)}
     found = set()
-    for name in MODELS:
-        dense, _ = MODELS[name]()
+    for build in (*MODELS.values(), *(ARCHITECTURES[n] for n in ("beit", "radio", "tipsv2_vision", "vivit"))):
+        dense, _ = build()
         groups, _ = find_alike(dense, known_sites(dense, width=True))
         found |= {site.view.family.host for group in groups for site in group.sites if group.field == "head_dim"}
     assert found == reading

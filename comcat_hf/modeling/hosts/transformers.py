@@ -235,7 +235,7 @@ _BIASED = "it adds a bias by relative positions to the scores; compression is no
 # Those that adapters go beside and that are not compressed: the text encoders of diffusion transformers.
 ADAPTED: tuple[AttentionFamily, ...] = tuple(
     AttentionFamily(
-        _path(path),
+        path,
         query="q",
         key="k",
         value="v",
@@ -247,7 +247,7 @@ ADAPTED: tuple[AttentionFamily, ...] = tuple(
         refuse=_refuse_decoder,
         form=Form(compress=_BIASED),
     )
-    for path in ("t5.T5Attention", "umt5.UMT5Attention")
+    for path in _paths("t5.T5Attention umt5.UMT5Attention")
 )
 
 # One module with both layers.
