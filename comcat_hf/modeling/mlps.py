@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .families import MLPFamily, Registry
-from .hosts import timm, transformers
+from .hosts import diffusers, timm, transformers
 from .views import Walk, is_plain_linear
 from .wrappers import base_module
 
@@ -48,7 +48,7 @@ class MLPView:
 
 
 def _rows() -> Iterable[MLPFamily]:
-    return (*transformers.MLPS, *timm.MLPS)
+    return (*transformers.MLPS, *timm.MLPS, *diffusers.MLPS)
 
 
 _registry = Registry("MLP", _rows)

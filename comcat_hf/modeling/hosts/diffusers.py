@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import UnsupportedModuleError
-from ..families import AttentionFamily, Form, Stream
+from ..families import AttentionFamily, Form, MLPFamily, Stream
 
 
 # Text with projections of its own, beside an image.
@@ -168,4 +168,9 @@ ADAPTED: tuple[AttentionFamily, ...] = (
     _wan("transformer_wan.Wan"),
     _wan("transformer_chronoedit.Wan"),
     _wan("transformer_skyreels_v2.SkyReelsV2"),
+)
+
+# Gated ones have gate and value in one layer, twice as wide as the second takes: they keep their width.
+MLPS: tuple[MLPFamily, ...] = (
+    MLPFamily("diffusers.models.attention.FeedForward", first=("net.0.proj",), second="net.2"),
 )

@@ -301,10 +301,15 @@ MLPS: tuple[MLPFamily, ...] = (
 )
 
 _COSINE = "it scores by the cosine of queries and keys"
+_LEVIT = "an activation stands between its values and its output, so their product is not one matrix"
+_NOT_BUILT = "it attends to reduced keys; this is not built"
 _DECODER = "cross attention of a text decoder keeps a key/value cache"
 
 REFUSED: tuple[tuple[str, str], ...] = (
     (_path("swinv2.Swinv2Attention"), _COSINE),
     (_path("bert.BertCrossAttention"), _DECODER),
+    *((_path(f"levit.{name}"), _LEVIT) for name in ("LevitAttention", "LevitAttentionSubsample")),
+    (_path("pvt.PvtAttention"), _NOT_BUILT),
+    (_path("pvt_v2.PvtV2SelfAttention"), _NOT_BUILT),
     (_path("florence2.Florence2VisionChannelAttention"), "its channels attend to each other, between two layers"),
 )
