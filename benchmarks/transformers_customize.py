@@ -118,7 +118,13 @@ def block_sides(width: int, args: argparse.Namespace) -> tuple[dict[str, Callabl
         for layer in model.modules():
             if isinstance(layer, ComCATLayer):
                 layer.merge()
-    models = {"base": base, **made, **{f"{name}, merged": model for name, model in merged.items()}}
+    # A copy of the base says how far apart equal work is measured.
+    models = {
+        "base": base,
+        "base, copied": copy.deepcopy(base),
+        **made,
+        **{f"{name}, merged": model for name, model in merged.items()},
+    }
     sides = {name: lambda model=model: infer(model, inputs) for name, model in models.items()}
     sides |= {f"{name}, training": lambda model=made[name]: train(model, inputs) for name in ("full", "lora")}
     return sides, counts
