@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from comcat_hf.training.classify.models import load_classifier, load_image_proce
 from comcat_hf.training.classify.routes import Student
 from comcat_hf.training.classify.run import compress_vit
 from comcat_hf.training.classify.settings import CompressSettings
-from comcat_hf.training.classify.stream import batches_per_epoch, evaluation_batches, train_batches
+from comcat_hf.training.classify.stream import ImageReader
 from comcat_hf.training.interruption import Interruption
 
 
@@ -125,14 +126,11 @@ def dense_further(args: argparse.Namespace, steps: int) -> dict[str, Any]:
         splits = open_splits(settings, model.config, args.seed)
         preparation = ImagePreparation.of(settings, load_image_processor(settings))
         mixing, broken = Mixing.of(settings, model.config.num_labels), BrokenImages.of(settings, splits.train)
-
-        def batches(first: int, count: int) -> Any:
-            return train_batches(splits.train, preparation, mixing, settings, args.seed, first, count, 0, 1, broken)
+        reader = ImageReader(splits.train, preparation, settings, broken, args.seed)
 
         def evaluate() -> float:
             valid = BrokenImages.of(settings, splits.validation)
-            size = settings.per_device_eval_batch_size
-            held = evaluation_batches(splits.validation, preparation, size, 0, 1, args.workers, valid)
+            held = ImageReader(splits.validation, preparation, settings, valid).evaluate()
             return evaluate_classifier(model, held, accelerator, progress="Evaluating dense")["top1"]
 
         before = evaluate()
@@ -144,9 +142,9 @@ def dense_further(args: argparse.Namespace, steps: int) -> dict[str, Any]:
                     student=Student(model=model, teacher=None, route="full"),
                     seed=args.seed,
                     plan="dense",
-                    batches=batches,
+                    batches=partial(reader.train, mixing),
                     steps=steps,
-                    steps_per_epoch=min(batches_per_epoch(splits.train, settings, 1), steps),
+                    steps_per_epoch=min(reader.batches_per_epoch, steps),
                     evaluate=None,
                     interruption=interruption,
                     say=args.say,

@@ -5,6 +5,7 @@ Importing the package registers PEFT type `COMCAT` and native loading of compres
 
 from typing import TYPE_CHECKING, Any
 
+from .compression import Elastic as Elastic
 from .compression import LatencyTable as LatencyTable
 from .compression import Statistics as Statistics
 from .compression import allocate_ranks as allocate_ranks
@@ -19,8 +20,10 @@ from .compression import refine as refine
 from .compression import search_ranks as search_ranks
 from .configs.adapter import ComCATConfig as ComCATConfig
 from .configs.ranks import RankPlan as RankPlan
+from .customization import convert_to_lora as convert_to_lora
 from .customization import export_pipeline as export_pipeline
 from .customization import load_comcat_weights as load_comcat_weights
+from .customization import save_as_lora as save_as_lora
 from .customization import save_comcat_weights as save_comcat_weights
 from .customization import unload_comcat_weights as unload_comcat_weights
 from .errors import ComCATError as ComCATError

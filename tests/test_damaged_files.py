@@ -44,7 +44,7 @@ from comcat_hf.training.checkpoints import (
     write_states,
 )
 from comcat_hf.training.classify.artefacts import Artefacts
-from comcat_hf.training.classify.logs import TrainingLog
+from comcat_hf.training.classify.logs import read_log as lines_of
 from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.recipes import parse_settings
 from tests.helpers import small_vit
@@ -218,7 +218,7 @@ def write_log(folder: Path) -> None:
 
 
 def read_log(folder: Path) -> None:
-    TrainingLog(folder / "log.jsonl", 3)
+    lines_of(folder / "log.jsonl", 3)
 
 
 def write_original(folder: Path) -> None:

@@ -38,7 +38,9 @@ print(json.dumps(found))
 # The package leaves its extras to whoever imports them.
 FIRST = """
 import comcat_hf, comcat_hf.cli
-assert not {"diffusers", "sklearn", "matplotlib", "comcat_hf.app"} & set(sys.modules)
+assert not {"diffusers", "sklearn", "matplotlib", "comcat_hf.app", "transformers.trainer"} & set(sys.modules)
+assert "DistillationTrainer" in dir(comcat_hf)
+assert comcat_hf.DistillationTrainer.__mro__[1].__name__ == "Trainer"
 import comcat_hf.app
 assert "gradio" not in sys.modules
 import peft, transformers, diffusers

@@ -1,4 +1,4 @@
-"""`comcat convert`: files of the original release into ours."""
+"""`comcat convert`: files of the original release into ours, and ours into LoRA."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from ..errors import InvalidValueError
-from .shell import app, command
+from .shell import app, command, table
 
 
-convert = typer.Typer(name="convert", help="Turn files of the original release into ours.", no_args_is_help=True)
+convert = typer.Typer(
+    name="convert", help="Turn files of the original release into ours, and ours into LoRA.", no_args_is_help=True
+)
 app.add_typer(convert)
 
 
@@ -64,6 +66,44 @@ def adapter(
         f"    pipe = DiffusionPipeline.from_pretrained({quoted(base)})\n"
         f"    comcat_hf.load_comcat_weights(pipe, {quoted(str(out))})"
     )
+
+
+@command(convert)
+def lora(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a ComCAT adapter of a pipeline.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the LoRA.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of its pipeline.", show_default="the one that it names")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Highest rank of a LoRA.", show_default="heads x rank of the adapter", min=1)
+    ] = None,
+    kohya: Annotated[bool, typer.Option("--kohya", help="Names of kohya's scripts, ComfyUI and A1111.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Write float16.")] = False,
+) -> None:
+    """A LoRA file of a ComCAT adapter, for diffusers' load_lora_weights and for other tools.
+
+    Cores are exact. Full factors lose the share that is printed.
+    """
+    import torch
+
+    from ..configs.index import INDEX, read_index
+    from ..customization import load_comcat_weights, save_as_lora
+    from ..customization.lora import LORA_NAME
+    from ..hub import resolve_file
+    from ..native import load_pipeline
+
+    _check_output(out)
+    base = base or read_index(resolve_file(adapter, INDEX)).get("base_model_name_or_path")
+    if base is None:
+        raise InvalidValueError(f"{adapter}: expected an adapter that names its pipeline, found none. Give --base.")
+    pipeline = load_pipeline(base, dtype=torch.float32)
+    load_comcat_weights(pipeline, adapter)
+    dtype = torch.float16 if half else None
+    lost = save_as_lora(pipeline, out, rank=rank, kohya=kohya, dtype=dtype)
+    rows = [(name, *(f"{share:.1%}" for share in shares.values())) for name, shares in lost.items()]
+    typer.echo(f"Lost share of the change of each product:\n\n{table(('module', 'qk', 'vo'), rows)}")
+    typer.echo(f"\n{out / LORA_NAME}: a LoRA of {base}.")
 
 
 def _check_output(out: Path) -> None:

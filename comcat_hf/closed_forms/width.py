@@ -10,7 +10,7 @@ Weights are in `torch.nn.Linear` layout. `ridge` (unitless, >= 0) is a share of 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -48,11 +48,20 @@ class HiddenUnits:
         order: (n,) indices, the most valuable first.
         discarded: (n + 1,) float64, the share of the output's energy that keeping the first k discards.
         moments: of the hidden units, side "input" of the output layer; `None` where the order is of weights alone.
+        products: (n, d_out), the covariance times the output weights, where several widths share it.
     """
 
     order: Tensor
     discarded: Tensor
     moments: LinearMoments | None
+    products: Tensor | None = None
+
+    def with_products(self, output_weight: Tensor) -> "HiddenUnits":
+        """The same, made ready for [`narrow_mlp`] at several widths of one output layer."""
+        if self.moments is None:
+            return self
+        weight = in_float64(output_weight)
+        return replace(self, products=in_float64(self.moments.covariance, weight.device) @ weight.mT)
 
 
 class NarrowFactors(NamedTuple):
@@ -148,19 +157,22 @@ def narrow_mlp(
     chosen = output_weight.detach()[:, kept]
     if units.moments is None or width == size:
         return NarrowFactors(kept, chosen.clone(), bias)
-    fitted = _refit(output_weight, units.moments, kept, ridge)
+    fitted = _refit(output_weight, units, kept, ridge)
     weight, mean = in_float64(output_weight), in_float64(units.moments.mean, output_weight.device)
     new_bias = in_float64(bias) + weight @ mean - mean[kept.to(weight.device)] @ fitted
     return NarrowFactors(kept, fitted.mT.to(output_weight).contiguous(), new_bias.to(bias))
 
 
-def _refit(output_weight: Tensor, moments: LinearMoments, kept: Tensor, ridge: float) -> Tensor:
+def _refit(output_weight: Tensor, units: HiddenUnits, kept: Tensor, ridge: float) -> Tensor:
     """Weights (k, d_out), float64, of the units kept that stand in for all."""
-    weight, mean = in_float64(output_weight), in_float64(moments.mean, output_weight.device)
-    covariance, index = in_float64(moments.covariance, weight.device), kept.to(weight.device)
-    cross = covariance[index]
-    system, pull = _add_ridge(cross[:, index], ridge, mean)
-    return torch.linalg.solve(system, cross @ weight.mT + pull * weight[:, index].mT)
+    weight, moments = in_float64(output_weight), units.moments
+    mean, index = in_float64(moments.mean, weight.device), kept.to(weight.device)
+    rows = in_float64(moments.covariance[kept.to(moments.covariance.device)], weight.device)
+    system, pull = _add_ridge(rows[:, index], ridge, mean)
+    products = rows @ weight.mT if units.products is None else units.products[index]
+    wanted = products + pull * weight[:, index].mT
+    factor, failed = torch.linalg.cholesky_ex(system)
+    return torch.linalg.solve(system, wanted) if failed else torch.cholesky_solve(wanted, factor)
 
 
 def _pivot(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

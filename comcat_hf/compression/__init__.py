@@ -10,6 +10,7 @@ from .compress import compress as compress
 from .counting import count_macs as count_macs
 from .counting import count_parameters as count_parameters
 from .distillation import DistillationLoss as DistillationLoss
+from .elastic import Elastic as Elastic
 from .exporting import export_model as export_model
 from .finetuning import finetune as finetune
 from .fitting.refinement import refine as refine

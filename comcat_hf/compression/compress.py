@@ -21,6 +21,7 @@ from .budget.sensitivity import Sensitivities
 from .calibration.curvature import NoGradientsError, gather_curvature
 from .calibration.inputs import read_batches
 from .calibration.statistics import Statistics, gather
+from .elastic import Elastic
 from .fitting.compensation import compress_in_order
 from .fitting.refinement import refine as refine_factors
 from .request import Request, check_merged, sites_by_way
@@ -45,6 +46,7 @@ def compress(
     compensate: bool | None = None,
     refine: int = 0,
     layout: str = "free",
+    elastic: tuple[float, float] | None = None,
     target_modules: Collection[str] | str | None = None,
     exclude_modules: Collection[str] | str | None = None,
     sensitivities: Sensitivities | None = None,
@@ -52,7 +54,7 @@ def compress(
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
     progress: bool | None = None,
-) -> nn.Module:
+) -> nn.Module | Elastic:
     """Make a smaller model of the same class.
 
     Give either a `reduction` or a `plan`. With `batches` the sizes are chosen by the effect of each on the model's
@@ -84,6 +86,9 @@ def compress(
             same widths, one for heads and one for MLPs, as far as the configuration of the model's class can express
             them (docs/compress.md); what is saved is an ordinary model that loads without this package. A plan
             that was chosen for this layout has it.
+        elastic: in place of a reduction the least and the largest one: what is returned is an [`Elastic`], which makes
+            the model of any reduction between in seconds. Goes with `batches` or `statistics` with curvature, `scope`,
+            `metric` and `layout`.
         target_modules, exclude_modules: which modules to compress, a tower of a larger model say; see
             [`allocate_ranks`].
         sensitivities, latency, step, inputs: see [`allocate_ranks`].
@@ -104,9 +109,14 @@ def compress(
     model = unwrapped(model)
     where = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     choosing = {"mlp": mlp, "step": step, "sensitivities": sensitivities, "latency": latency, "inputs": inputs}
+    if elastic is not None:
+        asked = {"reduction": reduction, "plan": plan, "strategy": strategy, "compensate": compensate}
+        how = {"scope": scope, "metric": metric, "layout": layout, "progress": progress}
+        return _elastic(
+            model, elastic, asked | where | choosing, refine, batches=batches, statistics=statistics, **how
+        )
     _check_ways(model, reduction, plan, where | choosing)
-    if plan is not None and plan.layout == "plain":
-        layout = "plain"
+    layout = "plain" if plan is not None and plan.layout == "plain" else layout
     data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities}
     how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step, "layout": layout}
     request = Request.of(model, **where, data=data, **how, compensate=compensate, refine=refine)
@@ -152,6 +162,13 @@ def compress(
     if not is_native(small):
         return small
     return attach_plan(small, count_again(plan, model, small) if given else plan)
+
+
+def _elastic(model: nn.Module, shares: Any, other: Mapping[str, Any], refine: int, **how: Any) -> Elastic:
+    unfit = [name for name, value in other.items() if value is not None] + ["refine"] * bool(refine)
+    if unfit:
+        raise InvalidValueError(f"elastic makes models of any reduction later; {', '.join(unfit)} cannot be used.")
+    return Elastic.of(model, shares, **how)
 
 
 def _weighed(

@@ -22,6 +22,7 @@ from ..tuners.residual.names import Adapters
 
 __all__ = ["export_pipeline"]
 
+PAIRS = {"qk": ("query", "key"), "vo": ("value", "output")}
 OURS = (CustomizeLayer, Adapters)
 Export = Callable[[CustomizeLayer, list[str]], tuple[nn.Module, dict[str, float]]]
 
@@ -56,13 +57,8 @@ def export_pipeline(
         UnsupportedModuleError: adapters of other methods, which a folder of weights cannot hold, or a module whose
             heads cannot be widened.
     """
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    layers = {
-        name: {path: layer for path, layer in part.named_modules() if isinstance(layer, CustomizeLayer)}
-        for name, part in parts.items()
-    }
-    layers = {name: found for name, found in layers.items() if found}
-    _check(parts, layers, adapter_names)
+    layers = adapted_layers(pipeline, adapter_names)
+    parts = _parts(pipeline)
     build = _truncated if truncate else _exact
     lost: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
@@ -79,6 +75,26 @@ def export_pipeline(
             stack.enter_context(naming_no_folder(host))
         pipeline.save_pretrained(save_directory, **kwargs)
     return lost
+
+
+def adapted_layers(pipeline: Any, names: list[str] | None) -> dict[str, dict[str, CustomizeLayer]]:
+    """The layers with ComCAT adapters, by part and path.
+
+    Raises:
+        InvalidValueError: there is none, or no adapter of one of these names.
+        UnsupportedModuleError: adapters of other methods.
+    """
+    layers = {
+        name: {path: layer for path, layer in part.named_modules() if isinstance(layer, CustomizeLayer)}
+        for name, part in _parts(pipeline).items()
+    }
+    layers = {name: found for name, found in layers.items() if found}
+    _check(_parts(pipeline), layers, names)
+    return layers
+
+
+def _parts(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
 @contextmanager
@@ -103,7 +119,7 @@ def _exact(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict[str
     module = widened_attention(layer.view, residuals, layer.bases)
     if module is None:
         if any(factors.key is not None or factors.value is not None for factors, _ in residuals):
-            raise _no_form(layer)
+            raise no_form(layer)
         module = merge_residuals(layer.view, residuals, layer.bases)
     return module, _nothing()
 
@@ -115,15 +131,28 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
     if not is_wider(view, rows):
         return _exact(layer, names)
     if view.form.compress is not None or view.form.rotary is not None:
-        raise _no_form(layer)
-    p, dense = view.head_dim, joined_rows(view, [], layer.bases)
+        raise no_form(layer)
+    dense = joined_rows(view, [], layer.bases)
+    cut, bias = cut_back(view, rows)
+    lost = {
+        pair: share_lost(rows, cut, dense, roles, view) if rows[roles[0]].shape[1] > view.head_dim else 0.0
+        for pair, roles in PAIRS.items()
+    }
+    return with_rows(view, view.head_dim, [cut], bias), lost
+
+
+def cut_back(view: AttentionView, rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Rows of the dense width with the best products; value biases in the output bias, which is returned if changed.
+
+    Raises:
+        UnsupportedModuleError: a value bias and no output bias to take it up.
+    """
+    cut, p, bias = dict(rows), view.head_dim, None
     query, key, value, output = (rows[role] for role in ("query", "key", "value", "output"))
-    bias, lost = None, _nothing()
     if query.shape[1] > p:
         factors = factorize_qk(*_split(query, view.query), _split(key, view.key)[0], p)
-        rows["query"] = _join(factors.query_weight, factors.query_bias, view.query)
-        rows["key"] = _join(factors.key_weight, None, view.key)
-        lost["qk"] = _share_lost((query, _weights(key, view.key)), rows, dense, ("query", "key"), view)
+        cut["query"] = _join(factors.query_weight, factors.query_bias, view.query)
+        cut["key"] = _join(factors.key_weight, None, view.key)
     if value.shape[1] > p:
         output_bias = base_module(view.output).bias
         if output_bias is None and base_module(view.value).bias is not None:
@@ -131,13 +160,12 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
                 f"{view.name} has a value bias and no output bias to take it up, so its heads cannot be cut back."
             )
         factors = factorize_vo(*_split(value, view.value), output.mT, output_bias, p)
-        rows["value"], rows["output"] = _join(factors.value_weight, None, view.value), factors.output_weight.mT
+        cut["value"], cut["output"] = _join(factors.value_weight, None, view.value), factors.output_weight.mT
         bias = factors.output_bias if output_bias is not None else None
-        lost["vo"] = _share_lost((_weights(value, view.value), output), rows, dense, ("value", "output"), view)
-    return with_rows(view, p, [rows], bias), lost
+    return cut, bias
 
 
-def _no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
+def no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
     return UnsupportedModuleError(
         f"{layer.view.name}: between the projections and the scores of {type(layer.base_layer).__name__} stand norms, "
         "rotations, biases or a second stream, so full factors have no form that can be saved. Use an adapter with "
@@ -145,26 +173,24 @@ def _no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
     )
 
 
-def _share_lost(
-    full: tuple[Tensor, Tensor],
+def share_lost(
+    full: Mapping[str, Tensor],
     rows: Mapping[str, Tensor],
     dense: Mapping[str, Tensor],
     roles: tuple[str, str],
     view: AttentionView,
 ) -> float:
+    """The share of the change of a product that other rows lose: 0 is exact, 1 is as much as all of it."""
+
     def product(found: Mapping[str, Tensor]) -> Tensor:
         # The query bias is a part of the product. Key biases cancel; value biases go into the output bias.
         first, second = (found[role] for role in roles)
         first = first if roles[0] == "query" else _weights(first, view.value)
-        return _product(first, second if roles[1] == "output" else _weights(second, view.key))
+        return first.double().mT @ (second if roles[1] == "output" else _weights(second, view.key)).double()
 
-    whole = _product(*full)
+    whole = product(full)
     change = (whole - product(dense)).norm()
     return ((whole - product(rows)).norm() / change).item() if change > 0 else 0.0
-
-
-def _product(first: Tensor, second: Tensor) -> Tensor:
-    return first.double().mT @ second.double()
 
 
 def _split(rows: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:

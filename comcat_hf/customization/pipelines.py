@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,17 +112,12 @@ def save_comcat_weights(
 def _weights(part: str, model: nn.Module, adapter_name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     state = _state(model, adapter_name)
     weights = {key: tensor.detach().to("cpu", dtype) for key, tensor in state.items()}
-    for key, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise InvalidValueError(
-                f"{part}.{key}: expected finite weights of the adapter {adapter_name!r}, found infinite ones or NaN "
-                f"in {tensor.dtype}. "
-                + (
-                    "Save them in bfloat16 or float32."
-                    if state[key].isfinite().all()
-                    else "Train it again with a lower rate."
-                )
-            )
+    for key in (key for key, tensor in weights.items() if not tensor.isfinite().all()):
+        cast = state[key].isfinite().all()
+        raise InvalidValueError(
+            f"{part}.{key}: expected finite weights of the adapter {adapter_name!r}, found infinite ones or NaN in "
+            f"{weights[key].dtype}. " + ("Save them in bfloat16." if cast else "Train it again with a lower rate.")
+        )
     return weights
 
 
@@ -184,10 +179,7 @@ def load_comcat_weights(
     if hotswap:
         _check_parts(saved, parts, adapter_name)
     with _offloading_paused(pipeline):
-        if hotswap:
-            _swap(saved, adapter_name)
-        else:
-            _add(saved, adapter_name)
+        (_swap if hotswap else _add)(saved, adapter_name)
 
 
 def unload_comcat_weights(pipeline: Pipeline) -> None:
@@ -202,8 +194,7 @@ def unload_comcat_weights(pipeline: Pipeline) -> None:
     parts = _parts(pipeline).items()
     layers = {name: [m for m in model.modules() if isinstance(m, ComCATLayer)] for name, model in parts}
     fused = {name: merged for name, found in layers.items() for layer in found if (merged := layer.merged_adapters)}
-    if fused:
-        name, merged = next(iter(fused.items()))
+    for name, merged in fused.items():
         raise InvalidValueError(
             f"The adapters {', '.join(merged)} are fused into {name}, so they cannot be unloaded. Call unfuse_lora() "
             "first."
@@ -212,11 +203,7 @@ def unload_comcat_weights(pipeline: Pipeline) -> None:
         for name, model in parts:
             for layer in layers[name]:
                 replace_module(model, layer, layer.base_layer)
-            for adapter in _configs(model):
-                del model.peft_config[adapter]
-            if hasattr(model, "peft_config") and not model.peft_config:
-                del model.peft_config
-                model._hf_peft_config_loaded = False
+            _forget(model, _configs(model))
 
 
 @dataclass(frozen=True)
@@ -272,13 +259,11 @@ def _check_base(source: str, name: str, model: nn.Module, about: Mapping[str, An
 
 
 def _check_name(part: _Saved, adapter_name: str, hotswap: bool) -> None:
-    known = getattr(part.model, "peft_config", {})
     if hotswap and adapter_name not in _configs(part.model):
         raise InvalidValueError(
-            f"{part.name} has no ComCAT adapter {adapter_name!r} whose values could be swapped. Load it without "
-            "hotswap."
+            f"{part.name} has no ComCAT adapter {adapter_name!r} to swap values of. Load it without hotswap."
         )
-    if not hotswap and adapter_name in known:
+    if not hotswap and adapter_name in getattr(part.model, "peft_config", {}):
         raise InvalidValueError(
             f"{part.name} has an adapter {adapter_name!r} already. Choose another adapter_name, delete that one "
             "(pipe.delete_adapters), or swap its values (hotswap=True)."
@@ -286,8 +271,8 @@ def _check_name(part: _Saved, adapter_name: str, hotswap: bool) -> None:
 
 
 def _check_parts(saved: list[_Saved], parts: Mapping[str, nn.Module], adapter_name: str) -> None:
-    adapted = [name for name, model in parts.items() if adapter_name in _configs(model)]
-    left = [name for name in adapted if name not in {part.name for part in saved}]
+    own = {part.name for part in saved}
+    left = [name for name, model in parts.items() if adapter_name in _configs(model) and name not in own]
     if left:
         raise InvalidValueError(
             f"The adapter {adapter_name!r} also adapts {', '.join(left)}, for which the saved one has no values. "
@@ -313,24 +298,29 @@ def _add(saved: list[_Saved], adapter_name: str) -> None:
             for layer in part.model.modules():
                 if isinstance(layer, ComCATLayer):
                     layer.delete_adapter(adapter_name)
-            getattr(part.model, "peft_config", {}).pop(adapter_name, None)
             restore()
-            if hasattr(part.model, "peft_config") and not part.model.peft_config:
-                del part.model.peft_config
-                part.model._hf_peft_config_loaded = False
+            _forget(part.model, [adapter_name])
         raise
 
 
+def _forget(model: nn.Module, adapters: Iterable[str]) -> None:
+    known = getattr(model, "peft_config", None)
+    for adapter in adapters if known else ():
+        known.pop(adapter, None)
+    if known == {}:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+@torch.no_grad()
 def _swap(saved: list[_Saved], adapter_name: str) -> None:
     for part in saved:
         if any(adapter_name in m.merged_adapters for m in part.model.modules() if isinstance(m, ComCATLayer)):
             raise InvalidValueError(f"The adapter {adapter_name} is fused into {part.name}. Call unfuse_lora() first.")
         _check_fits(part, adapter_name)
     for part in saved:
-        own = _state(part.model, adapter_name)
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(part.weights[key])
+        for key, tensor in _state(part.model, adapter_name).items():
+            tensor.copy_(part.weights[key])
         _configs(part.model)[adapter_name].scale = part.config.scale
         for layer in part.model.modules():
             if isinstance(layer, CustomizeLayer):
@@ -385,9 +375,7 @@ def _describe(pipeline: Pipeline) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
-    return getattr(value, "value", value)
+    return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
 @contextmanager

@@ -44,7 +44,9 @@ class Form:
         rotary: name of the argument that holds the tables of a rotation by positions.
         layout: which columns of a head the rotation takes together: `"pairs"` of neighbours, or the two `"halves"`.
         scale: whether the kernel takes its scale from the `"width"` of the heads, or is `"given"` that of the module.
+        norms: whether the norms that the class may have are applied.
         heads_first: whether norms get heads before tokens.
+        by_itself: whether the class itself passes further columns of queries and keys by what it does to them.
         refuse_qk: why the query/key product cannot be adapted, where it cannot.
         compress: why the class cannot be compressed, where it cannot.
     """
@@ -53,7 +55,9 @@ class Form:
     rotary: str | None = None
     layout: Literal["pairs", "halves"] = "pairs"
     scale: Literal["width", "given"] = "given"
+    norms: bool = True
     heads_first: bool = False
+    by_itself: bool = False
     refuse_qk: str | None = None
     compress: str | None = None
 

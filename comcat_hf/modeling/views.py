@@ -120,6 +120,11 @@ class AttentionView:
         further = (s for s in self.form.further if getattr(self.module, s.query, None) is not None)
         return (self.family.stream, *further)
 
+    def norm(self, role: str, stream: Stream) -> nn.Module | None:
+        """The norm of a stream's queries or keys, `None` where nothing is normalised."""
+        name = getattr(stream, f"norm_{role}", None)
+        return getattr(self.module, name, None) if name is not None and self.form.norms else None
+
     def query_factor(self, width: int) -> float:
         """What queries of another width are multiplied with, so that the kernel gives the scores of the dense head."""
         if self.family.scale_of is None:

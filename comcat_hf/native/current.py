@@ -16,7 +16,7 @@ from ..hub.sources import shareable_folder
 from ..modeling import fit_names, read_ranks, unwrapped
 
 
-__all__ = ["QUANT_METHODS", "check_saveable", "current_plan", "teach_saving", "teach_uploading"]
+__all__ = ["QUANT_METHODS", "check_not_wider", "check_saveable", "current_plan", "teach_saving", "teach_uploading"]
 
 # By these a config.json asks for this package. The first is written: a process without the package prints it, so it
 # says what to import. Earlier versions wrote the others.
@@ -72,6 +72,17 @@ def current_plan(model: nn.Module, recorded: RankPlan | None) -> RankPlan | None
     plan = RankPlan(ranks) if recorded is None else recorded
     reached = plan.reached if fit_names(plan.ranks, model) == ranks else None
     return replace(plan, ranks=ranks, reached=reached, architecture=type(model).__name__)
+
+
+def check_not_wider(model: nn.Module) -> None:
+    """Refuse heads that full factors have widened where no plan describes them, before anything is written."""
+    for name, module in model.named_modules():
+        if getattr(module, "has_wider_heads", False):
+            raise InvalidValueError(
+                f"{name}: expected the heads of a {type(module).__name__}, found them widened by full factors that "
+                "are fused in, which a folder cannot hold beside norms, rotations or a second stream. Save the "
+                "adapter alone with save_comcat_weights(pipe, folder), or fuse one with core=True and vo_rank alone."
+            )
 
 
 def check_saveable(model: nn.Module, *libraries: str) -> None:

@@ -21,7 +21,7 @@ from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..hub import hub_id
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks
-from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving, teach_uploading
+from .current import QUANT_METHODS, check_not_wider, check_saveable, current_plan, teach_saving, teach_uploading
 
 
 __all__ = ["attach", "is_model", "naming_no_folder", "recorded", "register", "watch"]
@@ -103,6 +103,7 @@ def _save_pretrained(
     known = recorded(model)
     plan = current_plan(model, known)
     _check_no_adapters(model)
+    check_not_wider(model)
     if plan is not None:
         check_saveable(model)
     if (plan or known) is not None:

@@ -26,7 +26,7 @@ from ..configs.ranks import RankPlan
 from ..errors import CheckpointError, InvalidValueError
 from ..modeling import LowRankAttention, LowRankLinear, NarrowLinear, apply_ranks, fit_names
 from ..tensor_files import open_safetensors
-from .current import QUANT_METHODS, check_saveable, current_plan, teach_saving, teach_uploading
+from .current import QUANT_METHODS, check_not_wider, check_saveable, current_plan, teach_saving, teach_uploading
 from .quantised import TORCHAO, flat_state, is_torchao, read_metadata, torchao_quantizer
 from .remote import forget_remote_code, note_remote_code, write_remote_code
 
@@ -177,6 +177,8 @@ def _save_pretrained(
     save = functools.partial(dense, save_directory, is_main_process, state_dict)
     known, adapted = recorded(model), getattr(model, "_hf_peft_config_loaded", False)
     plan = current_plan(model, known)
+    if not adapted:
+        check_not_wider(model)
     if not adapted and (plan or known) is not None:
         # Modules may have been replaced since; what is written must say what is there.
         attach(model, plan)

@@ -1,11 +1,10 @@
-"""Checkpoint folders: `checkpoint-N` has its name only when it is whole."""
+"""Checkpoint folders: `checkpoint-N` is whole when it holds its state, which is written last."""
 
 import hashlib
 import logging
-import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..checks import TEXT, Kind, make_document, mapping_of, open_document, shown
 from ..errors import CheckpointError, InvalidValueError, brief
 from ..hub import read_json, write_json_atomic
 from ..tensor_files import read_saved, write_saved
+from .flags import fixed_flags, values_deciding
 from .seeds import random_states, set_random_states
 
 
@@ -54,8 +54,6 @@ class Progress:
     """Where a training is.
 
     Attributes:
-        step: optimizer steps that are done.
-        seed: of the run.
         facts: what must be as it was for the continuation to be exact.
     """
 
@@ -87,17 +85,32 @@ class Progress:
         files = {path.relative_to(folder).as_posix(): _digest(path) for path in others}
         write_json_atomic(folder / _STATE, make_document(_FORMAT, _VERSION, {**asdict(self), "files": files}))
 
-    def compare(self, facts: Mapping[str, Any], checkpoint: Path, must: Collection[str]) -> None:
+    def compare(
+        self,
+        facts: Mapping[str, Any],
+        checkpoint: Path,
+        settings: Any,
+        what: str,
+        steps: int,
+        fixed: Sequence[str] = (),
+    ) -> None:
         """Say in what a continuation differs from what was interrupted.
 
         Args:
             facts: of the continuation; those that an older version did not write down are taken for the same.
             checkpoint: where this progress was read.
-            must: names of facts that may not differ; they are names of flags. Others are warned of.
+            settings: of the continuation. Its fixed flags may not differ; where nothing is left to train, so that no
+                setting would come to bear, no flag may.
+            what: the result that its flags decide.
+            steps: of the whole training.
+            fixed: further facts that may not differ. Others are warned of.
 
         Raises:
-            InvalidValueError: one of `must` differs.
+            InvalidValueError: a fact differs that may not.
         """
+        must = (*fixed_flags(type(settings)), *fixed)
+        if self.step >= steps:
+            must = tuple(name for name in values_deciding(settings, what) if name != "max_train_steps")
         differing = {name: value for name, value in facts.items() if self.facts.get(name, value) != value}
         for name in must:
             if name in differing:
@@ -171,8 +184,8 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
     """
     if accelerator.is_main_process:
         # What an unfinished one left would count as part of this one.
-        (folder / _STATE).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+        folder.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
         yield
@@ -190,40 +203,17 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
 def new_checkpoint(
     accelerator: Accelerator, output_dir: Path, progress: Progress, limit: int | None = None
 ) -> Iterator[Path]:
-    """A folder that becomes `checkpoint-N` when the block ends; all processes enter it together.
+    """A folder `checkpoint-N` that is whole when the block ends; all processes enter it together.
 
     The block writes what belongs to the training; random states and progress are written here.
-
-    Args:
-        accelerator: whose processes they are.
-        output_dir: where to.
-        progress: where the training is.
-        limit: how many checkpoints are kept.
-
-    Yields:
-        the folder while it is being written.
     """
     folder = output_dir / f"checkpoint-{progress.step}"
-    unfinished = output_dir / f".checkpoint-{progress.step}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    write_saved(unfinished / _RANDOM.format(accelerator.process_index), random_states(accelerator.device))
-    yield unfinished
-    # The state names the files of all.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        progress.write(unfinished)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if folder.exists():
-            _remove(folder)
-        os.replace(unfinished, folder)
-        if limit is not None:
-            for path in list_checkpoints(output_dir)[:-limit]:
-                _remove(path)
-    accelerator.wait_for_everyone()
+    with written_last(accelerator, folder, progress):
+        write_saved(folder / _RANDOM.format(accelerator.process_index), random_states(accelerator.device))
+        yield folder
+    if accelerator.is_main_process and limit is not None:
+        for path in list_checkpoints(output_dir)[:-limit]:
+            _remove(path)
 
 
 def write_states(folder: Path, states: Mapping[str, Any]) -> None:
@@ -275,21 +265,18 @@ def restore_random_states(accelerator: Accelerator, checkpoint: Path) -> None:
 
 
 def remove_checkpoints(output_dir: Path, unfinished_only: bool = False) -> None:
-    """Remove checkpoints, or only what was left of those that were interrupted while being written."""
-    if output_dir.is_dir():
-        for path in output_dir.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
-    if not unfinished_only:
-        for path in list_checkpoints(output_dir):
+    """Remove checkpoints, or only those that were interrupted while being written, by this or an earlier version."""
+    for path in list_checkpoints(output_dir):
+        if not unfinished_only or not (path / _STATE).is_file():
             _remove(path)
+    for path in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
-    # Under its name there is a whole checkpoint or none.
-    leaving = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(leaving, ignore_errors=True)
-    os.replace(folder, leaving)
-    shutil.rmtree(leaving)
+    # Without its state a folder is no checkpoint, whatever else is there.
+    (folder / _STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:

@@ -26,12 +26,7 @@ _DARKEST = 1 / 64
 
 
 class BrokenImageError(ComCATError):
-    """An image that cannot be read.
-
-    Attributes:
-        place: which one.
-        reason: what went wrong.
-    """
+    """An image that cannot be read."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(

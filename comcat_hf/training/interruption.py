@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -82,9 +81,9 @@ def stopped_by(accelerator: Accelerator, interruption: Interruption) -> str | No
     """The signal that ends the run: it may have come to one process, and all must stop at the same place."""
     if accelerator.num_processes == 1:
         return interruption.requested
-    came = torch.tensor(float(interruption.requested is not None), device=accelerator.device)
-    stopping = accelerator.reduce(came, reduction="sum").item() > 0
-    return (interruption.requested or "a signal to another process") if stopping else None
+    if interruption.requested is not None:
+        accelerator.set_trigger()
+    return (interruption.requested or "a signal to another process") if accelerator.check_trigger() else None
 
 
 def end_if_stopped(accelerator: Accelerator, interruption: Interruption) -> None:
@@ -108,7 +107,6 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any], interruption: Int
     """Run something on the main process while the others wait; all get what it returns or raises.
 
     Args:
-        accelerator: whose processes they are.
         work: returns something that can be pickled.
         interruption: where a signal ends the work at once; by default the work is carried through.
 

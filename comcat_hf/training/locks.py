@@ -27,7 +27,6 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
 
     Args:
         folder: where the run writes; made if it is absent.
-        flag: the name of the flag that says so.
 
     Raises:
         InvalidValueError: another run is at work there, or the folder cannot be written to.

@@ -29,9 +29,7 @@ def make_accelerator(
     """What accelerate makes of the processes that were launched.
 
     Args:
-        output_dir: of the run.
         logging_dir: where a tracker writes, in it.
-        report_to: the tracker.
         mixed_precision: `None` for that of the accelerate configuration.
         handlers: of accelerate, for further settings.
 

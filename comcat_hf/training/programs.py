@@ -64,12 +64,7 @@ def run_program(
 
 
 def ending(result: Any, made: str) -> str | None:
-    """How a training ended.
-
-    Args:
-        result: of it.
-        made: what it makes.
-    """
+    """How a training ended."""
     if result.interrupted is not None:
         done = f" after step {result.step}" if result.step else ""
         place = f" and saved in {result.checkpoint}" if result.checkpoint else ""

@@ -34,7 +34,6 @@ def seeded(seed: int, kind: str, *position: int) -> torch.Generator:
     """A generator that belongs to one purpose at one position.
 
     Args:
-        seed: of the run.
         kind: one of `_KINDS`.
         position: whole numbers below 2^62.
     """

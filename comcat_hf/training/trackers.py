@@ -1,11 +1,16 @@
-"""Which tracker a training reports to."""
+"""Which tracker a training reports to, and what it is told of the settings."""
+
+from typing import Any
+
+from accelerate import Accelerator
 
 from ..errors import InvalidValueError
 
 
-__all__ = ["tracker_of"]
+__all__ = ["start_trackers", "tracker_of"]
 
 _DEFAULT = "tensorboard"
+_SECRETS = ("token", "hub_token")
 
 
 def tracker_of(asked: str) -> str | None:
@@ -37,6 +42,13 @@ def tracker_of(asked: str) -> str | None:
             )
         raise InvalidValueError(f"--report_to must be one of {', '.join(known)}, all, auto or none, got {asked!r}.")
     return asked
+
+
+def start_trackers(accelerator: Accelerator, project: str, settings: Any) -> None:
+    """Start the trackers of a training, if it has any, with its settings but for tokens."""
+    if accelerator.log_with:
+        shown = {name: value for name, value in vars(settings).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers(project, config={k: v for k, v in shown.items() if k not in _SECRETS})
 
 
 def _text(name: object) -> str:

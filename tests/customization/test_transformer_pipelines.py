@@ -55,9 +55,9 @@ def draw(pipe: DiffusionPipeline) -> Tensor:
     ).images
 
 
-def adapt(pipe: DiffusionPipeline, kind: str, adapter: dict, name: str = "dog", seed: int = 3) -> None:
+def adapt(pipe: DiffusionPipeline, parts: tuple[str, ...], adapter: dict, name: str = "dog", seed: int = 3) -> None:
     torch.manual_seed(seed)
-    for part in PARTS[kind]:
+    for part in parts:
         settings = ComCATConfig(mode="customize", init_weights=False, **adapter)
         getattr(pipe, part).add_adapter(settings, adapter_name=name)
 
@@ -67,7 +67,7 @@ def adapt(pipe: DiffusionPipeline, kind: str, adapter: dict, name: str = "dog", 
 def test_saved_loaded_swapped_and_unloaded(bases, kind, adapter, tmp_path):
     pipe = load(bases[kind])
     base = draw(pipe)
-    adapt(pipe, kind, adapter)
+    adapt(pipe, PARTS[kind], adapter)
     expected = draw(pipe)
     assert not torch.equal(expected, base)
     save_comcat_weights(pipe, tmp_path / "dog", "dog")
@@ -82,7 +82,7 @@ def test_saved_loaded_swapped_and_unloaded(bases, kind, adapter, tmp_path):
     load_comcat_weights(other, tmp_path / "dog", "dog")
     assert torch.equal(draw(other), expected)
     second = load(bases[kind])
-    adapt(second, kind, {**adapter, "scale": 0.4}, seed=5)
+    adapt(second, PARTS[kind], {**adapter, "scale": 0.4}, seed=5)
     swapped = draw(second)
     save_comcat_weights(second, tmp_path / "cat", "dog")
     load_comcat_weights(other, tmp_path / "cat", "dog", hotswap=True)
@@ -101,7 +101,7 @@ def test_saved_loaded_swapped_and_unloaded(bases, kind, adapter, tmp_path):
 @every_pipeline
 def test_exported(bases, kind, tmp_path):
     pipe = load(bases[kind])
-    adapt(pipe, kind, CORE)
+    adapt(pipe, PARTS[kind], CORE)
     expected = draw(pipe)
     lost = export_pipeline(pipe, tmp_path / "plain")
     assert all(shares == {"qk": 0.0, "vo": 0.0} for shares in lost.values())
@@ -109,9 +109,15 @@ def test_exported(bases, kind, tmp_path):
     assert torch.equal(draw(pipe), expected)
 
     full = load(bases[kind])
-    adapt(full, kind, FULL)
+    adapt(full, ("transformer",), FULL)
     expected = draw(full)
     for truncate in (False, True):
         with pytest.raises(UnsupportedModuleError, match=r"stand norms, rotations, biases or.*core=True"):
             export_pipeline(full, tmp_path / "full", truncate=truncate)
-    assert not (tmp_path / "full").exists() and torch.equal(draw(full), expected)
+    full.fuse_lora()
+    assert torch.allclose(draw(full), expected, atol=1e-5)
+    full.unload_lora_weights()
+    assert torch.allclose(draw(full), expected, atol=1e-5)
+    with pytest.raises(InvalidValueError, match=r"widened by full factors.*save_comcat_weights"):
+        full.transformer.save_pretrained(tmp_path / "full")
+    assert not (tmp_path / "full").exists()

@@ -27,8 +27,9 @@ NOTHING = {
     "per_device_eval_batch_size checkpointing_steps checkpoints_total_limit resume_from_checkpoint eval_steps "
     "logging_steps report_to logging_dir push_to_hub hub_model_id hub_token hub_private dry_run",
     CustomizeSettings: "cache_dir instance_token adapter_name output_dir overwrite_output_dir dataloader_num_workers "
-    "checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompt num_validation_images "
-    "validation_steps report_to logging_dir push_to_hub hub_model_id hub_token hub_private dry_run",
+    "save_precision checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompt "
+    "num_validation_images validation_steps report_to logging_dir push_to_hub hub_model_id hub_token hub_private "
+    "dry_run",
 }
 
 

@@ -18,7 +18,7 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alone():
     return Accelerator(cpu=True)
 

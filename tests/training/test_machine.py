@@ -8,14 +8,6 @@ from comcat_hf.errors import InvalidValueError
 from comcat_hf.training.machine import make_accelerator
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """Each test starts accelerate anew."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def test_the_folders_and_the_precision_are_those_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     accelerator = make_accelerator(tmp_path, logging_dir="logs", mixed_precision="no")

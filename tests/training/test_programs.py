@@ -1,5 +1,6 @@
 """The programs of training, as modules and as scripts: one line for an error, its exit code, and who speaks."""
 
+import logging
 import os
 import runpy
 import subprocess
@@ -80,6 +81,7 @@ def test_only_the_main_process_speaks(monkeypatch, capsys):
             assert tuple(capsys.readouterr()) == ((out, said) if rank == "0" else ("", ""))
         assert are_progress_bars_disabled() == (rank == "1")
     enable_progress_bars()
+    logging.getLogger("comcat_hf").setLevel(logging.NOTSET)
 
 
 def test_an_error_is_repeated_as_soon_as_the_launcher_has_ended():

@@ -14,6 +14,9 @@ from .solver import Errors, Ladder, Solver, program
 
 __all__ = ["solver_of"]
 
+# One width for all MLPs is chosen in finer multiples than one for each: few pairs of widths land on a budget.
+_TILE = 8
+
 # Sums of what several groups remove are told apart to this share of the whole.
 _SUMS = 100_000
 
@@ -38,7 +41,7 @@ def _solve(groups: Sequence[Alike], metric: str, budget: Budget, errors: Errors)
 
 def _ladder(group: Alike, options: Sequence[Option], metric: str, errors: Errors, step: int) -> Ladder:
     """What each width removes from all sites of a group, and its error."""
-    grid, few = options[0].grid(step), len(group.values) <= 8
+    grid, few = min(options[0].grid(step), max(step, _TILE)), len(group.values) <= 8
     ladder: Ladder = [(0, {}, 0.0)]
     for width in group.values:
         if few or width % grid == 0:

@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "old_digits",
     "train_base",
+    "train_vae",
     "upsample",
 ]
 
@@ -137,13 +138,14 @@ def encode(pipeline: Any, images: Tensor) -> Tensor:
 def train_base(pipeline: Any, data: Digits, vae_steps: int, steps: int, bar: Bar) -> None:
     """Train the autoencoder, then the UNet together with the text encoder, of which the running mean is kept."""
     images, captions = old_digits(data)
-    _train_vae(pipeline.vae, images, vae_steps, bar)
+    train_vae(pipeline.vae, images, vae_steps, bar)
     latents = encode(pipeline, images)
     _train_unet(pipeline, latents, captions, steps, bar)
     pipeline.vae.requires_grad_(False)
 
 
-def _train_vae(vae: Any, images: Tensor, steps: int, bar: Bar) -> None:
+def train_vae(vae: Any, images: Tensor, steps: int, bar: Bar) -> None:
+    """Train the autoencoder, and measure by what its latents are scaled."""
     optimizer, schedule = _optimizer(vae.parameters(), _VAE_RATE, steps)
     vae.train()
     for _ in bar(steps, "Autoencoder"):

@@ -15,10 +15,10 @@ from ..families import AttentionFamily, Form, MLPFamily, Stream
 _TEXT = Stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
 
 _NOT_BUILT = "compression of rotated or joint attention is built for Stable Diffusion 3 and Qwen-Image alone"
-# These give their kernel the module's scale;
-_given = Form(scale="given")
+# These give their kernel the module's scale, and pass norms of queries and keys over;
+_given = Form(scale="given", norms=False)
 # and with these it takes the root of the width of the heads.
-_width = Form(scale="width")
+_width = Form(scale="width", heads_first=True)
 _rotary = partial(Form, scale="width", compress=_NOT_BUILT)
 _joint = partial(_rotary, (_TEXT,), "image_rotary_emb")
 _LINEAR = "its attention is linear: it takes queries and keys apart, so there are no scores to add to"
@@ -27,13 +27,15 @@ _LINEAR = "its attention is linear: it takes queries and keys apart, so there ar
 PROCESSORS: dict[str, Form] = {
     **dict.fromkeys(("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor"), _given),
     **dict.fromkeys(("AttnProcessor2_0", "FusedAttnProcessor2_0", "AttnProcessorNPU"), _width),
-    **dict.fromkeys(("XLAFlashAttnProcessor2_0", "SanaAttnProcessor2_0"), _width),
+    "XLAFlashAttnProcessor2_0": _width,
+    "SanaAttnProcessor2_0": Form(scale="width"),
     **dict.fromkeys(
         ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), _rotary((_TEXT,), heads_first=True, compress=None)
     ),
     "QwenDoubleStreamAttnProcessor2_0": _joint(compress=None),
     "HunyuanVideoAttnProcessor2_0": _joint(),
     "HunyuanImageAttnProcessor": _joint(),
+    "BriaAttnProcessor": _joint(),
     **dict.fromkeys(("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"), _rotary((_TEXT,), scale="given")),
     "ZSingleStreamAttnProcessor": _rotary(rotary="freqs_cis"),
     "Lumina2AttnProcessor2_0": _rotary(rotary="image_rotary_emb", scale="given"),

@@ -63,6 +63,10 @@ def _scale_of_width(module: nn.Module) -> float:
     return module.attention_head_size**-0.5
 
 
+def _scale_of_head_dim(module: nn.Module) -> float:
+    return module.head_dim**-0.5
+
+
 # One module with q_proj, k_proj, v_proj and o_proj.
 _vit: Callable[..., AttentionFamily] = partial(
     AttentionFamily, query="q_proj", key="k_proj", value="v_proj", output="o_proj"
@@ -93,9 +97,11 @@ _fused: Callable[..., AttentionFamily] = partial(
     dropout=None,
     hosted=True,
 )
+# Cosines and sines that take the columns of either half of a head together.
+_HALVES = Form(rotary="position_embeddings", layout="halves")
 # Rotary positions: their own forward runs, and the value/output product alone is one matrix.
 _rotary: Callable[..., AttentionFamily] = partial(
-    _vit, num_heads="num_heads", dropout="dropout", refuse_qk=_refuse_rotary, hosted=True
+    _vit, num_heads="num_heads", dropout="dropout", refuse_qk=_refuse_rotary, hosted=True, form=_HALVES
 )
 
 FAMILIES: tuple[AttentionFamily, ...] = (
@@ -131,13 +137,17 @@ FAMILIES: tuple[AttentionFamily, ...] = (
         _paths("data2vec.Data2VecVisionSelfAttention data2vec.Data2VecVisionSdpaSelfAttention"),
     ),
     *map(
-        partial(_rotary, form=Form(rotary="position_embeddings", layout="halves")),
-        _paths("dinov3_vit.DINOv3ViTAttention eomt_dinov3.EomtDinov3Attention"),
+        _rotary,
+        _paths("dinov3_vit.DINOv3ViTAttention pixtral.PixtralAttention eomt_dinov3.EomtDinov3Attention"),
     ),
-    _rotary(_path("pixtral.PixtralAttention")),
     _rotary(_path("mlcd.MLCDAttention"), output="out_proj", tokens_first=True),
     _rotary(_path("video_llama_3.VideoLlama3VisionAttention"), output="out_proj", dropout="attention_dropout"),
-    _rotary(_path("llama4.Llama4VisionAttention"), dropout="attention_dropout"),
+    _rotary(
+        _path("llama4.Llama4VisionAttention"),
+        dropout="attention_dropout",
+        form=Form(rotary="freqs_ci"),
+        scale_of=_scale_of_head_dim,
+    ),
     _rotary(
         _path("vjepa2.VJEPA2RopeAttention"),
         query="query",
@@ -147,6 +157,8 @@ FAMILIES: tuple[AttentionFamily, ...] = (
         num_heads="num_attention_heads",
         head_dim="attention_head_size",
         dropout="dropout_prob",
+        form=Form(by_itself=True),
+        sizes=(("all_head_size",), ()),
     ),
     *map(
         partial(
@@ -156,11 +168,13 @@ FAMILIES: tuple[AttentionFamily, ...] = (
             refuse_qk=_refuse_norm,
             hosted=True,
             fixed_width=True,
+            norms=("q_norm", "k_norm"),
+            sizes=(("embed_dim",), ()),
         ),
         _paths("internvl.InternVLVisionAttention janus.JanusVisionAttention"),
     ),
     *map(
-        partial(_fused, refuse_qk=_refuse_rotary),
+        partial(_fused, refuse_qk=_refuse_rotary, form=_HALVES),
         _paths(
             "qwen2_vl.VisionAttention qwen2_5_vl.Qwen2_5_VLVisionAttention qwen3_vl.Qwen3VLVisionAttention "
             "qwen3_vl_moe.Qwen3VLMoeVisionAttention qwen3_5.Qwen3_5VisionAttention "
@@ -168,7 +182,7 @@ FAMILIES: tuple[AttentionFamily, ...] = (
             "glm4v.Glm4vVisionAttention glm4v_moe.Glm4vMoeVisionAttention"
         ),
     ),
-    _fused(_path("glm_ocr.GlmOcrVisionAttention"), refuse_qk=_refuse_norm),
+    _fused(_path("glm_ocr.GlmOcrVisionAttention"), refuse_qk=_refuse_norm, norms=("q_norm", "k_norm"), form=_HALVES),
     _fused(_path("glm_image.GlmImageVisionAttention")),
     _fused(
         _path("modernbert.ModernBertAttention"),
@@ -176,6 +190,8 @@ FAMILIES: tuple[AttentionFamily, ...] = (
         output="Wo",
         num_heads="config.num_attention_heads",
         refuse_qk=_refuse_rotary,
+        form=_HALVES,
+        scale_of=_scale_of_head_dim,
     ),
     *map(
         partial(_fused, output="projection", fixed_width=True),

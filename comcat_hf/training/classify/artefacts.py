@@ -26,11 +26,7 @@ _FIELDS = {"seed": whole(), "stages": _STAGES, "begun": _STAGES}
 
 @dataclass(frozen=True)
 class Artefacts:
-    """The folder of a run.
-
-    Attributes:
-        folder: `output_dir`; the final model lies in it.
-    """
+    """The folder of a run."""
 
     folder: Path
 
@@ -77,7 +73,6 @@ class Artefacts:
         """Whether a stage was finished.
 
         Args:
-            stage: its name.
             facts: what decides its result, as [`CompressSettings.facts`] gives it. Where the record has no such fact,
                 an older version wrote it: it is taken for the same.
 

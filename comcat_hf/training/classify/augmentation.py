@@ -31,8 +31,6 @@ class ImagePreparation:
     """Pillow images in, model inputs out.
 
     Attributes:
-        processor: the image processor of the model.
-        size: height and width of the inputs.
         scale, offset: `(3, 1, 1)` each; a pixel `x` between 0 and 1 enters the model as `x * scale + offset`.
         channels: which channel of the image each channel of the input is.
         crop_scale: least share of the area that is cropped; 1 leaves the cropping to the processor.
@@ -56,10 +54,6 @@ class ImagePreparation:
     @classmethod
     def of(cls, settings: CompressSettings, image_processor: Any) -> "ImagePreparation":
         """What the settings ask for, with the sizes and the normalisation of the model's image processor.
-
-        Args:
-            settings: the augmentations.
-            image_processor: of transformers, best one of its Pillow backend.
 
         Raises:
             InvalidValueError: the processor's inputs have another form, or an augmentation needs kornia, which is
@@ -85,10 +79,6 @@ class ImagePreparation:
 
     def check(self, model: nn.Module, source: str) -> None:
         """See whether a model takes these inputs.
-
-        Args:
-            model: the classifier, in eval mode.
-            source: its folder or Hub id, for messages.
 
         Raises:
             InvalidValueError: it does not.
@@ -152,11 +142,10 @@ class Mixing:
 
     The partner of an image is the one as far from the batch's end as it is from its start; the share is drawn once
     per batch. The batch is that of one process: with other sizes and numbers of processes others are mixed. kornia's
-    mixing draws shares evenly, not from the beta distribution that the recipes of these models name, so this is plain
-    torch.
+    RandomMixUpV2 draws shares evenly, not from the beta distribution that the recipes of these models name, and its
+    RandomCutMixV2 keeps rectangles inside the image, where the recipes cut them off at its edge, so this is torch.
 
     Attributes:
-        classes: how many there are.
         mixup, cutmix: alphas of the beta distributions; 0 leaves the one out.
         probability: of mixing a batch at all.
         switch: probability of CutMix where both are on.
@@ -193,8 +182,6 @@ class Mixing:
         """Mix a batch.
 
         Args:
-            pixel_values: `(B, 3, H, W)`.
-            labels: `(B,)`.
             generator: where the draws come from; not needed where nothing mixes.
 
         Returns:

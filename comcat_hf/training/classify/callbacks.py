@@ -13,7 +13,7 @@ from ...errors import CheckpointError, brief
 from ...progress import progress_bar
 from ..interruption import Interruption, stopped_by
 from .ema import WeightAverage
-from .logs import LOG, TrainingLog
+from .logs import LOG, write_log
 
 
 __all__ = ["JSONLogCallback", "ProgressBar", "StopOnSignal", "WeightAverageCallback"]
@@ -120,17 +120,15 @@ class JSONLogCallback(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.path = Path(folder) / LOG
-        self._log: TrainingLog | None = None
+        self._writes = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the file, without the lines of steps that come again."""
-        self._log = TrainingLog(self.path, state.global_step, state.is_world_process_zero)
-
-    def has(self, step: int, prefix: str) -> bool:
-        """Whether a line of a step, kept from before, holds a name that begins so."""
-        return self._log.has(step, prefix)
+        """Begin with the lines of the checkpoint; those of later steps come again."""
+        self._writes = state.is_world_process_zero
+        if self._writes:
+            write_log(self.path, state.log_history, append=False)
 
     def on_log(
         self,
@@ -141,15 +139,14 @@ class JSONLogCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append a line, but for the summary of a `train()`, which is one of several where it was interrupted."""
-        if self._log is not None and "train_runtime" not in (logs or {}):
-            self._log.write(step=state.global_step, **(logs or {}))
+        if self._writes and "train_runtime" not in (logs or {}):
+            write_log(self.path, state.log_history[-1:], append=True)
 
 
 class ProgressBar(TrainerCallback):
     """One bar over all steps, on the main process, in place of those of `Trainer`.
 
     Args:
-        name: what it says.
         progress: show it; by default where transformers shows its own.
     """
 

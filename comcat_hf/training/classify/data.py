@@ -64,10 +64,6 @@ class BrokenImages:
     def note(self, place: str, reason: str) -> None:
         """Count an image; the first few are logged as warnings.
 
-        Args:
-            place: which one; it counts once.
-            reason: what is wrong with it.
-
         Raises:
             InvalidValueError: there are too many now.
         """
@@ -91,13 +87,7 @@ class BrokenImages:
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """A row that was not yet decoded.
-
-    Attributes:
-        place: which one it is, for messages.
-        image: `{"bytes": ..., "path": ...}`, or `None`.
-        label: as the data set writes it.
-    """
+    """A row that was not yet decoded."""
 
     place: str
     image: Any
@@ -111,7 +101,6 @@ class Split:
     Attributes:
         name: for messages.
         rows: the data set, images not decoded.
-        image_column, label_column: its columns.
         labels: from its labels to the model's numbers.
         size: how many images; `None` for a stream of unknown length.
         streaming: whether images can only be read one after the other.
@@ -188,9 +177,7 @@ class Splits:
     """What a run reads.
 
     Attributes:
-        train: to train on.
         search: to search ranks on; cut off from what was `train`, where that can be.
-        validation: to evaluate on.
         labels: the names of the classes by number: the model's, or the data's where the model's say nothing.
     """
 
@@ -205,11 +192,6 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
 
     With `max_train_samples` a random choice of the training images stays, of a stream the first ones; the choice of
     `max_eval_samples` is random as well, but does not depend on the seed, so that runs can be compared.
-
-    Args:
-        settings: which images.
-        config: of the dense model; its `id2label` are the labels.
-        seed: of the run.
 
     Raises:
         InvalidValueError: a source is missing or cannot be read, lacks a column, or has labels that the model lacks;
@@ -277,7 +259,7 @@ def _cut_search(split: Split, share: float, generator: torch.Generator) -> tuple
 def _shuffled(rows: Iterator[RawImage], generator: torch.Generator) -> Iterator[RawImage]:
     """Through a buffer: every row that comes takes the place of a random one, which goes.
 
-    `datasets` can do the same, at a hundred times the cost of reading a small image.
+    Rows that `datasets` shuffles do not say their numbers, by which broken ones are named and counted once.
     """
     buffer = list(islice(rows, _BUFFER))
     if len(buffer) == _BUFFER:

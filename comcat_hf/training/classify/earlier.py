@@ -16,6 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from ...errors import CheckpointError
 from ...tensor_files import check_shapes, read_safetensors
 from ..checkpoints import Progress, restore_random_states, restore_states
+from .logs import LOG, read_log
 
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ def readable(trainer: "DistillationTrainer", checkpoint: Path, steps: int) -> It
     """A folder from which `Trainer` resumes: the checkpoint itself, or an earlier version's in files of `Trainer`.
 
     Everything is carried over to the bit: weights, optimizer, rate, random states, moving average, losses.
-
-    Args:
-        trainer: that resumes.
-        checkpoint: a whole one.
-        steps: of the training.
 
     Raises:
         CheckpointError: it is of another engine, or of an earlier version with FSDP or DeepSpeed, or does not fit.
@@ -87,6 +83,7 @@ def _carry_over(trainer: "DistillationTrainer", checkpoint: Path, folder: Path, 
     for name, state in files.items():
         torch.save(state.state_dict(), folder / name)
     state = TrainerState(global_step=progress.step, train_batch_size=trainer.args.train_batch_size)
+    state.log_history = read_log(Path(trainer.args.output_dir, LOG), progress.step)
     state.compute_steps(trainer.args, steps)
     state.save_to_json(str(folder / TRAINER_STATE_NAME))
     progress.write(folder)

@@ -19,7 +19,6 @@ class WeightAverage:
     only.
 
     Args:
-        model: as it is before the first step; the average starts there.
         decay: 0 to below 1; share of the old average in the new one.
     """
 

@@ -16,11 +16,6 @@ __all__ = ["blocks_of", "prepare_engine"]
 def prepare_engine(accelerator: Accelerator, settings: CompressSettings, model: nn.Module) -> None:
     """Tell the engine that spreads the training over processes, if there is one, what it cannot find out.
 
-    Args:
-        accelerator: whose processes train.
-        settings: how.
-        model: what is trained, not yet prepared.
-
     Raises:
         InvalidValueError: settings that the engine does not go together with.
     """
@@ -32,9 +27,6 @@ def blocks_of(model: nn.Module) -> list[str]:
 
     accelerate shards the classes that the model names as indivisible, then the input embeddings by themselves. A ViT
     names the module around its patch embeddings among them, which would so be sharded twice.
-
-    Args:
-        model: a transformers model, or a PEFT model around one.
     """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     present = {type(module).__name__ for module in model.modules()}

@@ -28,7 +28,7 @@ from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
 from .models import load_classifier, load_image_processor
 from .settings import ALTERNATIVES, CompressSettings
-from .stream import evaluation_batches
+from .stream import ImageReader
 
 
 __all__ = ["EvaluateSettings", "EvaluationReport", "evaluate_models", "parse_evaluate_settings"]
@@ -94,11 +94,7 @@ class EvaluateSettings:
             raise InvalidValueError(f"--output {self.output}: expected a file, found a folder. Give a file's name.")
 
     def data(self, source: str | None = None) -> CompressSettings:
-        """The settings of a training that would evaluate on the same images.
-
-        Args:
-            source: the model whose image processor is meant; by default that which is evaluated.
-        """
+        """The settings of a training that would evaluate on the same images."""
         shared = {f.name for f in fields(CompressSettings)} & {f.name for f in fields(self)}
         given = {name: getattr(self, name) for name in shared}
         revision = {} if source is None else {"model_name_or_path": source, "model_revision": None}
@@ -224,7 +220,6 @@ def evaluate_models(
     models in turns, so that a machine that slows down does so for both.
 
     Args:
-        settings: what to measure.
         accelerator: by default one of all processes that were launched.
         report: called on the main process with lines that a user wants to read.
 
@@ -278,17 +273,9 @@ def _accuracy(model: nn.Module, data: CompressSettings, accelerator: Accelerator
         )
     preparation = ImagePreparation.of(data, load_image_processor(data))
     preparation.check(model, str(data.model_name_or_path))
-    broken = BrokenImages.of(data, split)
-    batches = evaluation_batches(
-        split,
-        preparation,
-        data.per_device_eval_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        data.dataloader_num_workers,
-        broken,
-    )
-    return evaluate_classifier(model, batches, accelerator, progress=progress, broken=broken)
+    share = accelerator.process_index, accelerator.num_processes
+    reader = ImageReader(split, preparation, data, BrokenImages.of(data, split), 0, *share)
+    return evaluate_classifier(model, reader.evaluate(), accelerator, progress=progress, broken=reader.broken)
 
 
 def _macs(model: nn.Module, source: str, say: Callable[[str], None]) -> int | None:

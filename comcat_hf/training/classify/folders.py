@@ -31,9 +31,6 @@ class CompressedFolder:
     """A small model and its sizes.
 
     Attributes:
-        folder: where it lies.
-        name: its class.
-        library: that loads it.
         plain: whether it loads without this package.
         rows: dense against compressed: parameters, and MACs where they can be counted. The first one is the head.
     """

@@ -32,13 +32,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """From what a data set writes to the model's numbers.
-
-    Attributes:
-        numbers: the model's number of each value.
-        place: of the data set, for messages.
-        column: with the labels, for messages.
-    """
+    """From what a data set writes to the model's numbers."""
 
     numbers: Mapping[Any, int] = field(repr=False)
     place: str
@@ -62,10 +56,6 @@ class LabelTable:
 
 def model_labels(config: Any, place: str) -> tuple[tuple[str, ...], bool]:
     """The names of a model's labels by number, and whether someone chose them (`LABEL_0` and so on nobody did).
-
-    Args:
-        config: of a classifier that gives each image one label.
-        place: which model it is, for messages.
 
     Raises:
         InvalidValueError: it is one for regression or for several labels per image, or its labels are not numbered

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ...errors import CheckpointError, ComCATError
 from ...hub import write_text_atomic
 
 
-__all__ = ["LOG", "LossMeter", "TrainingLog", "cannot_write"]
+__all__ = ["LOG", "LossMeter", "cannot_write", "read_log", "write_log"]
 
 LOG = "training_log.jsonl"
 _PARTS = tuple(field.name for field in fields(LossParts))
@@ -30,7 +30,6 @@ class LossMeter:
     """The losses since they were read last, per batch of this process; nothing waits for the device before that.
 
     Args:
-        accelerator: whose processes' losses are averaged.
         batches: of one optimizer step.
     """
 
@@ -52,9 +51,6 @@ class LossMeter:
     def check(self, step: int) -> None:
         """See that all losses are finite; all processes call it together.
 
-        Args:
-            step: optimizer steps that are done.
-
         Raises:
             ComCATError: one is not; on all processes.
         """
@@ -71,9 +67,6 @@ class LossMeter:
 
     def read(self, step: int) -> dict[str, float]:
         """The mean losses over all processes since they were read last, and images per second since the clock began.
-
-        Args:
-            step: optimizer steps that are done.
 
         Raises:
             ComCATError: a loss is not finite.
@@ -105,51 +98,27 @@ class LossMeter:
         return self._before
 
 
-class TrainingLog:
-    """A file with a line of JSON per report, which reads as one run however often that was interrupted.
+def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a log up to a step, without those that were cut short."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [line for text in lines if (line := _parse(text)) and line["step"] <= step]
 
-    Args:
-        path: of the file.
-        step: of the checkpoint that the training goes on from. Lines of later steps are dropped: they come again.
-        writes: whether this process writes; others keep nothing.
+
+def write_log(path: Path, lines: Iterable[Mapping[str, Any]], *, append: bool) -> None:
+    """Write lines of JSON, or append them.
 
     Raises:
         ComCATError: the file cannot be written.
     """
-
-    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
-        self._path, self._writes = path, writes
-        self._lines: list[dict[str, Any]] = []
-        if not writes:
-            return
-        try:
-            if step and path.is_file():
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                self._lines = [line for text in lines if (line := _parse(text)) and line["step"] <= step]
-            write_text_atomic(path, "".join(map(_text, self._lines)))
-        except OSError as error:
-            raise cannot_write(path, error) from error
-
-    def has(self, step: int, prefix: str) -> bool:
-        """Whether a line of a step, kept from before, holds a name that begins so."""
-        return any(line["step"] == step and any(key.startswith(prefix) for key in line) for line in self._lines)
-
-    def write(self, **values: Any) -> None:
-        """Append a line.
-
-        Args:
-            values: numbers by name, with `step`.
-
-        Raises:
-            ComCATError: the file cannot be written.
-        """
-        if not self._writes:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(_text(values))
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
+    text = "".join(map(_text, lines))
+    try:
+        if append:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        else:
+            write_text_atomic(path, text)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: Exception) -> ComCATError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,9 +17,9 @@ from ...compression.distillation import DistillationLoss
 from ...errors import ComCATError
 from ...modeling import meta_copy
 from ..checkpoints import Progress
-from ..flags import fixed_flags, values_deciding
 from ..interruption import Interrupted, Interruption
 from ..seeds import random_states, seeded, set_random_states
+from ..trackers import start_trackers
 from .callbacks import JSONLogCallback, ProgressBar, StopOnSignal, WeightAverageCallback
 from .earlier import readable
 from .engines import prepare_engine
@@ -34,12 +34,9 @@ __all__ = ["TrainResult", "TrainRun", "finetune_model"]
 
 Batch = Mapping[str, Any]
 
-# What no continuation may change: what is trained, and what is kept beside it.
-_MUST = (*fixed_flags(CompressSettings), "plan")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 # Steps between two questions whether another process was told to stop: each waits for all devices.
 _ASK_EVERY = 10
-_SECRETS = ("token", "hub_token")
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,11 @@ class TrainRun:
     """A fine-tuning that is ready to go.
 
     Attributes:
-        settings: how.
-        accelerator: whose processes train.
-        student: what is trained, and its teacher.
-        seed: of the run.
         plan: digest of the rank plan; a checkpoint of another plan is refused.
         batches: from the first batch and a number to so many batches of this process: `"pixel_values"`
             `(B, 3, H, W)` and `"labels"` `(B,)` or `(B, classes)`.
-        steps: optimizer steps of the whole training.
-        steps_per_epoch: optimizer steps in which all images occur.
         evaluate: from a model to its metrics; all processes call it together. `None` for no evaluation.
         interruption: notes signals; the caller has entered it.
-        say: called with lines that a user wants to read.
-        checkpoint: what the training goes on from, or `None`.
     """
 
     settings: CompressSettings
@@ -111,9 +100,6 @@ def finetune_model(run: TrainRun) -> TrainResult:
     A training that was interrupted and resumed with the same settings ends with the same weights as one that was not:
     on a CPU to the bit. At the end `run.student.model` is in eval mode, with the moving average in the place of its
     weights if there is one, and without what accelerate put around it.
-
-    Args:
-        run: what, how and on which batches.
 
     Raises:
         InvalidValueError: settings that do not go together, a checkpoint of another plan, model or route.
@@ -196,14 +182,14 @@ class _StageTrainer(DistillationTrainer):
         rising = warmup_steps(settings, run.steps)
         self.share = lambda step: rate_at(step, highest, last, run.steps, rising) / highest
         self.stopper = StopOnSignal(run.interruption, accelerator, min(_ASK_EVERY, settings.logging_steps))
-        self.records = JSONLogCallback(settings.output_path)
+        log = JSONLogCallback(settings.output_path)
         average = [] if settings.ema_decay is None else [WeightAverageCallback(settings.ema_decay)]
         super().__init__(
             model=run.student.model,
             teacher=run.student.teacher,
             args=_arguments(run, highest),
             distillation=loss,
-            callbacks=[*average, self.stopper, self.records, ProgressBar("Fine-tuning", True), _Flow(self)],
+            callbacks=[*average, self.stopper, log, ProgressBar("Fine-tuning", True), _Flow(self)],
         )
         self.remove_callback(PrinterCallback)
         if self.teacher is not None and settings.torch_compile:
@@ -285,14 +271,11 @@ class _Flow(TrainerCallback):
     ) -> None:
         """Start trackers; a training that ended between a step and its evaluation makes up for it."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        if accelerator.log_with:
-            accelerator.init_trackers("comcat-compress", config=_shown(trainer.run.settings))
+        start_trackers(accelerator, "comcat-compress", trainer.run.settings)
         trainer.meter.restart_clock()
         if 0 < state.global_step < state.max_steps and self._is_due(state.global_step):
-            missed = [not trainer.records.has(state.global_step, "eval_")]
-            if accelerator.num_processes > 1:
-                missed = broadcast_object_list(missed)
-            if missed[0]:
+            logged = [name for line in state.log_history if line["step"] == state.global_step for name in line]
+            if not any(name.startswith("eval_") for name in logged):
                 trainer.evaluate()
 
     def on_epoch_begin(
@@ -348,15 +331,6 @@ def _first_step(run: TrainRun) -> int:
     if run.checkpoint is None:
         return 0
     done = Progress.read(run.checkpoint)
-    must = _MUST
-    if done.step >= run.steps:
-        # Nothing is left to train: what differs would not come to bear.
-        must = tuple(name for name in values_deciding(run.settings, "finetune") if name != "max_train_steps")
-    done.compare(run.facts(), run.checkpoint, must)
+    done.compare(run.facts(), run.checkpoint, run.settings, "finetune", run.steps, ("plan",))
     run.say(f"Going on from {run.checkpoint}.")
     return done.step
-
-
-def _shown(settings: CompressSettings) -> dict[str, Any]:
-    shown = {name: value for name, value in vars(settings).items() if isinstance(value, int | float | str)}
-    return {name: value for name, value in shown.items() if name not in _SECRETS}

@@ -22,9 +22,7 @@ def load_classifier(
     """Read an image classifier, dense or compressed, in float32, with all its weights.
 
     Args:
-        source: folder or Hub id.
         flag: what the user gave it with; errors name it.
-        revision, cache_dir, token: as in `from_pretrained`.
 
     Returns:
         the model in eval mode.

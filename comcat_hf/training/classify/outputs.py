@@ -1,6 +1,5 @@
 """What a run leaves behind: the small model, a card, results, and a copy on the Hub."""
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,6 @@ def write_model_card(
     """Write the card of a compressed model from what was measured; a person's words in a card that is there are kept.
 
     Args:
-        folder: where the model lies.
-        settings: what it was made from.
-        plan: its sizes.
         metrics: of the dense, the initial and the final model; those of the final one make the card's results.
         picture: of ranks and spectra, in the same folder.
     """
@@ -88,15 +84,12 @@ def push_model(folder: Path, settings: CompressSettings) -> str:
     Returns:
         the commit's address.
     """
-    with tempfile.TemporaryDirectory() as staging:
-        for path in folder.iterdir():
-            # The record of the stages, push_folder leaves here.
-            if path.is_file() and path.suffix in _PUSHED:
-                shutil.copy2(path, staging)
-        return push_folder(
-            staging,
-            settings.hub_model_id or folder.resolve().name,
-            private=settings.hub_private or None,
-            commit_message="Compress with comcat_hf",
-            token=settings.hub_token,
-        )
+    return push_folder(
+        folder,
+        settings.hub_model_id or folder.resolve().name,
+        private=settings.hub_private or None,
+        commit_message="Compress with comcat_hf",
+        token=settings.hub_token,
+        # The record of the stages, push_folder leaves here.
+        allow_patterns=[path.name for path in folder.iterdir() if path.is_file() and path.suffix in _PUSHED],
+    )

@@ -59,11 +59,6 @@ class Steps:
 def plan_steps(settings: CompressSettings, batches: int | None, processes: int) -> Steps:
     """Count the steps of a fine-tuning.
 
-    Args:
-        settings: what was asked.
-        batches: of one process in an epoch, where that is known.
-        processes: that train together.
-
     Raises:
         InvalidValueError: a stream of unknown length without `--max_train_steps`.
     """
@@ -83,19 +78,13 @@ class CompressPlan:
     """The sizes of a run.
 
     Attributes:
-        settings: what was asked.
-        model: class of the classifier.
         plan: the ranks; `None` where none can be known yet.
         exact: whether these are the ranks that will be used, and not those of another strategy for the same share.
         parameters, macs: of the dense and the small model; MACs of one image.
         trained: parameters that fine-tuning changes.
         bytes: of weights, gradients, optimizer state, moving average and teacher per process, without activations.
-        images: in the training set, if known.
-        processes: that train together.
-        steps: of the fine-tuning.
         first_step: how many of them a checkpoint has done.
         learning_rate: the highest rate, scaled if that was asked.
-        seed: of the run.
     """
 
     settings: CompressSettings
@@ -173,16 +162,7 @@ def describe_run(
     """Count what a run comes to; nothing is written.
 
     Args:
-        settings: what was asked.
-        dense: the dense model.
         artefacts: of the run so far; a plan that is there is used.
-        images: in the training set, if known.
-        processes: that train together.
-        steps: of the fine-tuning.
-        first_step: where it starts.
-        learning_rate: the highest rate.
-        seed: of the run.
-        plan: the ranks, where they are known.
 
     Raises:
         BudgetError: a reduction out of reach.

@@ -65,16 +65,7 @@ def write_run_report(
     statistics: Mapping[str, Any] | None,
     points: Sequence[SweepPoint],
 ) -> Path:
-    """Write `report.html`: one file with the tables and, where matplotlib is installed, the pictures of a run.
-
-    Args:
-        artefacts: of the run; the report goes into its folder.
-        dense: the dense model, on the CPU.
-        plan: what was done.
-        metrics: of the dense, the initial and the final model.
-        statistics: that the factors were fitted to.
-        points: other reductions that were measured.
-    """
+    """Write `report.html`: one file with the tables and, where matplotlib is installed, the pictures of a run."""
     before, after = plan.parameters
     base = shown_base(plan.settings.model_name_or_path)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,5 @@
 """The two ways to fine-tune: the stand-alone small model, or only the factors, beside one copy of the dense model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ...checks import some_of
 from ...compression.counting import example_inputs
 from ...compression.distillation import DistillationLoss
 from ...configs import RankPlan
@@ -18,7 +16,7 @@ from ...configs.adapter import ComCATConfig
 from ...errors import CheckpointError, InvalidValueError, brief
 from ...modeling import eval_mode
 from ...native import plan_of
-from ...tuners.layer import CompressLayer
+from ...tensor_files import check_shapes
 from .models import load_classifier, load_teacher
 from .settings import CompressSettings
 
@@ -81,11 +79,7 @@ def make_loss(settings: CompressSettings) -> DistillationLoss:
 
 
 def finished(model: nn.Module) -> nn.Module:
-    """The stand-alone small model of a trained student, in eval mode.
-
-    Args:
-        model: `Student.model` after training. A PEFT model is taken apart: its base becomes the small model.
-    """
+    """The stand-alone small model of a trained student, in eval mode."""
     small = model.merge_and_unload() if isinstance(model, PeftModel) else model
     return small.requires_grad_(True).eval()
 
@@ -94,10 +88,6 @@ def freeze_unreached(model: nn.Module, loss: DistillationLoss) -> list[str]:
     """Freeze the parameters that no gradient reaches, such as mask tokens; several processes cannot train with them.
 
     Found by one pass over an empty image, in eval mode: nothing random is drawn.
-
-    Args:
-        model: the student.
-        loss: which of its outputs count.
 
     Returns:
         names of what was frozen.
@@ -124,11 +114,6 @@ def freeze_unreached(model: nn.Module, loss: DistillationLoss) -> list[str]:
 
 def prepare_student(student: Student, settings: CompressSettings, loss: DistillationLoss) -> None:
     """Make a student ready to train: freeze what no gradient reaches, and do what the settings ask of its passes.
-
-    Args:
-        student: changed in place.
-        settings: gradient checkpointing and compilation.
-        loss: which of the student's outputs count.
 
     Raises:
         InvalidValueError: nothing to train, or a model that cannot do without its activations.
@@ -206,9 +191,14 @@ def _copy_weights(small: nn.Module, base: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: a name or shape is missing on either side, or frozen weights differ.
     """
-    own, trained = _targets(base)
+    # Adapted weights hide the dense ones of the same name.
+    named = sorted(base.named_parameters(remove_duplicate=False), key=lambda pair: pair[1].requires_grad)
+    own = {_plain_name(name): parameter for name, parameter in named}
+    trained = {_plain_name(name) for name, parameter in named if parameter.requires_grad}
     found = dict(small.named_parameters(remove_duplicate=False))
-    _check_names(found, own, trained, folder)
+    meant = {name: own[name] for name in own.keys() & (found.keys() | trained)}
+    again = "Make the model again: the stage initialize, with --overwrite_output_dir or another --output_dir."
+    check_shapes(found, meant, folder, again)
     for name, value in found.items():
         if name in trained:
             own[name].copy_(value)
@@ -217,48 +207,6 @@ def _copy_weights(small: nn.Module, base: nn.Module, folder: Path) -> None:
                 f"{folder}: expected the dense model's {name}, which route peft leaves as it is, found other values. "
                 "Add its module to --modules_to_save, or take --route full."
             )
-
-
-def _check_names(found: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: set[str], folder: Path) -> None:
-    again = "Make it again: the stage initialize, with --overwrite_output_dir or another --output_dir."
-    if missing := trained - found.keys():
-        raise CheckpointError(
-            f"{folder}: expected a small model with {some_of(sorted(missing))}, found it without. {again}"
-        )
-    if extra := found.keys() - own.keys():
-        raise CheckpointError(
-            f"{folder}: expected a small model with the dense model's weights and the factors of its plan, found also "
-            f"{some_of(sorted(extra))}. {again}"
-        )
-    for name in found:
-        if found[name].shape != own[name].shape:
-            raise CheckpointError(
-                f"{folder}: expected {name} of shape {tuple(own[name].shape)}, found {tuple(found[name].shape)}. "
-                f"{again}"
-            )
-
-
-def _targets(base: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """The parameters of an adapted model by the names they have in the small one, and which of them are trained."""
-    named = list(base.named_parameters(remove_duplicate=False))
-    own: dict[str, Tensor] = {}
-    trained: set[str] = set()
-    for name, parameter in sorted(named, key=lambda pair: pair[1].requires_grad):
-        plain = _plain_name(name)
-        own[plain] = parameter
-        if parameter.requires_grad:
-            trained.add(plain)
-    # What stands behind factors has no place in the small model.
-    for path, layer in base.named_modules(remove_duplicate=False):
-        if isinstance(layer, CompressLayer):
-            path = _plain_name(f"{path}.")
-            factors = layer.comcat_factors[_ADAPTER]
-            kept = {f"{path}{name}" for name, _ in factors.named_parameters()}
-            borrowed = tuple(f"{path}{name}." for name in factors.__dict__.get("_borrowed", ()))
-            hidden = [n for n in own if n.startswith(path) and n not in kept and not n.startswith(borrowed or " ")]
-            for name in hidden:
-                del own[name]
-    return own, trained
 
 
 def _plain_name(name: str) -> str:

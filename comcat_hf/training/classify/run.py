@@ -1,12 +1,11 @@
 """A compression run: from settings to a folder with a small model."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -30,7 +29,7 @@ from .reporting import draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
 from .stages import Setting, allocate, calibrate, initialize
-from .stream import batches_per_epoch, evaluation_batches, train_batches
+from .stream import Batches
 from .sweep import SweepPoint, measure_sweep
 
 
@@ -50,8 +49,6 @@ class CompressResult:
         step: optimizer steps that are done.
         interrupted: the signal that ended it early, or `None`.
         checkpoint: what an interrupted fine-tuning goes on from.
-        commit: address of the upload.
-        sweep: other reductions that were measured.
     """
 
     output_dir: Path
@@ -78,7 +75,6 @@ def compress_vit(
     to the bit.
 
     Args:
-        settings: what and how.
         report: called on the main process with lines that a user wants to read.
         accelerator: by default one that the settings describe.
 
@@ -106,13 +102,7 @@ def compress_vit(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A run that is ready to go.
-
-    Attributes:
-        run: what stages need.
-        steps: of the fine-tuning.
-        checkpoint: what it goes on from, or `None`.
-    """
+    """A run that is ready to go."""
 
     run: Setting
     steps: Steps
@@ -244,23 +234,8 @@ def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Studen
     run, steps = prepared.run, prepared.steps
     settings, accelerator = run.settings, run.accelerator
     student = make_student(settings, run.dense, run.artefacts.initial)
-    split = run.train_split("fine-tuning")
+    reader = run.reader(run.train_split("fine-tuning"), run.broken)
     mixing = Mixing.of(settings, run.dense.config.num_labels)
-
-    def batches(start: int, count: int) -> Iterable[Mapping[str, Any]]:
-        return train_batches(
-            split,
-            run.preparation,
-            mixing,
-            settings,
-            run.seed,
-            start,
-            count,
-            accelerator.process_index,
-            accelerator.num_processes,
-            run.broken,
-        )
-
     run.say(f"Stage finetune: {steps.total:,} steps.")
     evaluate = None if run.splits.validation is None else lambda model: _evaluate(run, model)
     trained = finetune_model(
@@ -270,7 +245,7 @@ def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Studen
             student=student,
             seed=run.seed,
             plan=digest_of(ranks),
-            batches=batches,
+            batches=partial(reader.train, mixing),
             steps=steps.total,
             steps_per_epoch=steps.epoch,
             evaluate=evaluate,
@@ -341,24 +316,16 @@ def _keep(run: Setting, model: nn.Module) -> None:
 
 
 def _evaluate(run: Setting, model: nn.Module, name: str | None = None) -> dict[str, float]:
-    accelerator = run.accelerator
-    batches = evaluation_batches(
-        run.splits.validation,
-        run.preparation,
-        run.settings.per_device_eval_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        run.settings.dataloader_num_workers,
-        BrokenImages.of(run.settings, run.splits.validation),
-    )
-    asking = replace(batches, make=lambda: until_stopped(batches, accelerator, run.interruption))
+    split, accelerator = run.splits.validation, run.accelerator
+    batches = run.reader(split, BrokenImages.of(run.settings, split)).evaluate()
+    asking = Batches(lambda: until_stopped(batches, accelerator, run.interruption), batches.count)
     return evaluate_classifier(model, asking, accelerator, progress=name and f"Evaluating {name}")
 
 
 def _steps(run: Setting) -> Steps:
     if run.splits.train is None:
         return plan_steps(run.settings, 1, run.accelerator.num_processes)
-    batches = batches_per_epoch(run.splits.train, run.settings, run.accelerator.num_processes)
+    batches = run.reader(run.splits.train, run.broken).batches_per_epoch
     return plan_steps(run.settings, batches, run.accelerator.num_processes)
 
 

@@ -255,24 +255,14 @@ class CompressSettings:
         return from_data or "finetune" in self.stage_names or bool(self.sweep_reductions)
 
     def facts(self, stage: str, seed: int) -> dict[str, Any]:
-        """What decides the result of a stage, by name; what has no say is `None`.
-
-        Args:
-            stage: one whose result is kept.
-            seed: of the run.
-        """
+        """What decides the result of a stage, by name; what has no say is `None`."""
         searched = values_deciding(self, f"{stage} by search")
         if self.strategy != "search":
             searched = dict.fromkeys(searched)
         return values_deciding(self, stage) | searched | {"seed": seed}
 
     def interval(self, name: str, epoch: int) -> int | None:
-        """The steps between two checkpoints or evaluations; `None` for never.
-
-        Args:
-            name: `"checkpointing_steps"` or `"eval_steps"`.
-            epoch: steps per epoch.
-        """
+        """The steps between two checkpoints or evaluations; `None` for never."""
         value = getattr(self, name)
         if value is None or value == "none":
             return None

@@ -25,9 +25,6 @@ class Source:
     """Rows with an image and a label.
 
     Attributes:
-        place: the flag and its value, for messages.
-        rows: a map-style data set, or an iterable one; two columns, images not decoded.
-        features: of the two columns.
         size: number of rows; `None` where only the end of the stream tells.
     """
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .data import BrokenImages, Split, Splits
 from .models import load_teacher
 from .planning import request_of
 from .settings import CompressSettings
-from .stream import calibration_batches
+from .stream import ImageReader
 
 
 __all__ = ["Setting", "allocate", "allocated", "calibrate", "factorised", "initialize"]
@@ -42,12 +43,7 @@ class Setting:
     """All that is read before the first stage.
 
     Attributes:
-        settings, accelerator: how, and on what, stages run.
-        artefacts: the folder of the run.
         dense: the model that is compressed, frozen, in eval mode.
-        processor: its image processor.
-        splits, preparation, broken: the images.
-        seed: of the run.
         say: called on the main process with lines for the user.
         interruption: notes signals; the caller has entered it.
     """
@@ -63,23 +59,24 @@ class Setting:
     seed: int
     say: Callable[[str], None]
     interruption: Interruption
-    _batches: list[dict[str, Tensor]] = field(default_factory=list)
     _sensitivities: list[Sensitivities] = field(default_factory=list)
-    _latency: list[LatencyTable] = field(default_factory=list)
 
+    @cached_property
     def calibration_batches(self) -> list[dict[str, Tensor]]:
-        """The same on every process; read once."""
-        if not self._batches:
-            split = self.train_split("statistics")
-            self._batches = calibration_batches(split, self.preparation, self.settings, self.seed)
-        return self._batches
+        """The same on every process."""
+        return self.reader(self.train_split("statistics"), self.broken).calibrate()
+
+    def reader(self, split: Split, broken: BrokenImages) -> ImageReader:
+        """This process's share of a split."""
+        share = self.accelerator.process_index, self.accelerator.num_processes
+        return ImageReader(split, self.preparation, self.settings, broken, self.seed, *share)
 
     def sensitivities(self, statistics: Statistics | None) -> Sensitivities:
         """Of the dense model; measured once, by this process alone."""
         if not self._sensitivities:
             found = measure_sensitivities(
                 self.dense,
-                self.calibration_batches(),
+                self.calibration_batches,
                 **self.settings.where,
                 mlp=request_of(self.settings).mlp,
                 statistics=statistics,
@@ -89,11 +86,10 @@ class Setting:
             self._sensitivities.append(found)
         return self._sensitivities[0]
 
+    @cached_property
     def latency(self) -> LatencyTable:
-        """Of the dense model with one image; measured once, by this process alone."""
-        if not self._latency:
-            self._latency.append(measure_latency(self.dense, progress=True))
-        return self._latency[0]
+        """Of the dense model with one image; measured by this process alone."""
+        return measure_latency(self.dense, progress=True)
 
     def train_split(self, purpose: str) -> Split:
         if self.splits.train is None:
@@ -212,7 +208,7 @@ def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> n
     request = request_of(run.settings)
     how = {"compensate": request.compensate, "refine": request.refine, "statistics": statistics}
     how["layout"] = request.layout
-    batches = run.calibration_batches() if request.compensate or request.refine else None
+    batches = run.calibration_batches if request.compensate or request.refine else None
     return compress(run.dense.to(run.accelerator.device), plan=plan, batches=batches, **how, progress=True).cpu()
 
 
@@ -224,7 +220,7 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
     measured = settings.strategy == "sensitivity" and settings.sweep_reductions
     shared = {"sensitivities": run.sensitivities(statistics)} if measured else {}
     if settings.metric == "latency":
-        shared["latency"] = run.latency()
+        shared["latency"] = run.latency
     return allocate_ranks(
         run.dense,
         reduction,
@@ -234,7 +230,7 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
         mlp=request.mlp,
         layout=request.layout,
         statistics=statistics,
-        batches=run.calibration_batches() if request.measures else None,
+        batches=run.calibration_batches if request.measures else None,
         step=settings.rank_step,
         progress=True,
         **shared,
@@ -258,7 +254,7 @@ class _OwnBatches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         accelerator = self.run.accelerator
         with self.run.interruption.at_once() if accelerator.num_processes == 1 else nullcontext():
-            batches = self.run.calibration_batches()
+            batches = self.run.calibration_batches
         for first in range(0, len(batches), accelerator.num_processes):
             self.run.end_if_stopped()
             yield from batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]

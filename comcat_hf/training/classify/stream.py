@@ -7,7 +7,6 @@ batch. An image that cannot be read is replaced by the next of the stream.
 """
 
 import math
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ...errors import InvalidValueError
+from ..batches import make_loader, positions
 from ..images import BrokenImageError
-from ..seeds import MAX_SEED, seeded
+from ..seeds import seeded
 from .augmentation import ImagePreparation, Mixing
 from .data import BrokenImages, RawImage, Split, logger
 from .settings import CompressSettings
 
 
-__all__ = ["Batches", "batches_per_epoch", "calibration_batches", "evaluation_batches", "train_batches"]
+__all__ = ["Batches", "ImageReader"]
 
 # An image and those that may replace it.
 _CANDIDATES = 9
@@ -59,158 +59,110 @@ class Batches:
         return self.count
 
 
-def batches_per_epoch(split: Split, settings: CompressSettings, num_processes: int) -> int | None:
-    """Batches of one process in which all images occur, each `repeated_augmentation` times.
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the batches of one process from a split.
 
-    Args:
-        split: of the training.
-        settings: batch size and repetitions.
-        num_processes: how many share the images.
+    The processes that share a stream each read all of it, and decode their own images only.
 
-    Returns:
-        the number, or `None` for a stream of unknown length.
-    """
-    if split.size is None:
-        return None
-    positions = split.size * settings.repeated_augmentation
-    return math.ceil(positions / (settings.per_device_train_batch_size * num_processes))
-
-
-def train_batches(
-    split: Split,
-    preparation: ImagePreparation,
-    mixing: Mixing,
-    settings: CompressSettings,
-    seed: int,
-    start: int,
-    count: int,
-    process_index: int,
-    num_processes: int,
-    broken: BrokenImages,
-) -> Batches:
-    """The batches of one process; all processes together take `B * num_processes` positions at a time.
-
-    Batch `b` of process `r` holds the `B` positions from `(b * num_processes + r) * B`. The processes that share a
-    stream each read all of it, and decode their own images only.
-
-    Args:
-        split: of the training.
-        preparation, mixing: what is done to images and batches.
-        settings: batch size `B`, repetitions and worker processes.
-        seed: of the run.
-        start, count: the first batch, and how many.
-        process_index, num_processes: whose batches, and of how many.
+    Attributes:
+        split, preparation: the images, and what is done to each.
+        settings: batch sizes, repetitions and worker processes.
         broken: counts the images that cannot be read.
-
-    Returns:
-        batches of `pixel_values` `(B, 3, H, W)` and `labels`: `(B,)`, or `(B, classes)` where `mixing` mixes or
-        smooths.
+        seed: of the run.
+        process, processes: whose batches, and of how many.
     """
-    size = settings.per_device_train_batch_size
 
-    def make() -> Iterator[dict[str, Tensor]]:
-        sampler = _TrainSampler(
-            split, seed, size, settings.repeated_augmentation, start, count, process_index, num_processes
-        )
-        loader = _loader(_Items(split, preparation, seed), sampler, settings.dataloader_num_workers)
-        for batch, items in enumerate(loader, start=start):
-            _note(items, broken)
+    split: Split
+    preparation: ImagePreparation
+    settings: CompressSettings
+    broken: BrokenImages
+    seed: int = 0
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Batches in which all images occur, each `repeated_augmentation` times; `None` if that is unknown."""
+        if self.split.size is None:
+            return None
+        count = self.split.size * self.settings.repeated_augmentation
+        return math.ceil(count / (self.settings.per_device_train_batch_size * self.processes))
+
+    def train(self, mixing: Mixing, start: int, count: int) -> Iterator[dict[str, Tensor]]:
+        """Batches `start` and the following; all processes together take `B` positions each at a time.
+
+        Returns:
+            batches of `pixel_values` `(B, 3, H, W)` and `labels`: `(B,)`, or `(B, classes)` where `mixing` mixes or
+            smooths.
+        """
+        settings, order = self.settings, _Order(self.split, self.seed)
+        share = settings.per_device_train_batch_size, start, count, self.process, self.processes
+        # Rows of a stream are read here, once for all workers.
+        wanted = ([(p, order.window(p // settings.repeated_augmentation)) for p in own] for own in positions(*share))
+        for (first, *_), items in zip(positions(*share), self._load(wanted), strict=True):
             if not bool(items["valid"].all()):
                 raise InvalidValueError(
-                    f"{split.name}: expected images, found {_CANDIDATES} one after the other that cannot be read "
-                    f"({'; '.join(broken.places)}). Replace or remove them."
+                    f"{self.split.name}: expected images, found {_CANDIDATES} one after the other that cannot be read "
+                    f"({'; '.join(self.broken.places)}). Replace or remove them."
                 )
-            first = (batch * num_processes + process_index) * size
-            generator = seeded(seed, "mix", first) if mixing.mixes else None
+            generator = seeded(self.seed, "mix", first) if mixing.mixes else None
             pixel_values, labels = mixing(items["pixel_values"], items["labels"], generator)
             yield {"pixel_values": pixel_values, "labels": labels}
 
-    return Batches(make, count)
+    def evaluate(self) -> Batches:
+        """Batches in which every image occurs once over all processes.
 
+        All processes get equally many, filled up with rows that are not valid.
 
-def evaluation_batches(
-    split: Split,
-    preparation: ImagePreparation,
-    batch_size: int,
-    process_index: int,
-    num_processes: int,
-    workers: int,
-    broken: BrokenImages,
-) -> Batches:
-    """The batches of one process, in which every image occurs once over all processes.
+        Returns:
+            batches of `pixel_values` `(B, 3, H, W)`, `labels` `(B,)` (-100 where not valid) and `valid` `(B,)`, bool.
+        """
+        size = self.settings.per_device_eval_batch_size
+        total = None if self.split.streaming else math.ceil((self.split.size or 0) / (size * self.processes))
+        return Batches(lambda: self._load(_shares(self.split, size, self.process, self.processes)), total)
 
-    All processes get equally many batches, filled up with rows that are not valid.
+    def calibrate(self) -> list[dict[str, Tensor]]:
+        """Random images, prepared as for an evaluation; the same on every process.
 
-    Args:
-        split: of the evaluation.
-        preparation: what is done to images.
-        batch_size: images per batch and process, `B`.
-        process_index, num_processes: whose batches, and of how many.
-        workers: processes that read images ahead.
-        broken: counts the images that cannot be read; their rows are not valid.
+        Returns:
+            batches of `pixel_values` `(B, 3, H, W)`; the last one may be smaller. All images where there are fewer
+            than asked for.
 
-    Returns:
-        batches of `pixel_values` `(B, 3, H, W)`, `labels` `(B,)` (-100 where not valid) and `valid` `(B,)`, bool.
-    """
-    total = None if split.streaming else math.ceil((split.size or 0) / (batch_size * num_processes))
+        Raises:
+            InvalidValueError: no image can be read.
+        """
+        images, broken, wanted = [], 0, self.settings.calibration_samples
+        for raw in self._random_rows():
+            try:
+                images.append(self.preparation.evaluate(self.split.decode(raw)[0]))
+            except BrokenImageError as error:
+                broken += 1
+                logger.warning("%s cannot be read and is left out of the calibration: %s", error.place, error.reason)
+            if len(images) == wanted or broken > wanted:
+                break
+        if not images:
+            raise InvalidValueError(
+                f"{self.split.name}: expected images to calibrate on, found none of {broken} that can be read. "
+                "Replace them."
+            )
+        size = self.settings.calibration_batch_size
+        return [{"pixel_values": torch.stack(images[at : at + size])} for at in range(0, len(images), size)]
 
-    def make() -> Iterator[dict[str, Tensor]]:
-        sampler = _EvaluationSampler(split, batch_size, process_index, num_processes)
-        for items in _loader(_Items(split, preparation), sampler, workers):
-            _note(items, broken)
-            yield {name: items[name] for name in ("pixel_values", "labels", "valid")}
+    def _random_rows(self) -> Iterator[RawImage]:
+        generator = seeded(self.seed, "split", _CALIBRATION)
+        if self.split.streaming:
+            return self.split.stream(generator)
+        return map(self.split.raw, torch.randperm(self.split.size or 0, generator=generator).tolist())
 
-    return Batches(make, total)
-
-
-def calibration_batches(
-    split: Split, preparation: ImagePreparation, settings: CompressSettings, seed: int
-) -> list[dict[str, Tensor]]:
-    """Random images, prepared as for an evaluation; the same on every process.
-
-    Args:
-        split: of the training.
-        preparation: what is done to images.
-        settings: how many images, and how many per batch.
-        seed: of the run.
-
-    Returns:
-        batches of `pixel_values` `(B, 3, H, W)`; the last one may be smaller. All images where there are fewer than
-        asked for.
-
-    Raises:
-        InvalidValueError: no image can be read.
-    """
-    images, broken = [], 0
-    for raw in _calibration_rows(split, seed):
-        try:
-            images.append(preparation.evaluate(split.decode(raw)[0]))
-        except BrokenImageError as error:
-            broken += 1
-            logger.warning("%s cannot be read and is left out of the calibration: %s", error.place, error.reason)
-        if len(images) == settings.calibration_samples or broken > settings.calibration_samples:
-            break
-    if not images:
-        raise InvalidValueError(
-            f"{split.name}: expected images to calibrate on, found none of {broken} that can be read. Replace them."
-        )
-    size = settings.calibration_batch_size
-    return [{"pixel_values": torch.stack(images[at : at + size])} for at in range(0, len(images), size)]
-
-
-def _calibration_rows(split: Split, seed: int) -> Iterator[RawImage]:
-    generator = seeded(seed, "split", _CALIBRATION)
-    if split.streaming:
-        yield from split.stream(generator)
-    else:
-        yield from (split.raw(index) for index in torch.randperm(split.size or 0, generator=generator).tolist())
-
-
-def _note(items: dict[str, Any], broken: BrokenImages) -> None:
-    broken.read(len(items["valid"]))
-    for places in items["broken"]:
-        for place, reason in places:
-            broken.note(place, reason)
+    def _load(self, wanted: Iterable[list[Wanted]]) -> Iterator[dict[str, Tensor]]:
+        items = _Items(self.split, self.preparation, self.seed)
+        collate = partial(_collate, size=self.preparation.size)
+        for batch in make_loader(items, wanted, collate, self.settings.dataloader_num_workers, self.seed):
+            self.broken.read(len(batch["valid"]))
+            for place, reason in batch.pop("broken"):
+                self.broken.note(place, reason)
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -219,7 +171,7 @@ class _Items(Dataset):
 
     split: Split
     preparation: ImagePreparation
-    seed: int = 0
+    seed: int
 
     def __getitem__(self, wanted: Wanted) -> dict[str, Any]:
         position, candidates = wanted
@@ -239,43 +191,13 @@ class _Items(Dataset):
         return {"pixel_values": None, "labels": _NO_LABEL, "valid": False, "broken": broken}
 
 
-@dataclass(frozen=True)
-class _TrainSampler:
-    """Positions with their candidates; rows of a stream are read here, once for all workers."""
-
-    split: Split
-    seed: int
-    batch_size: int
-    repeats: int
-    start: int
-    count: int
-    process: int
-    processes: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[list[Wanted]]:
-        order = _Order(self.split, self.seed)
-        for batch in range(self.start, self.start + self.count):
-            first = (batch * self.processes + self.process) * self.batch_size
-            positions = range(first, first + self.batch_size)
-            yield [(position, order.window(position // self.repeats)) for position in positions]
-
-
-@dataclass(frozen=True)
-class _EvaluationSampler:
-    split: Split
-    batch_size: int
-    process: int
-    processes: int
-
-    def __iter__(self) -> Iterator[list[Wanted]]:
-        rows: Iterator[Candidate] = self.split.stream() if self.split.streaming else iter(range(self.split.size or 0))
-        # Every process goes through all rows, so all of them see the same end.
-        while together := list(islice(rows, self.batch_size * self.processes)):
-            own = together[self.process * self.batch_size :][: self.batch_size]
-            yield [*((None, (row,)) for row in own), *[(None, ())] * (self.batch_size - len(own))]
+def _shares(split: Split, size: int, process: int, processes: int) -> Iterator[list[Wanted]]:
+    """Every row once over all processes, in batches of which each process gets as many."""
+    rows: Iterator[Candidate] = split.stream() if split.streaming else iter(range(split.size or 0))
+    # Every process goes through all rows, so all of them see the same end.
+    while together := list(islice(rows, size * processes)):
+        own = together[process * size :][:size]
+        yield [*((None, (row,)) for row in own), *[(None, ())] * (size - len(own))]
 
 
 class _Order:
@@ -325,25 +247,6 @@ class _Order:
             again += 1
 
 
-def _loader(items: _Items, sampler: Iterable[list[Wanted]], workers: int) -> DataLoader:
-    return DataLoader(
-        items,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=partial(_collate, size=items.preparation.size),
-        # Its own: a loader draws from the global generator, and a resumed run makes its loader at another time.
-        generator=torch.Generator().manual_seed(items.seed % MAX_SEED),
-        worker_init_fn=_ignore_signals,
-        pin_memory=workers > 0 and torch.cuda.is_available(),
-    )
-
-
-def _ignore_signals(worker: int) -> None:
-    # A signal to all processes is for the main one, which still needs the batches of the step it is in.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _collate(items: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
     """Joins items; where there is no image the pixels are 0."""
     images = [item["pixel_values"] for item in items]
@@ -351,5 +254,5 @@ def _collate(items: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, An
         "pixel_values": torch.stack([torch.zeros(3, *size) if image is None else image for image in images]),
         "labels": torch.tensor([item["labels"] for item in items]),
         "valid": torch.tensor([item["valid"] for item in items]),
-        "broken": [item["broken"] for item in items],
+        "broken": [one for item in items for one in item["broken"]],
     }

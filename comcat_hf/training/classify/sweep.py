@@ -24,7 +24,6 @@ class SweepPoint:
     Attributes:
         reduction: the share that was asked to be removed.
         reached: the share that the plan removes.
-        top1, top5: accuracies on the validation images.
     """
 
     reduction: float
@@ -41,11 +40,6 @@ def measure_sweep(
     """Compress the dense model by each of `sweep_reductions` and evaluate it; all processes call it together.
 
     Nothing is kept but the figures.
-
-    Args:
-        run: the run, before its dense model is trained.
-        statistics: of its dense model, where factors are fitted to data.
-        evaluate: called with a model and its name.
 
     Raises:
         BudgetError: a reduction out of reach.

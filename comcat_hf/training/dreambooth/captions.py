@@ -27,13 +27,7 @@ TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv")
 
 @dataclass(frozen=True)
 class _Caption:
-    """A text and where it stands.
-
-    Attributes:
-        name: of the image that it is for, as it is written there.
-        text: on one line.
-        place: a file, or a line of one.
-    """
+    """A text and where it stands."""
 
     name: str
     text: str
@@ -91,11 +85,6 @@ def folder_captions(
 def column_captions(rows: Any, column: str | None, place: str) -> list[str | None]:
     """A caption, or `None`, for each row of a data set; one warning counts the rows without.
 
-    Args:
-        rows: the data set.
-        column: its column of captions, if that was named.
-        place: of the data set, for messages.
-
     Raises:
         InvalidValueError: the column holds something else than texts, or none at all.
     """
@@ -124,13 +113,7 @@ def column_captions(rows: Any, column: str | None, place: str) -> list[str | Non
 
 
 def warn_of_unread_captions(folder: Path, suffixes: Collection[str], reason: str) -> None:
-    """Say which caption files of a folder are passed over.
-
-    Args:
-        folder: which may not exist.
-        suffixes: of files that may hold captions.
-        reason: why they are passed over.
-    """
+    """Say which caption files of a folder are passed over."""
     files = _visible(folder) if folder.is_dir() else []
     if found := [path.name for path in files if path.suffix.lower() in suffixes]:
         logger.warning("%s: %s; files not read: %d (%s).", folder, reason, len(found), some_of(found))
@@ -138,10 +121,6 @@ def warn_of_unread_captions(folder: Path, suffixes: Collection[str], reason: str
 
 def clean_caption(value: Any, place: str) -> str | None:
     """A caption on one line, in composed characters and without byte order marks; `None` where it is empty.
-
-    Args:
-        value: as it was read.
-        place: where; errors name it.
 
     Raises:
         InvalidValueError: it is no text, or no text that can be printed.
@@ -185,7 +164,6 @@ class _Finder:
 
         Args:
             name: of a file, perhaps behind folders, of another case or without its suffix.
-            place: where the name stands; the error names it.
 
         Raises:
             InvalidValueError: it may mean several images.

@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from ...customization.pipelines import WEIGHTS
 from ...tensor_files import check_shapes, read_safetensors
 from ..checkpoints import Progress, new_checkpoint, restore_random_states, restore_states, write_states
-from ..flags import fixed_flags
 from .outputs import save_adapter
 from .settings import CustomizeSettings
 
 
-__all__ = ["MUST", "restore", "save_checkpoint"]
-
-# What no continuation may change: the adapter, and the parts that it is for.
-MUST = fixed_flags(CustomizeSettings)
+__all__ = ["restore", "save_checkpoint"]
 
 
 def save_checkpoint(
@@ -31,13 +27,6 @@ def save_checkpoint(
     states: Mapping[str, Any],
 ) -> Path:
     """Write a checkpoint, all processes together.
-
-    Args:
-        accelerator: whose processes they are.
-        settings: where to, and how many are kept.
-        progress: where the training is.
-        pipeline: with the adapter.
-        states: by name what has a `state_dict`.
 
     Returns:
         its folder.
@@ -58,13 +47,6 @@ def restore(
     states: Mapping[str, Any],
 ) -> None:
     """Put everything back as it was when the checkpoint was written.
-
-    Args:
-        accelerator: whose processes read it.
-        checkpoint: its folder.
-        parts: the adapted models by name.
-        adapter_name: of the adapter in them.
-        states: by name what has a `load_state_dict`.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit.

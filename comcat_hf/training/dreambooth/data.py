@@ -27,10 +27,7 @@ class Example:
     """An image and its prompt.
 
     Attributes:
-        name: where it comes from, for messages.
-        prompt: what it shows.
         source: a file, or the rows of a data set.
-        row: which row.
         column: of the rows, the one that holds images.
     """
 
@@ -69,9 +66,6 @@ class Prepared:
 def instance_examples(settings: CustomizeSettings) -> list[Example]:
     """The images of the subject, all of which were read once, with their captions or else the instance prompt.
 
-    Args:
-        settings: where they are.
-
     Raises:
         InvalidValueError: there are none, one cannot be read, or a caption lacks the instance token.
     """
@@ -87,9 +81,6 @@ def instance_examples(settings: CustomizeSettings) -> list[Example]:
 
 def class_examples(settings: CustomizeSettings) -> list[Example]:
     """The class images that are there, at most `num_class_images`.
-
-    Args:
-        settings: where they are.
 
     Raises:
         InvalidValueError: one cannot be read, or was drawn for another prompt.
@@ -130,10 +121,8 @@ def prepare_image(
     """Bring an image to the smallest size that covers `size`, mirror and crop.
 
     Args:
-        image: a Pillow image in RGB.
         size: height and width of the result, or the side of a square.
         center_crop: crop at the centre, else anywhere.
-        flip: mirror the image.
         generator: where the crop's place is drawn from.
     """
     from diffusers.image_processor import VaeImageProcessor

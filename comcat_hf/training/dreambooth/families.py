@@ -99,10 +99,6 @@ _FAMILIES: Mapping[str, Family] = {"StableDiffusionPipeline": _ONE, "StableDiffu
 def family_of(class_name: str, source: str) -> Family:
     """How pipelines of a class are trained.
 
-    Args:
-        class_name: of the pipeline.
-        source: where it comes from; the error names it.
-
     Raises:
         UnsupportedModuleError: the class is not known.
     """
@@ -200,8 +196,6 @@ class Denoiser(nn.Module):
     """All that is trained, as one module: the UNet or transformer and, where they are adapted, the text encoders.
 
     Args:
-        pipeline: whose parts they are.
-        family: how it reads text.
         with_text: whether [`forward`] is given tokens, or what the UNet takes.
         guidance: scale that a distilled transformer is told.
     """

@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from ...errors import ComCATError
 from ..checkpoints import Progress, find_checkpoint, remove_checkpoints
-from ..flags import values_deciding
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from ..locks import locked
 from ..seeds import choose_seed, seeded
+from ..trackers import start_trackers
 from .captions import BESIDE, TABLES, warn_of_unread_captions
-from .checkpoints import MUST, restore, save_checkpoint
+from .checkpoints import restore, save_checkpoint
 from .data import class_examples, instance_examples
 from .families import Denoiser, load_pipeline
 from .losses import DiffusionLoss, FlowLoss, Loss
@@ -56,7 +56,6 @@ class CustomizeResult:
         loss: of the last step.
         interrupted: the signal that ended it early, or `None`.
         checkpoint: what an interrupted training goes on from.
-        commit: address of the upload.
     """
 
     output_dir: Path
@@ -80,7 +79,6 @@ def customize(
     resumed with the same settings ends with the same adapter as one that was not: on a CPU to the bit.
 
     Args:
-        settings: what and how.
         report: called on the main process with lines that a user wants to read.
         accelerator: by default one that the settings describe.
 
@@ -142,11 +140,7 @@ def _compare(prepared: PreparedRun, plan: CustomizePlan) -> list[str]:
     if prepared.done is None:
         latest = settings.resume_from_checkpoint == "latest"
         return [f"No checkpoint in {settings.output_dir} yet: starting from the beginning."] if latest else []
-    must = MUST
-    if plan.first_step >= plan.steps:
-        # Nothing is left to train, so that no other setting would come to bear.
-        must = tuple(name for name in values_deciding(settings, "training") if name != "max_train_steps")
-    prepared.done.compare(prepared.facts(plan.steps), prepared.checkpoint, must)
+    prepared.done.compare(prepared.facts(plan.steps), prepared.checkpoint, settings, "training", plan.steps)
     return [f"Going on from {prepared.checkpoint}."]
 
 
@@ -221,9 +215,7 @@ def _carry_out(
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_checkpoints(output_dir, unfinished_only=settings.resume_from_checkpoint is not None)
-    if accelerator.log_with:
-        shown = {name: value for name, value in vars(settings).items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers("comcat-dreambooth", config={k: v for k, v in shown.items() if k != "hub_token"})
+    start_trackers(accelerator, "comcat-dreambooth", settings)
     result = _train(run, result)
     if result.interrupted is None:
         on_main(accelerator, lambda: write_outputs(settings, prepared.pipeline, result.plan))

@@ -27,9 +27,6 @@ _MARKS = {
 def read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
     """The rows of a metadata file by the line where they begin.
 
-    Args:
-        path: whose name is in `METADATA`, in any case.
-
     Raises:
         InvalidValueError: it cannot be read, has no rows, or a row has no name of an image.
     """

@@ -40,13 +40,7 @@ def check_extras(settings: CustomizeSettings) -> None:
 
 
 def make_optimizer(settings: CustomizeSettings, parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
-    """The optimizer of the adapter's parameters.
-
-    Args:
-        settings: which one, and its constants.
-        parameters: what it changes.
-        rate: the highest learning rate.
-    """
+    """The optimizer of the adapter's parameters."""
     kind = _prodigy() if settings.optimizer == "prodigy" else _eight_bit_adam() if settings.use_8bit_adam else AdamW
     return kind(
         list(parameters),
@@ -58,13 +52,7 @@ def make_optimizer(settings: CustomizeSettings, parameters: Iterable[nn.Paramete
 
 
 def make_scheduler(settings: CustomizeSettings, optimizer: Optimizer, steps: int) -> Any:
-    """The schedule of the learning rate, one step of which is a step of the optimizer on all processes.
-
-    Args:
-        settings: which one.
-        optimizer: whose rate it changes.
-        steps: of the whole training.
-    """
+    """The schedule of the learning rate, one step of which is a step of the optimizer on all processes."""
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(

@@ -1,13 +1,12 @@
 """What a training leaves behind: the adapter, a card, and a copy on the Hub."""
 
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...configs.index import INDEX
 from ...customization.pipelines import save_comcat_weights
 from ...hub import push_folder
 from ...reporting.cards import CardFacts, code_span, quoted, shown_base, write_card
@@ -43,13 +42,7 @@ def save_adapter(settings: CustomizeSettings, pipeline: Any, folder: Path, dtype
 
 
 def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePlan) -> Path:
-    """Write the adapter and its card into the output folder.
-
-    Args:
-        settings: where to.
-        pipeline: with the adapter.
-        plan: what the card tells.
-    """
+    """Write the adapter and its card into the output folder."""
     folder = Path(settings.output_dir).expanduser()
     save_adapter(settings, pipeline, folder, DTYPES[settings.save_precision])
     base, prompt = shown_base(settings.pretrained_model_name_or_path), settings.instance_prompt
@@ -82,25 +75,15 @@ def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePla
 def push_outputs(settings: CustomizeSettings, parts: Iterable[str]) -> str:
     """Upload what was trained, without checkpoints and logs.
 
-    Args:
-        settings: from where and to which repository.
-        parts: names of those that are adapted.
-
     Returns:
         the commit's address.
     """
     folder = Path(settings.output_dir).expanduser()
-    wanted = {*parts, "validation"}
-    with tempfile.TemporaryDirectory() as staging:
-        for path in folder.iterdir():
-            if path.is_dir() and path.name in wanted:
-                shutil.copytree(path, Path(staging, path.name))
-            elif path.name in ("README.md", "comcat_adapter.json", BEFORE_AFTER):
-                shutil.copy2(path, staging)
-        return push_folder(
-            staging,
-            settings.hub_model_id or folder.resolve().name,
-            private=settings.hub_private or None,
-            commit_message="Train with comcat_hf",
-            token=settings.hub_token,
-        )
+    return push_folder(
+        folder,
+        settings.hub_model_id or folder.resolve().name,
+        private=settings.hub_private or None,
+        commit_message="Train with comcat_hf",
+        token=settings.hub_token,
+        allow_patterns=["README.md", INDEX, BEFORE_AFTER, *(f"{name}/*" for name in (*parts, "validation"))],
+    )

@@ -20,18 +20,12 @@ class CustomizePlan:
     """The sizes of a training.
 
     Attributes:
-        settings: what was asked.
-        pipeline: class of the pipeline.
-        base_dtype: of the frozen base.
         parameters: trained parameters by part.
         adapter_bytes: of the adapter's weights on disk.
         base_parameters: of the parts that are adapted.
         images, class_images: of the subject; of the class, that are there.
-        processes: that train together.
-        steps: optimizer steps, all in all.
         first_step: how many of them a checkpoint has done.
         learning_rate: the highest rate, scaled if that was asked.
-        seed: of the run.
     """
 
     settings: CustomizeSettings
@@ -87,17 +81,7 @@ def plan_training(
     first_step: int,
     seed: int,
 ) -> CustomizePlan:
-    """Count what a training comes to.
-
-    Args:
-        settings: what was asked.
-        pipeline: with the adapter.
-        parts: the adapted models by name.
-        images: how many there are of the subject and of the class.
-        processes: that train together.
-        first_step: where it starts.
-        seed: of the run.
-    """
+    """Count what a training comes to."""
     together = settings.train_batch_size * processes * settings.gradient_accumulation_steps
     length = max(images[0], settings.num_class_images if settings.with_prior_preservation else 0)
     steps = settings.max_train_steps or settings.num_train_epochs * math.ceil(length / together)

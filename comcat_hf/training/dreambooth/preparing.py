@@ -47,11 +47,7 @@ class PreparedRun:
     """All that is read before something is written.
 
     Attributes:
-        settings, accelerator: how, and on what, the training runs.
-        pipeline, family: what is trained, and how it reads text.
-        parts: the adapted models by name.
         images, classes: the examples of the subject and of its class.
-        seed: of the run.
         checkpoint, done: what the training goes on from, if anything.
     """
 
@@ -187,9 +183,6 @@ def _draw_class_images(prepared: PreparedRun, missing: range, interruption: Inte
 
 def make_accelerator(settings: CustomizeSettings) -> Accelerator:
     """The processes and devices that train.
-
-    Args:
-        settings: precision, tracker and folders.
 
     Raises:
         InvalidValueError: the machine or the accelerate configuration does not suit the training.

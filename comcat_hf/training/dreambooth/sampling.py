@@ -37,7 +37,6 @@ def generate(
     """Draw images.
 
     Args:
-        pipeline: which draws them.
         prompts, generators: one per image.
         settings: their resolution, and the number of denoising steps.
 
@@ -100,12 +99,9 @@ def validate(
     """Draw the validation prompt into a grid, and hand the images to the trackers.
 
     Args:
-        pipeline: with the adapter.
         denoiser: what is in training.
-        settings: prompt, number, and where the grid goes.
         seed: of the run; every validation starts from the same noise.
         step: of the training.
-        trackers: accelerate's.
 
     Returns:
         the images.
@@ -132,9 +128,7 @@ def compare(
     """Draw the validation prompt without the adapter, and put these images above those with it.
 
     Args:
-        pipeline: with the adapter.
         denoiser: what is in training.
-        settings: prompt, number, and where the picture goes.
         seed: of the run; the noise is that of the validation.
         after: what [`validate`] drew.
 

@@ -208,10 +208,6 @@ class CustomizeSettings:
     def check_prompt(self, prompt: str, place: str) -> None:
         """See whether a prompt holds the instance token, where that is known.
 
-        Args:
-            prompt: the prompt or caption.
-            place: where it stands; the error names it.
-
         Raises:
             InvalidValueError: it does not.
         """

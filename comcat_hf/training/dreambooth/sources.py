@@ -38,8 +38,6 @@ class Latents:
     """From items of the stream to latents.
 
     Attributes:
-        vae: the autoencoder.
-        device: where the latents go.
         kept: what [`cache_latents`] made, or `None`: images are encoded as they come.
     """
 
@@ -52,7 +50,6 @@ class Latents:
         """Latents and time ids.
 
         Args:
-            items: of a batch.
             generator: which of the latents that an image may have are drawn from it.
         """
         if self.kept is None:
@@ -74,7 +71,6 @@ class Texts:
 
     Attributes:
         pipeline, family: what reads them.
-        device: where they go.
         trained: whether the text encoders are trained, so that the denoiser reads tokens.
         kept: what [`cache_texts`] made, or `None`.
     """
@@ -96,13 +92,7 @@ class Texts:
 
 
 def cache_latents(stream: ExampleStream, latents: Latents, watch: Watch) -> Latents:
-    """Encode every image of a stream, and its mirror image where images are mirrored.
-
-    Args:
-        stream: whose images are cropped at the centre.
-        latents: how they are encoded.
-        watch: gives the images, until a signal ends the run.
-    """
+    """Encode every image of a stream, and its mirror image where images are mirrored."""
     kept = {}
     flips = (False, True) if stream.random_flip else (False,)
     for kind, examples in {"instance": stream.instances, "class": stream.classes}.items():
@@ -115,13 +105,7 @@ def cache_latents(stream: ExampleStream, latents: Latents, watch: Watch) -> Late
 
 
 def cache_texts(prompts: Iterable[str], texts: Texts, watch: Watch) -> Texts:
-    """Encode prompts once.
-
-    Args:
-        prompts: all that will occur.
-        texts: how they are encoded, by text encoders that are not trained.
-        watch: gives the prompts, until a signal ends the run.
-    """
+    """Encode prompts once."""
     kept = {}
     for prompt in watch(dict.fromkeys(prompts)):
         kept[prompt] = {name: value[0].cpu() for name, value in texts([prompt])["text"].items()}

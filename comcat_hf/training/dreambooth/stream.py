@@ -5,14 +5,14 @@ seed and the position alone. A resumed run therefore only has to know how far it
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from ..seeds import MAX_SEED, seeded
+from ..batches import make_loader, positions
+from ..seeds import seeded
 from .data import Example, Prepared, prepare_image
 
 
@@ -29,7 +29,6 @@ class ExampleStream(Dataset):
 
     Attributes:
         instances, classes: the examples; `classes` may be empty.
-        seed: of the run.
         resolution, center_crop, random_flip: how images are made ready.
         open_images: whether items hold pixels; not where the latents are cached.
         caption_dropout: share of the subject's prompts that are left empty.
@@ -111,36 +110,14 @@ def stream_loader(
     """The batches of one process; all processes together take `batch_size * processes` positions at a time.
 
     Args:
-        stream: where they come from.
-        batch_size: positions per batch and process.
         start, steps: the first batch, and how many.
         process, processes: whose batches, and of how many.
-        workers: processes that read images ahead.
 
     Returns:
         batches as lists of items: those of the subject, then those of the class.
     """
-    sampler = _Positions(batch_size, start, steps, process, processes)
-    # A generator of its own: a loader draws from the global one, and a resumed run makes its loader at another time.
-    own = torch.Generator().manual_seed(stream.seed % MAX_SEED)
-    return DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, generator=own)
-
-
-@dataclass(frozen=True)
-class _Positions(Sampler):
-    batch_size: int
-    start: int
-    steps: int
-    process: int
-    processes: int
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.start, self.start + self.steps):
-            first = (batch * self.processes + self.process) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+    batches = positions(batch_size, start, steps, process, processes)
+    return make_loader(stream, batches, _collate, workers, stream.seed)
 
 
 def _collate(pairs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

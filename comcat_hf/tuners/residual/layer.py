@@ -126,20 +126,22 @@ class CustomizeLayer(NamedAsDense):
 
     # Running
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._take_in()
         if self._handover is not None:
             self._handover.pending = None
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(hidden_states, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if self.merged_layer is not None and not self._others_act():
-            return self.merged_layer(hidden_states, *args, **kwargs)
+            if self.merged_layer.has_wider_heads:
+                # Refuses a processor that was set since and does not know what to do with them.
+                self.view.query_factor(self.view.head_dim)
+            return self.merged_layer(*args, **kwargs)
         if not self._in_use():
-            return self.base_layer(hidden_states, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         self._resize()
-        args = (hidden_states, *args)
         if self._tables is not None:
             args, kwargs = self._tables(self, args, kwargs)
         output = self._stand_in(*args, **kwargs)

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-from torch.distributed.tensor import DTensor
-
 from ...errors import UnsupportedModuleError
 from ...modeling.views import AttentionView
 from ...modeling.wrappers import base_module
@@ -12,6 +10,7 @@ from ...modeling.wrappers import base_module
 __all__ = ["check_adaptable"]
 
 _PAIRS = {"qk": "query/key", "vo": "value/output"}
+_INSTEAD = {"qk": "", "vo": ", or use core=True"}
 # diffusers' attention backends whose kernels take heads of 64 and 128 columns alone.
 _NARROW = "sage"
 
@@ -35,10 +34,11 @@ def check_adaptable(view: AttentionView, ranks: Mapping[str, int | None], core: 
         if (reason := _refusal(view, choice, core)) is not None:
             raise UnsupportedModuleError(
                 f"{view.name} is a {type(view.module).__name__} whose {_PAIRS[choice]} product cannot be adapted: "
-                f"{reason}. Leave that pair out with {choice}_rank=None."
+                f"{reason}. Leave that pair out with {choice}_rank=None{_INSTEAD[choice]}."
             )
     for path, linear in view.projections().items():
-        if isinstance(base_module(linear).weight, DTensor):
+        # By name: the class is expensive to import.
+        if type(base_module(linear).weight).__name__ == "DTensor":
             raise UnsupportedModuleError(
                 f"{path}: expected whole weights, found a DTensor, split over processes by tensor parallelism. Train "
                 "with DDP or FSDP, or leave the module out with exclude_modules."
@@ -54,12 +54,12 @@ def _refusal(view: AttentionView, choice: str, core: bool) -> str | None:
     form, family = view.form, view.family
     if choice == "qk" and form.refuse_qk is not None:
         return form.refuse_qk
-    if family.fixed_width and not core:
-        return "its forward takes heads of the dense width alone, and full factors widen them; core=True does not"
-    described = family.norms is not None or form.rotary is not None
-    if family.refuse_qk is None or described or (choice == "vo" and core):
+    if choice == "vo" and core:
         return None
-    return family.refuse_qk(view.module)
+    if not core and family.fixed_width and not any(family.sizes):
+        return "its forward takes heads of the dense width alone, and full factors widen them; core=True does not"
+    described = family.norms is not None or form.rotary is not None or form.by_itself
+    return None if described or family.refuse_qk is None else family.refuse_qk(view.module)
 
 
 def _backend(view: AttentionView) -> str:

@@ -5,18 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 import comcat_hf
 from comcat_hf import ComCATConfig
 from comcat_hf.errors import CheckpointError
+from comcat_hf.training.checkpoints import list_checkpoints
 from comcat_hf.training.classify.earlier import readable
 from comcat_hf.training.classify.engines import blocks_of, prepare_engine
 from comcat_hf.training.classify.settings import CompressSettings
-from tests.helpers import MODELS, small_deit, small_dinov2, small_vit
-from tests.training.classify import test_vit_loop
-from tests.training.classify.test_vit_loop import ROOT, launched
+from tests.helpers import MODELS, in_processes, small_deit, small_dinov2, small_vit
+from tests.training.classify.test_vit_loop import batch_at, train, weights
 
 
 @pytest.mark.parametrize("build", [small_vit, small_deit, small_dinov2])
@@ -73,64 +76,40 @@ def test_a_checkpoint_of_another_engine_is_refused(tmp_path, kind, there, says):
         pass
 
 
-SHARDED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from comcat_hf.training.checkpoints import list_checkpoints
-from tests.training.classify import test_vit_loop as test
+def train_in_shards(folder, output):
+    """Half of the images per process, the weights shared out; in one process all of both."""
+    accelerator = Accelerator(cpu=True)
+    index, count = accelerator.process_index, accelerator.num_processes
+    if count > 1:
+        # accelerate takes FSDP on GPUs only; what it then does runs on a CPU as well.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.distributed_type = DistributedType.FSDP
 
-folder, output, sharded = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "sharded"
-accelerator = Accelerator(cpu=True)
-if sharded:
-    # accelerate takes FSDP on GPUs only; what it then does runs on a CPU as well.
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-    )
-    state = accelerator.state
-    state.fsdp_plugin = plugin
-    PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
-index, count = accelerator.process_index, accelerator.num_processes
-size = 8 // count
-found = list_checkpoints(output)
+    def share(start, number):
+        for position in range(start, start + number):
+            whole = batch_at(position, 8)
+            yield {name: value[index * 8 // count : (index + 1) * 8 // count] for name, value in whole.items()}
 
-def batches(start, number):
-    for position in range(start, start + number):
-        whole = test.batch_at(position, 8)
-        yield {{name: value[index * size : (index + 1) * size] for name, value in whole.items()}}
-
-run, result = test.train(
-    folder, output, "dry", steps=8, accelerator=accelerator, batches=batches, ema_decay=0.9, checkpointing_steps="4",
-    per_device_train_batch_size=size, gradient_accumulation_steps=1, checkpoint=found[0] if found else None,
-)
-if accelerator.is_main_process:
-    torch.save(test.weights(run), output / f"weights-{{len(found)}}.pt")
-accelerator.end_training()
-"""
+    how = {"ema_decay": 0.9, "checkpointing_steps": "4", "per_device_train_batch_size": 8 // count}
+    found = list_checkpoints(output)
+    given = {"accelerator": accelerator, "batches": share, "checkpoint": found[0] if found else None}
+    run, _ = train(folder, output, "dry", steps=8, **given, **how)
+    if accelerator.is_main_process:
+        save_file(weights(run), output / f"weights-{len(found)}.safetensors")
+    accelerator.end_training()
 
 
-def test_sharded_like_whole_and_resumed(tmp_path):
+def test_sharded_like_whole_and_resumed(folder, tmp_path):
     """FSDP2 over two processes without a GPU: the weights of one process with the same images, also after resuming."""
-    dense = test_vit_loop.dense_vit(0.0)
-    dense.save_pretrained(tmp_path / "dry" / "dense")
-    comcat_hf.compress(dense, reduction=0.4, scope="attention").save_pretrained(tmp_path / "dry" / "small")
-    script = tmp_path / "train.py"
-    script.write_text(SHARDED.format(root=str(ROOT)))
-
-    def run(output, way):
-        launched(script, 2 if way == "sharded" else 1, tmp_path, output, way)
-
-    run(tmp_path / "whole", "whole")
-    run(tmp_path / "sharded", "sharded")
+    train_in_shards(folder, tmp_path / "whole")
+    in_processes(train_in_shards, folder, tmp_path / "sharded")
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-8")
-    run(tmp_path / "sharded", "sharded")
-    files = [tmp_path / "whole" / "weights-0.pt", *(tmp_path / "sharded" / f"weights-{n}.pt" for n in (0, 1))]
-    whole, sharded, resumed = (torch.load(file, weights_only=True) for file in files)
+    in_processes(train_in_shards, folder, tmp_path / "sharded")
+    places = ("whole/weights-0", "sharded/weights-0", "sharded/weights-1")
+    whole, sharded, resumed = (load_file(tmp_path / f"{place}.safetensors") for place in places)
     assert whole.keys() == sharded.keys() == resumed.keys()
     for name, value in whole.items():
         torch.testing.assert_close(sharded[name], value, atol=1e-3, rtol=1e-3)

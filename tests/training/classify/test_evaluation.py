@@ -4,15 +4,12 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -22,23 +19,13 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import comcat_hf
 from comcat_hf.errors import CheckpointError, InvalidValueError
 from comcat_hf.metrics import TOP_ACCURACY
+from comcat_hf.training.classify.evaluate import main
 from comcat_hf.training.classify.evaluation import evaluate_classifier
 from comcat_hf.training.classify.evaluation_report import EvaluateSettings, evaluate_models, parse_evaluate_settings
-from tests.helpers import randomize, small_deit_distilled, small_vit
+from tests.helpers import in_processes, randomize, small_deit_distilled, small_vit
 
 
-ROOT = Path(__file__).resolve().parents[3]
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "scripts" / "accelerate" / "cpu.yaml")]
-LAUNCH += ["--main_process_port=0"]
 CLASSES = ("red", "green", "blue", "grey", "white", "black", "pink")
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    """No accelerate state of another test."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def cpu():
@@ -170,32 +157,25 @@ def test_what_cannot_be_evaluated_is_said(given, said):
 
 # The metric
 
-_SIDE_BY_SIDE = """
-import sys, evaluate
-for turn in range(3):
-    metric = evaluate.load(sys.argv[2])
-    metric.add_batch(predictions=[[1, 2, 3, 4, 5, 6], [2, 1, 0, 4, 5, 6]], references=[1, 6])
-    metric.add_batch(predictions=[[0, 2, 3, 4, 5, 6]] * 2, references=[5, int(sys.argv[1])])
-    print(metric.compute())
-"""
+
+def load_and_count(home):
+    """In a process that has neither loaded `evaluate` nor a cache."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate"]:
+        del sys.modules[name]
+    os.environ["HF_HOME"] = str(home)
+    import evaluate
+
+    label, expected = ((0, {"top1": 0.5, "top5": 0.75}), (6, {"top1": 0.25, "top5": 0.5}))[int(os.environ["RANK"])]
+    for _ in range(3):
+        metric = evaluate.load(TOP_ACCURACY)
+        metric.add_batch(predictions=[[1, 2, 3, 4, 5, 6], [2, 1, 0, 4, 5, 6]], references=[1, 6])
+        metric.add_batch(predictions=[[0, 2, 3, 4, 5, 6]] * 2, references=[5, label])
+        assert metric.compute() == expected
 
 
 def test_evaluate_loads_the_metric_offline_in_processes_side_by_side(tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SIDE_BY_SIDE, label, TOP_ACCURACY],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for label in ("0", "6")
-    ]
-    for process, expected in zip(processes, ({"top1": 0.5, "top5": 0.75}, {"top1": 0.25, "top5": 0.5}), strict=True):
-        out, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
-        assert out.splitlines() == [str(expected)] * 3
+    in_processes(load_and_count, tmp_path)
+    assert list(tmp_path.iterdir())
 
 
 # The script
@@ -253,10 +233,9 @@ def flags(case, **changes):
     return [f"--{name}={value}" for name, value in (given | changes).items() if value is not None]
 
 
-def run_program(arguments, launcher=()):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, "-m", "comcat_hf.training.classify.evaluate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+def run_program(*arguments):
+    sys.argv = ["program", *arguments]
+    assert main() == 0
 
 
 def test_a_compressed_model_beside_its_dense_one(case, tmp_path):
@@ -290,12 +269,11 @@ def test_a_compressed_model_beside_its_dense_one(case, tmp_path):
     assert f"{dense['parameters']:,}" in report.describe()
 
 
-def test_one_and_two_processes_count_the_same(case, tmp_path):
+def test_one_and_two_processes_count_the_same(case, tmp_path, capfd):
     """43 images in batches of 8: with two processes the last rows are filled up."""
     given = {"validation_file": case / "broken.parquet", "max_broken_images": 3, "output": tmp_path / "two.json"}
-    done = run_program(flags(case, **given), LAUNCH)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("top-1") == 1
+    in_processes(run_program, *flags(case, **given))
+    assert capfd.readouterr().out.count("top-1") == 1
     two = json.loads((tmp_path / "two.json").read_text())["models"]["model"]
     alone = parse_evaluate_settings(flags(case, **(given | {"output": None})))
     one = dict(evaluate_models(alone, accelerator=cpu()).models["model"])
@@ -304,11 +282,12 @@ def test_one_and_two_processes_count_the_same(case, tmp_path):
     assert one == two
 
 
-def test_bad_input_ends_in_one_line(case, tmp_path):
-    done = run_program(flags(case, validation_file=tmp_path / "nothing.parquet"))
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "nothing.parquet" in line and "expected a data set" in line
+def test_bad_input_ends_in_one_line(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", *flags(case, validation_file=tmp_path / "nothing.parquet")])
+    assert main() == 2
+    out, said = capsys.readouterr()
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "nothing.parquet" in line and "expected a data set" in line and "Traceback" not in out + said
 
 
 BAD = {

@@ -1,5 +1,6 @@
 """Whole compression runs: a small ViT on scikit-learn's digits, in the process and as the script."""
 
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
 from comcat_hf.training.classify.run import CompressResult, compress_vit
 from comcat_hf.training.classify.settings import CompressSettings, parse_compress_settings
 from comcat_hf.training.locks import locked
-from tests.helpers import randomize
+from tests.helpers import in_processes, randomize
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -416,11 +417,11 @@ class TestSignals:
         ("Stage finetune: done", 4, {}, ["calibrate", "allocate", "initialize", "finetune"]),
     )
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-    def test_end_every_stage(self, base, whole, tmp_path, number):
-        """One run, interrupted and started again until it is through."""
+    def test_end_every_stage(self, base, whole, tmp_path):
+        """One run, interrupted and started again until it is through, by the two signals in turns."""
         folder = tmp_path / "out"
-        for line, passes, changes, done in self.PLACES:
+        numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT))
+        for (line, passes, changes, done), number in zip(self.PLACES, numbers, strict=False):
             signals = _Signals(line, passes, number)
             settings = CompressSettings(**flags(base, folder, resume_from_checkpoint="latest", **changes))
             hook = torch.nn.modules.module.register_module_forward_pre_hook(signals)
@@ -484,30 +485,25 @@ class TestDryRun:
         assert seeds == [42, 1]
 
 
+@pytest.mark.processes
 class TestProgram:
-    """The program as a process: killed wherever it is, and resumed."""
-
-    def _until(self, arguments: list[str], folder: Path, step: int, number: int) -> None:
-        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
-        while process.poll() is None and not (folder / f"checkpoint-{step}").is_dir():
-            time.sleep(0.01)
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-        process.wait()
+    """The program as launched processes: ended wherever it is, and gone on with in this one."""
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
     def test_killed_and_resumed(self, base, whole, tmp_path, number):
         folder = tmp_path / "out"
-        arguments = command(base, folder)
-        self._until(arguments, folder, 4, number)
-        self._until([*arguments, "--resume_from_checkpoint", "latest"], folder, 8, number)
-        done = subprocess.run(
-            [*arguments, "--resume_from_checkpoint", "latest"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert same(folder, whole[0])
+        process = subprocess.Popen(command(base, folder), stderr=subprocess.PIPE, start_new_session=True)
+        while process.poll() is None and not (folder / "checkpoint-4" / "training_state.json").is_file():
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        # To the end of what all processes say, which may outlive their launcher.
+        process.communicate()
+        assert not (folder / "model.safetensors").exists()
+        said: list[str] = []
+        compress_vit(CompressSettings(**flags(base, folder, resume_from_checkpoint="latest")), report=said.append)
+        assert any(line.startswith("Going on from ") for line in said) and same(folder, whole[0])
 
-    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
     def test_ends_in_a_stage_and_is_alone_in_its_folder(self, base, tmp_path, number):
         folder, slow = tmp_path / "out", {"calibration_batch_size": 1, "stages": "calibrate,allocate"}
         process = subprocess.Popen(
@@ -531,12 +527,10 @@ class TestProgram:
         one, two = tmp_path / "one", tmp_path / "two"
         stages = {"stages": "allocate,initialize,finetune,evaluate", "strategy": "uniform", "weights_only": True}
         settings = {**plain, **stages, "model_name_or_path": str(_without_dropout(base, tmp_path))}
-        for folder, processes in ((one, 1), (two, 2)):
-            arguments = command(
-                base, folder, processes=processes, **settings | {"per_device_train_batch_size": 16 // processes}
-            )
-            done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
-            assert done.returncode == 0, done.stderr[-2000:]
+        run(base, one, **settings)
+        arguments = command(base, two, processes=2, **settings | {"per_device_train_batch_size": 8})
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
         losses = [_losses(folder) for folder in (one, two)]
         assert len(losses[0]) == STEPS
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
@@ -547,36 +541,28 @@ class TestProgram:
 
     def test_a_process_that_falls_behind_does_what_the_others_do(self, base, tmp_path):
         """One that reads the plan late finds the next stage finished by the main process."""
-        script = tmp_path / "late.py"
-        script.write_text(
-            "import os, sys, time\n"
-            "from comcat_hf.configs import RankPlan\n"
-            "from comcat_hf.training.classify.__main__ import main\n"
-            "read = RankPlan.from_pretrained\n"
-            "def late(*args, **kwargs):\n"
-            "    time.sleep(5 * int(os.environ['RANK']))\n"
-            "    return read(*args, **kwargs)\n"
-            "RankPlan.from_pretrained = late\n"
-            "sys.exit(main())\n"
-        )
         few = {"stages": "allocate,initialize", "strategy": "uniform", "weights_only": True, "rank_step": 4}
-        arguments = command(base, tmp_path / "out", processes=2, **few)
-        place = arguments.index("-m", 4)
-        arguments[place : place + 2] = [str(script)]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
+        in_processes(_run_late, base, tmp_path / "out", few)
 
-    @pytest.mark.parametrize("processes", [None, 1, 2])
+    @pytest.mark.parametrize("processes", [1, 2])
     def test_a_user_error_is_the_last_line(self, base, tmp_path, processes):
-        """In a process of its own, and behind what the launcher of one or two processes has to say."""
-        arguments = command(base, tmp_path / "out", reduction=1.0, processes=processes or 1)
-        if processes is None:
-            arguments = [sys.executable, *arguments[5:]]
+        """Also behind what the launcher of one or two processes has to say."""
+        arguments = command(base, tmp_path / "out", reduction=1.0, processes=processes)
         done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert done.returncode == (2 if processes is None else 1)
         *before, last = done.stderr.splitlines()
-        assert last == "error: --reduction must be a number from 0 to below 1, got 1.0."
-        assert ("Traceback" in done.stderr) == (processes is not None) == (last in before)
+        assert last == "error: --reduction must be a number from 0 to below 1, got 1.0." and last in before
+        assert (done.returncode, "Traceback" in done.stderr) == (1, True)
+
+
+def _run_late(base: Path, folder: Path, changes: dict[str, Any]) -> None:
+    read = RankPlan.from_pretrained
+
+    def late(*args: Any, **kwargs: Any) -> RankPlan:
+        time.sleep(3 * int(os.environ["RANK"]))
+        return read(*args, **kwargs)
+
+    RankPlan.from_pretrained = late
+    run(base, folder, **changes)
 
 
 def _without(record: Path, stage: str) -> str:

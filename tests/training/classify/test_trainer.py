@@ -3,8 +3,6 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,9 @@ from comcat_hf.compression.distillation import DistillationLoss
 from comcat_hf.errors import CheckpointError, InvalidValueError
 from comcat_hf.training.classify.callbacks import JSONLogCallback, StopOnSignal, WeightAverageCallback
 from comcat_hf.training.interruption import Interruption
-from tests.training.classify.test_vit_loop import CLASSES, ROOT, SIZE, STEPS, dense_vit, launched, lines, same, untimed
+from tests.helpers import in_processes
+from tests.training.classify.conftest import CLASSES, SIZE, dense_vit
+from tests.training.classify.test_vit_loop import STEPS, lines, same, untimed
 
 
 class Images(Dataset):
@@ -160,11 +160,7 @@ def test_the_best_model_is_kept_at_the_end(tmp_path, decay):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
 
 
-def test_it_is_public_and_imported_on_first_use():
-    code = "import sys, comcat_hf; assert 'transformers.trainer' not in sys.modules, 'slow'; "
-    code += "assert 'DistillationTrainer' in dir(comcat_hf); print(comcat_hf.DistillationTrainer.__mro__[1].__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "Trainer\n", done.stderr
+def test_no_other_name_is_found_late():
     with pytest.raises(AttributeError, match=r"comcat_hf.*no attribute 'Trainer'"):
         comcat_hf.Trainer  # noqa: B018
 
@@ -195,28 +191,19 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
 
 # Several processes
 
-TOGETHER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from tests.training.classify import test_trainer as test
-output, size = Path(sys.argv[1]), int(sys.argv[2])
-trainer = test.make(output, dropout=0.0, per_device_train_batch_size=size)
-trainer.train()
-assert trainer.accelerator.num_processes == 8 // size
-if trainer.accelerator.is_main_process:
-    torch.save(trainer.model.state_dict(), output / "weights.pt")
-trainer.accelerator.end_training()
-"""
+
+def train_together(output, size):
+    trainer = make(output, dropout=0.0, per_device_train_batch_size=size)
+    trainer.train()
+    assert trainer.accelerator.num_processes == 8 // size
+    if trainer.accelerator.is_main_process:
+        torch.save(trainer.model.state_dict(), output / "weights.pt")
+    trainer.accelerator.end_training()
 
 
 def test_two_processes_are_one_with_the_same_images(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TOGETHER.format(root=str(ROOT)))
-    for processes, size in ((1, 8), (2, 4)):
-        launched(script, processes, tmp_path / str(processes), size)
+    train_together(tmp_path / "1", 8)
+    in_processes(train_together, tmp_path / "2", 4)
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("1", "2"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)

@@ -16,12 +16,7 @@ from comcat_hf.errors import InvalidValueError
 from comcat_hf.training.classify.augmentation import ImagePreparation, Mixing
 from comcat_hf.training.classify.data import BrokenImages, open_splits
 from comcat_hf.training.classify.settings import CompressSettings
-from comcat_hf.training.classify.stream import (
-    batches_per_epoch,
-    calibration_batches,
-    evaluation_batches,
-    train_batches,
-)
+from comcat_hf.training.classify.stream import ImageReader
 from comcat_hf.training.images import BrokenImageError
 from tests.training.test_images import large
 
@@ -87,6 +82,10 @@ def model_config(names=NAMES):
     return ViTConfig(id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)})
 
 
+def train_of(settings):
+    return open_splits(settings, model_config(), 0).train
+
+
 def generic_config(count):
     return ViTConfig(num_labels=count)
 
@@ -100,34 +99,23 @@ def values(pixels):
     return (pixels[:, 0].mean((1, 2)) * 255).round().long().tolist()
 
 
-def run_batches(split, settings, start, count, process=0, processes=1, seed=3, broken=None):
-    return list(
-        train_batches(
-            split,
-            ImagePreparation.of(settings, processor()),
-            Mixing.of(settings, len(NAMES)),
-            settings,
-            seed,
-            start,
-            count,
-            process,
-            processes,
-            BrokenImages(0) if broken is None else broken,
-        )
-    )
+def reader(split, settings, process=0, processes=1, seed=3, broken=None):
+    preparation = ImagePreparation.of(settings, processor())
+    return ImageReader(split, preparation, settings, broken or BrokenImages(0), seed, process, processes)
+
+
+def run_batches(split, settings, start, count, *further, **how):
+    return list(reader(split, settings, *further, **how).train(Mixing.of(settings, len(NAMES)), start, count))
 
 
 def seen(batches):
     return [value for batch in batches for value in values(batch["pixel_values"])]
 
 
-def evaluate(split, batch_size, processes=1, workers=0, broken=None):
-    preparation = ImagePreparation.of(CompressSettings(), processor())
-    broken = BrokenImages(0) if broken is None else broken
-    return [
-        list(evaluation_batches(split, preparation, batch_size, process, processes, workers, broken))
-        for process in range(processes)
-    ]
+def evaluate(split, batch_size, processes=1, broken=None):
+    settings = CompressSettings(per_device_eval_batch_size=batch_size)
+    shares = [reader(split, settings, process, processes, broken=broken) for process in range(processes)]
+    return [list(share.evaluate()) for share in shares]
 
 
 # Sources
@@ -141,7 +129,7 @@ def test_parquet_files_are_read(given, train_file, tmp_path):
     assert splits.labels == NAMES
     image, label = splits.validation.read(4)
     assert (image.mode, image.size, image.getpixel((0, 0)), label) == ("RGB", (6, 6), (4, 251, 7), 1)
-    assert open_splits(given(train_file=None, validation_file=pattern), model_config(), 0).train is None
+    assert train_of(given(train_file=None, validation_file=pattern)) is None
 
 
 def test_folders_are_read_and_junk_is_passed_over(given, tmp_path):
@@ -195,7 +183,7 @@ def test_images_in_plain_bytes(given, tmp_path, kind):
     file = tmp_path / "plain.parquet"
     parquet.write_table(arrow.table({"image": images, "label": list(NAMES)}), file)
     for streaming in (False, True):
-        split = open_splits(given(train_file=str(file), streaming=streaming), model_config(), 0).train
+        split = train_of(given(train_file=str(file), streaming=streaming))
         batches = evaluate(split, 3)[0]
         assert values(batches[0]["pixel_values"]) == [0, 1, 2] and batches[0]["labels"].tolist() == [0, 1, 2]
 
@@ -259,7 +247,7 @@ def test_images_of_other_kinds_are_read_alike(given, tmp_path):
     contents[2] = large(13_000)
     file = write_parquet(tmp_path / "kinds.parquet", contents)
     for streaming in (False, True):
-        split = open_splits(given(train_file=str(file), streaming=streaming), model_config(), 0).train
+        split = train_of(given(train_file=str(file), streaming=streaming))
         broken = BrokenImages(2)
         batches = evaluate(split, 4, broken=broken)[0]
         assert seen([{"pixel_values": batches[0]["pixel_values"][batches[0]["valid"]]}]) == [200, 3]
@@ -358,7 +346,7 @@ def test_labels_of_a_stream_are_checked_while_reading(given, tmp_path):
     file = write_parquet(tmp_path / "x.parquet", [png(1)] * 2, ["ant", "eel"], datasets.Value("string"))
     settings = given(train_file=str(file), streaming=True)
     with pytest.raises(InvalidValueError, match=r"expected labels of the model .* found 'eel'"):
-        evaluate(open_splits(settings, model_config(), 0).train, 2)
+        evaluate(train_of(settings), 2)
     with pytest.raises(InvalidValueError, match="Leave out --streaming"):
         open_splits(settings, generic_config(2), 0)
 
@@ -373,8 +361,8 @@ def test_fewer_samples(given, train_file):
     chosen = [splits.train.indices.tolist() for splits in (one, other, again)]
     assert chosen[0] == chosen[2] != chosen[1] and len(set(chosen[0])) == 10 and max(chosen[0]) > 9
     assert one.validation.indices.tolist() == other.validation.indices.tolist()
-    assert open_splits(given(max_train_samples=99), model_config(), 0).train.size == COUNT
-    stream = open_splits(given(max_train_samples=10, streaming=True), model_config(), 0).train
+    assert train_of(given(max_train_samples=99)).size == COUNT
+    stream = train_of(given(max_train_samples=10, streaming=True))
     assert sorted(seen(evaluate(stream, 5)[0])) == list(range(10))
     batches = run_batches(stream, given(), 0, 5)
     assert sorted(seen(batches)[:10]) == sorted(seen(batches)[10:]) == list(range(10))
@@ -401,7 +389,7 @@ def test_the_search_split_is_cut_from_the_training_images(given, train_file, tmp
 
 
 def test_epochs_hold_every_image(given):
-    split = open_splits(given(), model_config(), 0).train
+    split = train_of(given())
     settings = given(per_device_train_batch_size=COUNT)
     batches = run_batches(split, settings, 0, 3)
     orders = [values(batch["pixel_values"]) for batch in batches]
@@ -410,13 +398,13 @@ def test_epochs_hold_every_image(given):
     for order, batch in zip(orders, batches, strict=True):
         assert batch["labels"].tolist() == [value % 3 for value in order]
     assert seen(run_batches(split, settings, 0, 1, seed=4)) != orders[0]
-    assert batches_per_epoch(split, given(), 1) == 6
-    assert batches_per_epoch(split, given(repeated_augmentation=3), 2) == 9
+    assert reader(split, given()).batches_per_epoch == 6
+    assert reader(split, given(repeated_augmentation=3), 0, 2).batches_per_epoch == 9
 
 
 def test_repeated_images_stand_side_by_side_and_differ(given):
     settings = given(repeated_augmentation=3, random_resized_crop_scale=0.1, per_device_train_batch_size=9)
-    split = open_splits(given(train_file=None, train_dir=_noise(given)), model_config(), 0).train
+    split = train_of(given(train_file=None, train_dir=_noise(given)))
     (batch,) = run_batches(split, settings, 0, 1)
     assert batch["labels"].tolist() == [label for label in batch["labels"][::3].tolist() for _ in range(3)]
     first, second, third = batch["pixel_values"][:3]
@@ -438,7 +426,7 @@ AUGMENTED = {"random_resized_crop_scale": 0.2, "horizontal_flip": 0.5, "mixup_al
 def test_batches_from_the_middle_are_those_of_a_whole_run(given, streaming):
     """Resumed in the second epoch, whatever was drawn before, also with workers; the global generator stays."""
     settings = given(streaming=streaming, repeated_augmentation=2, **AUGMENTED)
-    split = open_splits(settings, model_config(), 0).train
+    split = train_of(settings)
     before = torch.get_rng_state()
     whole = run_batches(split, settings, 0, 26)
     assert torch.equal(torch.get_rng_state(), before)
@@ -454,7 +442,7 @@ def test_batches_from_the_middle_are_those_of_a_whole_run(given, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_processes_share_the_positions(given, streaming):
     settings = given(streaming=streaming, random_resized_crop_scale=0.2, horizontal_flip=0.5)
-    split = open_splits(settings, model_config(), 0).train
+    split = train_of(settings)
     shares = [run_batches(split, settings, 1, 6, process, 2) for process in (0, 1)]
     both = given(
         streaming=streaming, random_resized_crop_scale=0.2, per_device_train_batch_size=8, horizontal_flip=0.5
@@ -468,8 +456,8 @@ def test_a_stream_holds_what_the_files_hold(given, train_file, tmp_path):
     """Files in random order, rows through a buffer; every epoch once through all."""
     write_parquet(train_file.parent / "more.parquet", [png(100 + value) for value in range(7)])
     settings = given(train_file=str(train_file.parent / "*.parquet"), streaming=True, per_device_train_batch_size=10)
-    split = open_splits(settings, model_config(), 0).train
-    assert split.size is None and batches_per_epoch(split, settings, 1) is None
+    split = train_of(settings)
+    assert split.size is None and reader(split, settings).batches_per_epoch is None
     expected = sorted([*range(COUNT), *range(100, 107)])
     orders = [seen(run_batches(split, settings, 3 * epoch, 3)) for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == expected and orders[0] != orders[1]
@@ -479,7 +467,7 @@ def test_a_stream_holds_what_the_files_hold(given, train_file, tmp_path):
 def test_a_long_stream_is_shuffled_in_its_buffer(given, tmp_path):
     labels = [number % 3 for number in range(1500)]
     file = write_parquet(tmp_path / "long.parquet", [png(number % 250) for number in range(1500)], labels)
-    split = open_splits(given(train_file=str(file), streaming=True), model_config(), 0).train
+    split = train_of(given(train_file=str(file), streaming=True))
     rows = [raw.place for raw in split.stream(torch.Generator().manual_seed(1))]
     numbers = [int(place.rsplit("[")[-1][:-1]) for place in rows]
     assert sorted(numbers) == list(range(1500))
@@ -495,7 +483,7 @@ def test_a_declared_length_spares_reading_the_epochs_before(given, tmp_path):
         card = f"dataset_info:\n  splits:\n  - name: train\n    num_examples: {declared}\n"
         (folder / "README.md").write_text(f"---\n{card}---\n")
         settings = given(train_file=None, dataset_name=str(folder), streaming=True)
-        split = open_splits(settings, model_config(), 0).train
+        split = train_of(settings)
         assert split.size == declared
         whole = run_batches(split, settings, 0, 18)
         rest = run_batches(split, settings, 13, 5)
@@ -505,9 +493,8 @@ def test_a_declared_length_spares_reading_the_epochs_before(given, tmp_path):
 
 def test_signals_are_left_to_the_main_process(given):
     settings = given(dataloader_num_workers=1)
-    split = open_splits(settings, model_config(), 0).train
-    preparation, mixing = ImagePreparation.of(settings, processor()), Mixing.of(settings, 3)
-    batches = iter(train_batches(split, preparation, mixing, settings, 3, 0, 40, 0, 1, BrokenImages(0)))
+    split = train_of(settings)
+    batches = reader(split, settings).train(Mixing.of(settings, 3), 0, 40)
     found = seen([next(batches)])
     import multiprocessing
 
@@ -532,13 +519,13 @@ def broken_file(tmp_path):
 
 
 def test_a_broken_image_says_where(given, broken_file, tmp_path):
-    split = open_splits(given(train_file=str(broken_file)), model_config(), 0).train
+    split = train_of(given(train_file=str(broken_file)))
     for index in (5, 6, 11, 17):
         with pytest.raises(BrokenImageError, match=rf"broken.parquet\[{index}\].*: expected an image.*Replace"):
             split.read(index)
     root = write_folders(tmp_path / "train")
     (root / "bee" / "1.png").write_bytes(cut_short())
-    split = open_splits(given(train_file=None, train_dir=str(root)), model_config(), 0).train
+    split = train_of(given(train_file=None, train_dir=str(root)))
     with pytest.raises(BrokenImageError, match=r"bee/1.png.*truncated"):
         split.read(4)
 
@@ -549,7 +536,7 @@ def test_photographs_are_turned_upright(given, tmp_path, kind):
     exif[0x0112] = 6
     image.save(file, kind, exif=exif)
     path = write_parquet(tmp_path / "turned.parquet", [file.getvalue()])
-    assert open_splits(given(train_file=str(path)), model_config(), 0).train.read(0)[0].size == (20, 30)
+    assert train_of(given(train_file=str(path))).read(0)[0].size == (20, 30)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
@@ -557,7 +544,7 @@ def test_images_of_other_modes_become_rgb(given, tmp_path, mode):
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(file, "tiff")
     path = write_parquet(tmp_path / "modes.parquet", [file.getvalue()])
-    image, _ = open_splits(given(train_file=str(path)), model_config(), 0).train.read(0)
+    image, _ = train_of(given(train_file=str(path))).read(0)
     assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 255, 255))
 
 
@@ -565,7 +552,7 @@ def test_images_of_other_modes_become_rgb(given, tmp_path, mode):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_replaced_and_counted(given, broken_file, streaming, workers, caplog):
     settings = given(train_file=str(broken_file), streaming=streaming, dataloader_num_workers=workers)
-    split = open_splits(settings, model_config(), 0).train
+    split = train_of(settings)
     counter = BrokenImages(4)
     with caplog.at_level(logging.WARNING):
         whole = run_batches(split, settings, 0, 6, broken=counter)
@@ -586,7 +573,7 @@ def test_broken_images_are_replaced_and_counted(given, broken_file, streaming, w
 @pytest.mark.parametrize("limit", [0, 3, 0.1])
 def test_too_many_broken_images_stop_the_run(given, broken_file, streaming, limit):
     settings = given(train_file=str(broken_file), streaming=streaming, max_broken_images=limit)
-    split = open_splits(settings, model_config(), 0).train
+    split = train_of(settings)
     counter = BrokenImages.of(settings, split)
     if streaming and limit == 0.1:
         # Of a stream of unknown length a share is taken of a thousand at least.
@@ -599,11 +586,11 @@ def test_too_many_broken_images_stop_the_run(given, broken_file, streaming, limi
 
 def test_nothing_but_broken_images_stops_the_run(given, tmp_path):
     file = break_rows(tmp_path / "all.parquet", dict.fromkeys(range(COUNT), b"no image"))
-    split = open_splits(given(train_file=str(file)), model_config(), 0).train
+    split = train_of(given(train_file=str(file)))
     with pytest.raises(InvalidValueError, match="found 9 one after the other that cannot be read"):
         run_batches(split, given(), 0, 6, broken=BrokenImages(100))
     with pytest.raises(InvalidValueError, match="expected images to calibrate on"):
-        calibration_batches(split, ImagePreparation.of(given(), processor()), given(), 0)
+        reader(split, given()).calibrate()
 
 
 def test_broken_images_count_once():
@@ -622,7 +609,7 @@ def test_broken_images_count_once():
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("processes", "batch_size"), [(1, 5), (2, 4), (3, 3), (4, 7), (5, 23)])
 def test_every_image_is_evaluated_once(given, streaming, processes, batch_size):
-    split = open_splits(given(streaming=streaming), model_config(), 0).train
+    split = train_of(given(streaming=streaming))
     shares = evaluate(split, batch_size, processes)
     assert len({len(share) for share in shares}) == 1
     found, labels = [], []
@@ -637,20 +624,19 @@ def test_every_image_is_evaluated_once(given, streaming, processes, batch_size):
 
 
 def test_evaluation_can_be_repeated_and_read_ahead(given):
-    split = open_splits(given(), model_config(), 0).train
-    preparation = ImagePreparation.of(given(), processor())
+    split = train_of(given())
     before = torch.get_rng_state()
-    batches = evaluation_batches(split, preparation, 4, 0, 1, 2, BrokenImages(0))
+    batches = reader(split, given(per_device_eval_batch_size=4, dataloader_num_workers=2)).evaluate()
     assert len(batches) == 6 and seen(batches) == seen(batches) == seen(evaluate(split, 4)[0])
     assert torch.equal(torch.get_rng_state(), before)
-    stream = open_splits(given(streaming=True), model_config(), 0).train
+    stream = train_of(given(streaming=True))
     with pytest.raises(TypeError, match="not known"):
-        len(evaluation_batches(stream, preparation, 4, 0, 1, 0, BrokenImages(0)))
+        len(reader(stream, given()).evaluate())
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_broken_images_are_not_evaluated(given, broken_file, streaming):
-    split = open_splits(given(train_file=str(broken_file), streaming=streaming), model_config(), 0).train
+    split = train_of(given(train_file=str(broken_file), streaming=streaming))
     counter = BrokenImages(4)
     shares = evaluate(split, 6, 2, broken=counter)
     found = [value for share in shares for batch in share for value in values(batch["pixel_values"][batch["valid"]])]
@@ -662,14 +648,12 @@ def test_broken_images_are_not_evaluated(given, broken_file, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_calibration_images_are_random_and_whole(given, broken_file, streaming):
-    settings = given(
-        train_file=str(broken_file), streaming=streaming, calibration_samples=10, calibration_batch_size=4
-    )
-    split = open_splits(settings, model_config(), 0).train
-    preparation = ImagePreparation.of(given(**AUGMENTED), processor())
-    one, again, other = (calibration_batches(split, preparation, settings, seed) for seed in (1, 1, 2))
+    few = {"calibration_samples": 10, "calibration_batch_size": 4}
+    settings = given(train_file=str(broken_file), streaming=streaming, **few, **AUGMENTED)
+    split = train_of(settings)
+    one, again, other = (reader(split, settings, seed=seed).calibrate() for seed in (1, 1, 2))
     assert [len(batch["pixel_values"]) for batch in one] == [4, 4, 2] and set(one[0]) == {"pixel_values"}
     assert seen(one) == seen(again) != seen(other) and len(set(seen(one))) == 10
     assert not {5, 6, 11, 17} & set(seen(one)) and max(seen(one)) > 10
-    many = calibration_batches(split, preparation, CompressSettings(calibration_samples=99), 1)
+    many = reader(split, CompressSettings(calibration_samples=99)).calibrate()
     assert len(seen(many)) == COUNT - 4

@@ -4,14 +4,12 @@ import copy
 import errno
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from types import MethodType
@@ -21,68 +19,27 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 from transformers.trainer_pt_utils import safe_globals
 
-import comcat_hf
 from comcat_hf.compression.distillation import DistillationLoss, OwnBase, ask_teacher
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.training.checkpoints import Progress, last_checkpoint, list_checkpoints
 from comcat_hf.training.classify.ema import WeightAverage
-from comcat_hf.training.classify.logs import LOG, LossMeter, TrainingLog
+from comcat_hf.training.classify.logs import LOG, LossMeter, read_log, write_log
 from comcat_hf.training.classify.loop import TrainRun, finetune_model
 from comcat_hf.training.classify.optimizers import learning_rates, rate_at, warmup_steps
 from comcat_hf.training.classify.routes import finished, make_student
 from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.interruption import Interruption
 from comcat_hf.training.trackers import tracker_of
+from tests.helpers import in_processes
+from tests.training.classify.conftest import CLASSES, SIZE
+from tests.training.conftest import Recorder
 
 
-ROOT = Path(__file__).parents[3]
-TWO = ROOT / "scripts" / "accelerate" / "cpu.yaml"
-CLASSES, SIZE, BATCH = 4, 16, 4
-STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    """One thread, and no accelerate state of another test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-
-
-def dense_vit(dropout=0.1):
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=SIZE,
-        patch_size=8,
-        num_labels=CLASSES,
-        initializer_range=0.1,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return ViTForImageClassification(config).eval()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A dense model and a small one, with and without dropout."""
-    root = tmp_path_factory.mktemp("models")
-    for name, dropout in (("wet", 0.1), ("dry", 0.0)):
-        dense = dense_vit(dropout)
-        dense.save_pretrained(root / name / "dense")
-        comcat_hf.compress(dense, reduction=0.4, scope="attention").save_pretrained(root / name / "small")
-    return root
+BATCH, STEPS = 4, 6
 
 
 def batch_at(position, size=BATCH):
@@ -161,16 +118,6 @@ def stopping(step, accumulated=1):
     return give
 
 
-def launched(script, processes, *arguments):
-    """Run a script by `accelerate launch`, on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
-    command += [f"--config_file={TWO}"] if processes == 2 else ["--cpu", "--num_processes=1", "--num_machines=1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 # Learning
 
 
@@ -241,6 +188,17 @@ def test_a_base_is_its_own_teacher_without_being_touched(folder, tmp_path):
     base = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
     finetune_model(run)
     assert base and all(torch.equal(run.student.model.state_dict()[name], value) for name, value in base.items())
+
+
+def test_a_small_model_of_another_dense_one_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "dry", tmp_path / "dry")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "dry" / "small")
+    place = "vit.layers.1.layernorm_before"
+    model.get_submodule(place).weight.data.add_(1)
+    model.save_pretrained(tmp_path / "dry" / "small")
+    with pytest.raises(CheckpointError, match=rf"small: expected the dense model's {place}.weight, which route peft"):
+        prepare(tmp_path, tmp_path, "dry", route="peft")
+    prepare(tmp_path, tmp_path, "dry", route="peft", modules_to_save="classifier,layernorm_before")
 
 
 @pytest.mark.parametrize(
@@ -497,53 +455,27 @@ def test_dropout_goes_on_where_it_was(folder, tmp_path):
     assert not same(weights(run), weights(whole))
 
 
-KILLED = """
-import json, sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from accelerate import Accelerator
-from tests.training.classify import test_vit_loop as test
-
-folder, output, route, checkpoint = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-how = dict(route=route, ema_decay=0.9, checkpointing_steps="2", steps=14, logging_steps=1)
-run, result = test.train(folder, output, checkpoint=Path(checkpoint) if checkpoint else None, **how)
-run.student.model.save_pretrained(output / "model") if route == "full" else None
-import torch
-torch.save(test.weights(run), output / "weights.pt")
-"""
-
-
 def test_sigkill_loses_the_steps_since_the_last_checkpoint_only(folder, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(KILLED.format(root=str(ROOT)))
-
-    def start(output, route, checkpoint=""):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(script), str(folder), str(output), route, str(checkpoint)]
-        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-    def finish(process):
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
-
-    finish(start(tmp_path / "whole", "full"))
+    how = {"ema_decay": 0.9, "checkpointing_steps": "2", "steps": 14, "logging_steps": 1}
     killed = tmp_path / "killed"
-    process, checkpoint = start(killed, "full"), ""
-    for goal in (2, 6, 10):
-        deadline = time.monotonic() + 100
-        while not (killed / f"checkpoint-{goal}").is_dir() and process.poll() is None and time.monotonic() < deadline:
+
+    def start():
+        forget()
+        run, _ = train(folder, killed, checkpoint=last_checkpoint(killed), **how)
+        save_file(weights(run), killed / "weights.safetensors")
+
+    for goal in (2, 6, 10, None):
+        process = multiprocessing.get_context("fork").Process(target=start)
+        process.start()
+        while goal is not None and not (killed / f"checkpoint-{goal}").is_dir() and process.is_alive():
             time.sleep(0.002)
         # Anywhere behind it: in a step, or while the next checkpoint is being written.
-        time.sleep(random.Random(goal).random() * 0.05)
+        process.join(random.Random(goal).random() * 0.05 if goal else 200)
         process.kill()
-        process.wait()
-        process.stderr.close()
-        assert not (killed / "weights.pt").exists()
-        checkpoint = last_checkpoint(killed) or ""
-        process = start(killed, "full", checkpoint)
-    finish(process)
-    ours, theirs = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "whole"))
-    assert same(ours, theirs)
+        process.join()
+        assert (process.exitcode == 0) == (killed / "weights.safetensors").exists() == (goal is None)
+    whole, _ = train(folder, tmp_path / "whole", **how)
+    assert same(load_file(killed / "weights.safetensors"), weights(whole))
     assert untimed(killed) == untimed(tmp_path / "whole") and len(lines(killed)) == 14
     assert not list(killed.glob(".*"))
 
@@ -786,29 +718,8 @@ def test_trainings_without_anything_to_train(folder, tmp_path):
 # Reports
 
 
-class _Recorder(GeneralTracker):
-    """Keeps what a tracker is told."""
-
-    name = "recorder"
-    requires_logging_directory = False
-
-    def __init__(self):
-        super().__init__()
-        self.logged = []
-
-    @property
-    def tracker(self):
-        return None
-
-    def store_init_configuration(self, values):
-        self.config = values
-
-    def log(self, values, step=None, **kwargs):
-        self.logged.append((values, step))
-
-
 def test_trackers_are_told_what_the_log_says(folder, tmp_path):
-    tracker = _Recorder()
+    tracker = Recorder()
     accelerator = Accelerator(cpu=True, log_with=[tracker])
     how = {"hub_token": "secret", "token": "secret", "eval_steps": "epoch", "evaluate": lambda model: {"top1": 0.5}}
     train(folder, tmp_path, accelerator=accelerator, **how)
@@ -833,19 +744,12 @@ def test_which_tracker_is_taken(monkeypatch):
 
 def test_the_log_reads_as_one_run(tmp_path):
     path = tmp_path / LOG
-    log = TrainingLog(path, 0)
-    for step in (1, 2, 3):
-        log.write(step=step, loss=math.nan if step == 1 else 0.5)
+    write_log(path, [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.5}], append=False)
+    write_log(path, [{"step": 3, "eval_top1": 1.0}], append=True)
     with path.open("a") as stream:
-        stream.write('{"step": 4, "lo')
-    log = TrainingLog(path, 2)
-    log.write(step=3, eval_top1=1.0)
-    assert lines(tmp_path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}, {"step": 3, "eval_top1": 1.0}]
-    assert TrainingLog(path, 3).has(3, "eval_") and not TrainingLog(path, 3).has(2, "eval_")
-    TrainingLog(path, 0, writes=False).write(step=9)
-    assert len(lines(tmp_path)) == 3
-    TrainingLog(path, 0)
-    assert path.read_text() == ""
+        stream.write('{"loss": 1}\n{"step": 2, "lo')
+    assert read_log(path, 2) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+    assert read_log(path, 3)[2:] == [{"step": 3, "eval_top1": 1.0}] and read_log(tmp_path / "none", 3) == []
 
 
 def test_the_meter_waits_until_it_is_read():
@@ -868,55 +772,34 @@ def test_the_meter_waits_until_it_is_read():
 
 # Several processes
 
-TOGETHER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from accelerate import Accelerator
-from tests.training.classify import test_vit_loop as test
 
-folder, output, route, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-accelerator = Accelerator(cpu=True)
-index, count, size = accelerator.process_index, accelerator.num_processes, 8 // accelerator.num_processes
-assert count == int(sys.argv[5])
+def train_together(folder, output, route, stop=0):
+    """The process's share of batches of eight; SIGTERM comes to the second process at batch `stop`."""
+    accelerator = Accelerator(cpu=True)
+    index, size = accelerator.process_index, 8 // accelerator.num_processes
 
-def batches(start, number):
-    for position in range(start, start + number):
-        if stop and position == stop and index == 1:
-            import os, signal
-            os.kill(os.getpid(), signal.SIGTERM)
-        whole = test.batch_at(position, 8)
-        yield {{name: value[index * size : (index + 1) * size] for name, value in whole.items()}}
+    def share(start, number):
+        for position in range(start, start + number):
+            if stop and position == stop and index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            whole = batch_at(position, 8)
+            yield {name: value[index * size : (index + 1) * size] for name, value in whole.items()}
 
-from comcat_hf.training.checkpoints import list_checkpoints
-from comcat_hf.training.interruption import Interruption
-with Interruption() as interruption:
-    found = list_checkpoints(output)
-    run, result = test.train(
-        folder, output, "dry", steps=16, accelerator=accelerator, batches=batches, route=route, logging_steps=2,
-        ema_decay=0.9, checkpointing_steps="100", per_device_train_batch_size=size, interruption=interruption,
-        gradient_accumulation_steps=1, checkpoint=found[-1] if found else None,
-    )
-if accelerator.is_main_process:
-    torch.save(test.weights(run), output / "weights.pt")
-    (output / "result").write_text(f"{{result.step}} {{result.interrupted}}")
-accelerator.end_training()
-"""
+    with Interruption() as interruption:
+        given = {"accelerator": accelerator, "interruption": interruption, "checkpoint": last_checkpoint(output)}
+        how = {"ema_decay": 0.9, "checkpointing_steps": "100", "per_device_train_batch_size": size, "route": route}
+        _, result = train(folder, output, "dry", steps=16, batches=share, **given, **how)
+    if accelerator.is_main_process:
+        (output / "result").write_text(f"{accelerator.num_processes} {result.step} {result.interrupted}")
+    accelerator.end_training()
 
 
 @pytest.mark.parametrize("route", ["full", "peft"])
 def test_two_processes_are_one_with_the_same_images(folder, tmp_path, route):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(TOGETHER.format(root=str(ROOT))))
-
-    def run(output, processes, stop=0):
-        launched(script, processes, folder, output, route, stop, processes)
-
-    run(tmp_path / "one", 1)
-    run(tmp_path / "two", 2)
+    train_together(folder, tmp_path / "one", route)
+    in_processes(train_together, folder, tmp_path / "two", route)
     one, two = untimed(tmp_path / "one"), untimed(tmp_path / "two")
+    assert (tmp_path / "two" / "result").read_text() == "2 16 None"
     assert [line["step"] for line in two] == [2, 4, 6, 8, 10, 12, 14, 16]
     for ours, theirs in zip(two, one, strict=True):
         assert ours == {name: pytest.approx(value, abs=1e-4) for name, value in theirs.items()}
@@ -924,10 +807,10 @@ def test_two_processes_are_one_with_the_same_images(folder, tmp_path, route):
     if route == "full":
         return
     # A signal to one process stops both behind the same step, and they go on from there.
-    run(tmp_path / "stopped", 2, stop=5)
-    assert (tmp_path / "stopped" / "result").read_text() == "6 a signal to another process"
+    in_processes(train_together, folder, tmp_path / "stopped", route, 5)
+    assert (tmp_path / "stopped" / "result").read_text() == "2 6 a signal to another process"
     assert len(list((tmp_path / "stopped" / "checkpoint-6").glob("rng_state_*.pth"))) == 2
-    run(tmp_path / "stopped", 2)
+    in_processes(train_together, folder, tmp_path / "stopped", route)
     for ours, theirs in zip(untimed(tmp_path / "stopped"), two, strict=True):
         assert ours == {name: pytest.approx(value, abs=1e-6) for name, value in theirs.items()}
 

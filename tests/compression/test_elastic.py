@@ -1,0 +1,81 @@
+"""One artefact from which a model of any reduction is made without images."""
+
+import json
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from comcat_hf import Elastic, collect_statistics, compress, plan_of
+from comcat_hf.compression.elastic import ELASTIC_NAME
+from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
+from tests.helpers import assert_close, images, outputs, small_vit
+
+
+def made(**how):
+    dense, inputs = small_vit(intermediate_size=400)
+    return compress(dense, batches=[images(8)] * 2, elastic=(0.2, 0.6), progress=False, **how), dense, inputs
+
+
+@pytest.mark.parametrize("how", [{}, {"metric": "macs"}, {"scope": "mlp"}, {"layout": "plain"}], ids=str)
+def test_any_reduction_is_made_from_what_was_saved(how, tmp_path):
+    elastic, dense, inputs = made(**how)
+    elastic.save_pretrained(tmp_path / "elastic")
+    loaded = Elastic.from_pretrained(tmp_path / "elastic", reduction=0.45)
+    small = loaded.model
+    plan = plan_of(small)
+    assert 0.45 <= plan.reached <= 0.455 and plan.layout == how.get("layout", "free")
+    assert_close(outputs(small, inputs), outputs(elastic.set_reduction(0.45), inputs))
+    # The same as the slow way, from the same moments.
+    slow = compress(dense, plan=plan, statistics=elastic.statistics, progress=False)
+    assert_close(outputs(small, inputs), outputs(slow, inputs))
+    again = loaded.set_reduction(0.2)
+    assert again.num_parameters() > small.num_parameters() and loaded.model is again
+    small.save_pretrained(tmp_path / "small")
+    assert_close(
+        outputs(AutoModelForImageClassification.from_pretrained(tmp_path / "small").eval(), inputs),
+        outputs(small, inputs),
+    )
+    # The folder is also that of the dense model.
+    assert_close(
+        outputs(AutoModelForImageClassification.from_pretrained(tmp_path / "elastic").eval(), inputs),
+        outputs(dense, inputs),
+    )
+
+
+def test_statistics_serve_in_place_of_images():
+    dense, inputs = small_vit()
+    statistics = collect_statistics(dense, [images(8)], curvature=True, mlp="width")
+    first = compress(dense, statistics=statistics, elastic=[0.2, 0.5]).set_reduction(0.3)
+    assert_close(outputs(first, inputs), outputs(compress(dense, 0.3, statistics=statistics), inputs))
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ({"elastic": (0.6, 0.2)}, InvalidValueError, "the smaller first"),
+        ({"elastic": 0.5}, InvalidValueError, "expected two shares"),
+        ({"elastic": (0.3, "0.7")}, InvalidValueError, "expected two shares"),
+        ({"elastic": (0.3, 0.99)}, BudgetError, "out of reach"),
+        ({"elastic": (0.3, 0.5), "reduction": 0.4}, InvalidValueError, "reduction cannot be used"),
+        ({"elastic": (0.3, 0.5), "batches": None}, InvalidValueError, "expected batches"),
+    ],
+)
+def test_a_range_that_cannot_be_is_said(how, kind, says):
+    dense, _ = small_vit()
+    with pytest.raises(kind, match=says):
+        compress(dense, **{"batches": [images(4)], "progress": False, **how})
+
+
+def test_a_reduction_outside_of_the_range_is_said(tmp_path):
+    elastic, dense, _ = made()
+    for reduction in (0.1, 0.7, float("nan"), "0.3"):
+        with pytest.raises(InvalidValueError, match="reduction"):
+            elastic.set_reduction(reduction)
+    elastic.save_pretrained(tmp_path)
+    file = tmp_path / ELASTIC_NAME
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"high": 0.9}))
+    with pytest.raises(CheckpointError, match=ELASTIC_NAME):
+        Elastic.from_pretrained(tmp_path)
+    statistics = collect_statistics(dense, [images(4)])
+    with pytest.raises(InvalidValueError, match="with curvature"):
+        compress(dense, statistics=statistics, elastic=(0.2, 0.5))

@@ -1,0 +1,150 @@
+"""ComCAT adapters as LoRA files, which diffusers loads without this package."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from comcat_hf import cli, convert_to_lora, save_as_lora, save_comcat_weights
+from comcat_hf.customization.lora import LORA_NAME
+from comcat_hf.errors import InvalidValueError
+from tests.customization.pipelines import tiny_sd, tiny_sdxl
+from tests.customization.test_export import adapted, load
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("base") / "sd")
+
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "comcat_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import torch
+from diffusers import StableDiffusionPipeline
+torch.set_num_threads(1)
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.load_lora_weights(sys.argv[2])
+expected = torch.load(sys.argv[3], weights_only=True)
+how = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
+found = pipeline("a dog", generator=torch.Generator().manual_seed(0), **how).images
+assert (found - expected).abs().max() <= 1e-4, (found - expected).abs().max()
+"""
+
+
+def latents(pipeline) -> torch.Tensor:
+    how = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
+    return pipeline("a dog", generator=torch.Generator().manual_seed(0), **how).images
+
+
+@pytest.mark.processes
+def test_a_core_is_exact_without_this_package(base, tmp_path):
+    pipeline = adapted(base, core=True)
+    pipeline.set_adapters(["dog"], [0.7])
+    lost = save_as_lora(pipeline, tmp_path)
+    assert max(share for shares in lost.values() for share in shares.values()) < 1e-5
+    assert not torch.allclose(latents(pipeline), latents(load(base)), atol=1e-2)
+    torch.save(latents(pipeline), tmp_path / "latents.pt")
+    command = [sys.executable, "-c", WITHOUT, *map(str, (base, tmp_path / LORA_NAME, tmp_path / "latents.pt"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_several_adapters_and_names_of_other_tools(base, tmp_path):
+    pipeline = adapted(base, "dog", "style", core=True)
+    assert load_into(base, save(pipeline, tmp_path / "both")) == pytest.approx(0, abs=1e-4)
+    # Tools that know no biases lose those of text encoders; of the UNet nothing.
+    lost = save_as_lora(pipeline, tmp_path / "kohya", kohya=True)
+    assert all(max(shares.values()) < 1e-5 for name, shares in lost.items() if name.startswith("unet"))
+    assert all(0 < shares["qk"] < 1 for name, shares in lost.items() if name.startswith("text_encoder"))
+    tensors = load_file(tmp_path / "kohya" / LORA_NAME)
+    assert any(key.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj") for key in tensors)
+    other = load(base)
+    other.load_lora_weights(tmp_path / "kohya")
+    for part, loras in convert_to_lora(pipeline, biases=False)[0].items():
+        for path, lora in loras.items():
+            read = getattr(other, part).get_submodule(path)
+            assert torch.allclose(read.lora_B["default_0"].weight * read.scaling["default_0"], lora.up)
+
+
+def save(pipeline, folder, **how):
+    save_as_lora(pipeline, folder, **how)
+    return folder
+
+
+def load_into(base, folder) -> float:
+    """How far a pipeline with a LoRA draws from the pipeline that it was made of; set by [`save`]'s caller."""
+    plain = load(base)
+    plain.load_lora_weights(folder)
+    adapter = adapted(base, "dog", "style", core=True)
+    return (latents(plain) - latents(adapter)).abs().max().item()
+
+
+def test_full_factors_lose_what_is_said_and_no_more_than_an_export(base, tmp_path):
+    from comcat_hf import export_pipeline
+
+    pipeline = adapted(base)
+    lost = save_as_lora(pipeline, tmp_path / "lora")
+    exported = export_pipeline(pipeline, tmp_path / "cut", truncate=True)
+    for name, shares in lost.items():
+        assert shares == pytest.approx(exported[name], rel=1e-3)
+    plain, cut = load(base), load(tmp_path / "cut")
+    plain.load_lora_weights(tmp_path / "lora")
+    assert torch.allclose(latents(plain), latents(cut), atol=1e-3)
+    loras, _ = convert_to_lora(pipeline)
+    view = next(m for m in pipeline.unet.modules() if type(m).__name__ == "CustomizeLayer").view
+    assert {len(lora.down) for path, lora in loras["unet"].items() if path.startswith(f"{view.name}.")} == {
+        2 * view.num_heads,
+        view.num_heads,
+    }
+
+
+def test_a_lower_rank_loses_more(base):
+    pipeline = adapted(base, core=True)
+    means = []
+    for rank in (1, 3, 100):
+        loras, lost = convert_to_lora(pipeline, rank=rank)
+        assert all(len(lora.down) <= rank for part in loras.values() for lora in part.values())
+        means.append(sum(sum(shares.values()) for shares in lost.values()))
+    assert means[0] > means[1] > 0.1 and means[2] < 1e-3
+
+
+def test_two_text_encoders_have_names_of_their_own(tmp_path):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl(tmp_path / "xl"))
+    from comcat_hf import ComCATConfig
+
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.add_adapter(ComCATConfig(mode="customize", qk_rank=1, vo_rank=1, core=True, init_weights=False), "dog")
+    save_as_lora(pipeline, tmp_path / "kohya", kohya=True)
+    save_as_lora(pipeline, tmp_path / "lora")
+    keys = load_file(tmp_path / "kohya" / LORA_NAME)
+    assert {key[:9] for key in keys} == {"lora_unet", "lora_te1_", "lora_te2_"}
+    plain = StableDiffusionXLPipeline.from_pretrained(tmp_path / "xl")
+    plain.load_lora_weights(tmp_path / "lora")
+    assert torch.allclose(latents(plain), latents(pipeline), atol=1e-4)
+
+
+def test_from_the_shell(base, tmp_path):
+    save_comcat_weights(adapted(base, core=True), tmp_path / "adapter", "dog")
+    command = ["convert", "lora", *map(str, (tmp_path / "adapter", tmp_path / "out")), "--base", str(base)]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert "0.0%" in result.stdout and (tmp_path / "out" / LORA_NAME).is_file()
+    result = CliRunner().invoke(cli.app, command[:4])
+    assert result.exit_code == 1 and "Give --base" in result.output
+
+
+def test_what_is_refused(base, tmp_path):
+    with pytest.raises(InvalidValueError, match="no ComCAT adapter at all"):
+        save_as_lora(load(base), tmp_path / "none")
+    with pytest.raises(InvalidValueError, match="rank"):
+        convert_to_lora(adapted(base), rank=-1)
+    assert not (tmp_path / "none").exists()
