@@ -230,15 +230,23 @@ def _count_products(result: Trace, name: str, module: nn.Module, family: Attenti
         rows = output[..., 0].numel()
         # Of one window, where a sample has several.
         seen = rows // len(output) if output.ndim > 2 else rows
-        shapes.update({role: (rows // batch, seen, width or output.shape[-1]) for role, width in roles.items()})
+        for role, width in roles.items():
+            before = shapes.get(role, (0, 0, 0))
+            # Of several streams the tokens add up.
+            shapes[role] = (before[0] + rows // batch, before[1] + seen, width or output.shape[-1])
 
     for layer, roles in _widths(module, family).items():
         getattr(module, layer).register_forward_hook(partial(note, roles))
+    for stream in form.further if (form := family.form_of(module)) else ():
+        for role in ("query", "key", "value"):
+            if (linear := getattr(module, getattr(stream, role), None)) is not None:
+                linear.register_forward_hook(partial(note, {role: 0}))
 
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         (queries, _, width), (keys, seen, _), (_, _, value_width) = (shapes[r] for r in ("query", "key", "value"))
         result.macs[name] = result.macs.get(name, 0) + queries * seen * (width + value_width)
         result.add_call(name, queries, keys, seen)
+        shapes.clear()
 
     module.register_forward_hook(hook)
 

@@ -6,6 +6,7 @@ package therefore stops on a size mismatch when it loads such a checkpoint, wher
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-from .families import AttentionFamily
+from .families import AttentionFamily, Stream, at_path
 from .linears import empty_linear
 from .stand_in import StandIn, common_width, pad_heads, split_heads
 from .views import AttentionView
@@ -199,6 +200,8 @@ def _inputs(view: AttentionView, qk_rank: int | None, vo_rank: int | None) -> di
         dense = getattr(view.module, family.query)
         widths = [view.head_dim if rank is None else rank for rank in (qk_rank, qk_rank, vo_rank)]
         return {family.query: empty_linear(dense, heads * sum(widths), dense.in_features, dense.bias is not None)}
+    if len(view.streams) > 1:
+        return _of_streams(view, {"query": qk_rank, "key": qk_rank, "value": vo_rank, "output": vo_rank})
     ranks = {family.query: qk_rank, family.key: qk_rank, family.value: vo_rank}
     dense = {name: getattr(view.module, name) for name, rank in ranks.items() if rank is not None}
     return {
@@ -207,6 +210,21 @@ def _inputs(view: AttentionView, qk_rank: int | None, vo_rank: int | None) -> di
         )
         for name, linear in dense.items()
     }
+
+
+def _of_streams(view: AttentionView, ranks: Mapping[str, int | None]) -> dict[str, nn.Linear]:
+    """The empty projections of all streams, biases included, but for the output of the first."""
+    found = {}
+    for stream in view.streams:
+        for role, rank in ranks.items():
+            linear = view.projection(role, stream)
+            if rank is None or linear is None or (role == "output" and stream == view.streams[0]):
+                continue
+            sizes = (linear.out_features, view.num_heads * rank)
+            out, into = sizes if role == "output" else (sizes[1], linear.in_features)
+            bias = role == "output" or linear.bias is not None
+            found[getattr(stream, role)] = empty_linear(linear, out, into, bias)
+    return found
 
 
 def _borrow(module: nn.Module, name: str, child: nn.Module | nn.Parameter | None) -> None:
@@ -245,7 +263,10 @@ class HostedLowRankAttention(LowRankAttention):
         """Attend, as the host's `forward` says."""
         # Made anew each time: it costs no more than a few attributes, and nothing has to be kept in step.
         projections = _Projections(self, self._family)
-        stand_in = StandIn.of(self, self._family, projections, self._host)
+        form = self._family.form_of(self)
+        streams = [s for s in (form.further if form else ()) if getattr(self, s.query, None) is not None]
+        further = [_Projections(self, self._family, stream) for stream in streams]
+        stand_in = StandIn.of(self, self._family, projections, self._host, further)
         stand_in.resize(projections.heads, projections.width)
         output = stand_in.forward(*args, **kwargs)
         if not self._family.output_in_parent:
@@ -256,8 +277,8 @@ class HostedLowRankAttention(LowRankAttention):
 class _Projections:
     """What a stand-in for low-rank attention projects with: the factors, filled up to the width of the kernel."""
 
-    def __init__(self, attention: nn.Module, family: AttentionFamily) -> None:
-        self.attention, self.family = attention, family
+    def __init__(self, attention: nn.Module, family: AttentionFamily, stream: Stream | None = None) -> None:
+        self.attention, self.family, self.stream = attention, family, stream or family.stream
         self.heads = family.heads_of(attention)
         dense = getattr(attention, "dense_width", None) or family.head_dim_of(attention)
         ranks = getattr(attention, "qk_rank", None), getattr(attention, "vo_rank", None)
@@ -266,13 +287,13 @@ class _Projections:
         self.width = dense if fixed else common_width(self.qk_width, self.vo_width)
 
     def query(self, states: Tensor) -> Tensor:
-        return self._scaled(self._wide(self._rows(self.family.query, states)))
+        return self._scaled(self._wide(self._rows(self.stream.query, states)))
 
     def key(self, states: Tensor) -> Tensor:
-        return self._wide(self._rows(self.family.key, states))
+        return self._wide(self._rows(self.stream.key, states))
 
     def value(self, states: Tensor) -> Tensor:
-        return self._wide(self._rows(self.family.value, states))
+        return self._wide(self._rows(self.stream.value, states))
 
     def fused(self, states: Tensor) -> Tensor:
         """Queries, keys and values of one layer, side by side."""
@@ -281,7 +302,7 @@ class _Projections:
         return torch.cat([self._scaled(query), key, value], dim=-1)
 
     def output(self, states: Tensor) -> Tensor:
-        return _project(self.family.output_of(self.attention), self.narrow(states))
+        return _project(at_path(self.attention, self.stream.output), self.narrow(states))
 
     def narrow(self, attended: Tensor) -> Tensor:
         """The heads' outputs without what fills them up."""

@@ -96,6 +96,8 @@ class AttentionView:
     @property
     def refusal_of_qk(self) -> str | None:
         """Why the query/key product cannot be compressed, if it cannot."""
+        if self.form.rotary is not None:
+            return "it rotates queries and keys by their positions, so the query/key product is not one matrix"
         return None if self.family.refuse_qk is None else self.family.refuse_qk(self.module)
 
     @property

@@ -190,11 +190,14 @@ class _AttentionMeter(_Meter):
 
     def hooks(self) -> Iterator[Any]:
         view = self.view
-        if "qk" in self.maps:
-            yield view.query.register_forward_hook(lambda module, args, output: self._watch(output, "qk"))
-        yield view.output.register_forward_pre_hook(
-            lambda module, args: (self._watch(args[0], "vo", lambda u: u - self.mean.to(u)), *args[1:])
-        )
+        for stream in view.streams:
+            if "qk" in self.maps:
+                query = view.projection("query", stream)
+                yield query.register_forward_hook(lambda module, args, output: self._watch(output, "qk"))
+            if (output := view.projection("output", stream)) is not None:
+                yield output.register_forward_pre_hook(
+                    lambda module, args: (self._watch(args[0], "vo", lambda u: u - self.mean.to(u)), *args[1:])
+                )
 
     def take(self, name: str, states: Tensor, gradients: Tensor) -> None:
         if name == "vo":

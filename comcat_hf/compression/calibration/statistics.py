@@ -197,6 +197,7 @@ class _AttentionCollector(_Collector):
         self.view = site.view
         self.side = "heads" if "qk" in site.choices else "values"
         self.keys_admitted: Tensor | None = None
+        self.streams: list[Tensor] = []
         self.other_input = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -207,10 +208,13 @@ class _AttentionCollector(_Collector):
     def hooks(self) -> Iterator[Any]:
         view = self.view
         yield view.module.register_forward_pre_hook(self._on_call, with_kwargs=True)
-        if self.side == "heads":
-            yield view.query.register_forward_hook(lambda module, args, output: self._on_query(output))
-            yield view.key.register_forward_hook(lambda module, args, output: self._on_key(output))
-        yield view.output.register_forward_pre_hook(lambda module, args: self._on_attended(view.by_sample(args[0])))
+        for stream in view.streams:
+            if self.side == "heads":
+                query, key = (view.projection(role, stream) for role in ("query", "key"))
+                yield query.register_forward_hook(lambda module, args, output: self._on_query(output))
+                yield key.register_forward_hook(lambda module, args, output: self._keys_of_stream(output))
+            if (output := view.projection("output", stream)) is not None:
+                yield output.register_forward_pre_hook(lambda m, args: self._on_attended(view.by_sample(args[0])))
 
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # diffusers names the other input, and gives its mask three dimensions.
@@ -241,6 +245,13 @@ class _AttentionCollector(_Collector):
     def _on_query(self, states: Tensor) -> None:
         weights, heads = self._weights(states), self._heads(states)
         self._add(count=weights.sum(), query=_second(heads, weights))
+
+    def _keys_of_stream(self, states: Tensor) -> None:
+        # A softmax goes over the keys of all streams.
+        self.streams.append(states)
+        if len(self.streams) == len(self.view.streams):
+            self._on_key(states if len(self.streams) == 1 else torch.cat(self.streams, dim=1))
+            self.streams = []
 
     def _on_key(self, states: Tensor) -> None:
         weights, heads = self._weights(states, keys=True), self._heads(states)

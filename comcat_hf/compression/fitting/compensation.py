@@ -360,7 +360,9 @@ def _first(output: Any) -> Tensor:
 def _find_residual(seen: Mapping[str, Tensor], name: str) -> _Residual | None:
     output = seen[f"={name}"].double()
     order = list(seen)
-    points = [key for key in order if not key.startswith("=") and seen[key].shape == output.shape]
+    # The last block of two streams may give nothing of one.
+    shapes = {key: state.shape for key, state in seen.items() if isinstance(state, Tensor)}
+    points = [key for key in order if not key.startswith("=") and shapes.get(key) == output.shape]
     here = order.index(f"={name}")
     energy = output.flatten(0, -2).square().sum(0)
     for total in (key for key in points if order.index(key) > here):

@@ -14,7 +14,7 @@ from ..families import AttentionFamily, Form, MLPFamily, Stream
 # Text with projections of its own, beside an image.
 _TEXT = Stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
 
-_NOT_BUILT = "compression is built for attention without rotations by positions and without a second stream alone"
+_NOT_BUILT = "compression of rotated or joint attention is built for Stable Diffusion 3 and Qwen-Image alone"
 # These give their kernel the module's scale, and pass norms of queries and keys over;
 _given = Form(scale="given", norms=False)
 # and with these it takes the root of the width of the heads.
@@ -29,8 +29,10 @@ PROCESSORS: dict[str, Form] = {
     **dict.fromkeys(("AttnProcessor2_0", "FusedAttnProcessor2_0", "AttnProcessorNPU"), _width),
     "XLAFlashAttnProcessor2_0": _width,
     "SanaAttnProcessor2_0": Form(scale="width"),
-    **dict.fromkeys(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), _rotary((_TEXT,), heads_first=True)),
-    "QwenDoubleStreamAttnProcessor2_0": _joint(),
+    **dict.fromkeys(
+        ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), _rotary((_TEXT,), heads_first=True, compress=None)
+    ),
+    "QwenDoubleStreamAttnProcessor2_0": _joint(compress=None),
     "HunyuanVideoAttnProcessor2_0": _joint(),
     "HunyuanImageAttnProcessor": _joint(),
     "BriaAttnProcessor": _joint(),

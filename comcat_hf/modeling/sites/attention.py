@@ -18,12 +18,13 @@ from ...closed_forms.attention import (
     vo_spectrum,
 )
 from ...closed_forms.curvature import Curvature
-from ...errors import RankPlanError
+from ...errors import RankPlanError, UnsupportedModuleError
 from ..linears import empty_linear
 from ..lowrank import LowRankAttention, attend_plainly
 from ..rows import Rows
 from ..views import AttentionView
 from .base import Ranks, Site, Tokens, biases_of, check_rank, errors_name
+from .joint import fill_inputs, fill_outputs, stacked, stacked_outputs
 
 
 __all__ = ["AttentionSite"]
@@ -76,6 +77,8 @@ class AttentionSite(Site):
     def saved_parameters(self, choice: str, rank: int) -> int:
         view, heads = self.view, self.view.num_heads
         cut = heads * (view.head_dim - rank)
+        if len(view.streams) > 1:
+            return self._saved_of_streams(choice, cut)
         # A fused layer has one bias, whose part for keys and values is zero.
         whole = cut if view.family.fused else heads * view.head_dim
         if choice == "qk":
@@ -84,6 +87,17 @@ class AttentionSite(Site):
         old, new = view.value.bias is not None, view.output.bias is None
         biases = old * whole - new * view.output.out_features
         return cut * (view.value.in_features + view.output.out_features) + biases
+
+    def _saved_of_streams(self, choice: str, cut: int) -> int:
+        saved = 0
+        for stream in self.view.streams:
+            for role in ("query", "key") if choice == "qk" else ("value",):
+                linear = self.view.projection(role, stream)
+                saved += cut * (linear.in_features + (linear.bias is not None))
+            output = self.view.projection("output", stream) if choice == "vo" else None
+            if output is not None:
+                saved += cut * output.out_features - (output.bias is None) * output.out_features
+        return saved
 
     def saved_macs(self, choice: str, rank: int, tokens: Tokens) -> int:
         view = self.view
@@ -138,6 +152,13 @@ class AttentionSite(Site):
             with errors_name(f"{self.name}, vo"):
                 factors = factorize_vo(*self._value_output(), attention.vo_rank, moments=moments)
             rows["value"] = factors.value_weight, None
+        if len(view.streams) > 1:
+            for role, (weight, _) in rows.items():
+                fill_inputs(view, attention, role, weight)
+            if attention.vo_rank is not None:
+                fill_outputs(view, attention, factors)
+            return
+        if attention.vo_rank is not None:
             output = substitutes[view.output_name] if family.output_in_parent else family.output_of(attention)
             output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
             output.bias.copy_(factors.output_bias)
@@ -168,6 +189,11 @@ class AttentionSite(Site):
     def to_singular_basis(
         self, choice: str, moments: AttentionMoments | None = None
     ) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        if len(self.view.streams) > 1:
+            raise UnsupportedModuleError(
+                f"{self.name} attends to several streams, whose ranks the search does not choose; this is not built. "
+                'Choose another strategy, such as "curvature".'
+            )
         return (self._order_qk if choice == "qk" else self._order_vo)(moments), {}
 
     def _order_qk(self, moments: AttentionMoments | None) -> nn.Module:
@@ -219,10 +245,14 @@ class AttentionSite(Site):
 
     def _query_key(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """What the closed forms take of the pair, by head."""
+        if len(self.view.streams) > 1:
+            return stacked(self.view, "query"), None, stacked(self.view, "key")
         query, key = self.view.query, self.view.key
         return self._rows(query.weight), self._rows(query.bias), self._rows(key.weight)
 
     def _value_output(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        if len(self.view.streams) > 1:
+            return stacked(self.view, "value"), None, *stacked_outputs(self.view)
         value, output, heads = self.view.value, self.view.output, (self.view.num_heads, self.view.head_dim)
         columns = output.weight.unflatten(1, heads).transpose(0, 1)
         return self._rows(value.weight), self._rows(value.bias), columns, output.bias

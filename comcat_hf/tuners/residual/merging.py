@@ -62,9 +62,8 @@ def widened_attention(
     The value bias is folded into the output bias and the key bias is left out, as for compressed attention. `None`
     where no head is wider, or where norms, rotations or a second stream leave no such form.
     """
-    refuse = view.family.refuse_qk
-    refused = refuse is not None and refuse(view.module) is not None
-    if view.sibling is not None or view.form.compress is not None or refused:
+    several = view.family.fused or len(view.streams) > 1
+    if view.sibling is not None or view.form.compress is not None or several or view.keeps_width:
         return None
     rows = joined_rows(view, residuals, bases)
     if not is_wider(view, rows):
