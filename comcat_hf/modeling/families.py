@@ -44,6 +44,7 @@ class Form:
         rotary: name of the argument that holds the tables of a rotation by positions.
         layout: which columns of a head the rotation takes together: `"pairs"` of neighbours, or the two `"halves"`.
         scale: whether the kernel takes its scale from the `"width"` of the heads, or is `"given"` that of the module.
+        norms: whether the norms that the class may have are applied.
         heads_first: whether norms get heads before tokens.
         by_itself: whether the class itself passes further columns of queries and keys by what it does to them.
         refuse_qk: why the query/key product cannot be adapted, where it cannot.
@@ -54,6 +55,7 @@ class Form:
     rotary: str | None = None
     layout: Literal["pairs", "halves"] = "pairs"
     scale: Literal["width", "given"] = "given"
+    norms: bool = True
     heads_first: bool = False
     by_itself: bool = False
     refuse_qk: str | None = None
@@ -182,11 +184,13 @@ class MLPFamily:
         first: paths inside the host of the layers that read the MLP's input. Hidden unit j is made of row j of each:
             one layer, or the gate and the value of a gated MLP.
         second: path inside the host of the layer that reads the hidden units.
+        refuse: optional; gets the host and returns whether something between the layers mixes this one's hidden units.
     """
 
     host: str
     first: tuple[str, ...]
     second: str
+    refuse: Callable[[nn.Module], bool] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.first, str) or not self.first or len({*self.first, self.second}) <= len(self.first):

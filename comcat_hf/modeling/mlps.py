@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .families import MLPFamily, Registry
-from .hosts import transformers
+from .hosts import diffusers, timm, transformers
 from .views import Walk, is_plain_linear
 from .wrappers import base_module
 
@@ -48,7 +48,7 @@ class MLPView:
 
 
 def _rows() -> Iterable[MLPFamily]:
-    return transformers.MLPS
+    return (*transformers.MLPS, *timm.MLPS, *diffusers.MLPS)
 
 
 _registry = Registry("MLP", _rows)
@@ -97,7 +97,7 @@ def _hosts(modules: Walk) -> Iterator[tuple[str, dict[str, list[nn.Module]]]]:
     """Hosts by name; for the path of each layer, the output's last, the modules below the host that lead to it."""
     for name, module, _ in modules:
         family = _registry.find(module)
-        if family is None:
+        if family is None or (family.refuse is not None and family.refuse(module)):
             continue
         prefix = f"{name}." if name else ""
         layers = {f"{prefix}{path}": _walk(module, path) for path in (*family.first, family.second)}

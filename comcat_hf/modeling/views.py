@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from .families import AttentionFamily, Form, Registry, Stream, at_path
-from .hosts import diffusers, transformers
+from .hosts import diffusers, timm, transformers
 from .rows import Rows
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
 from .wrappers import base_module, is_tuner_layer
@@ -118,6 +118,11 @@ class AttentionView:
         further = (s for s in self.form.further if getattr(self.module, s.query, None) is not None)
         return (self.family.stream, *further)
 
+    def norm(self, role: str, stream: Stream) -> nn.Module | None:
+        """The norm of a stream's queries or keys, `None` where nothing is normalised."""
+        name = getattr(stream, f"norm_{role}", None)
+        return getattr(self.module, name, None) if name is not None and self.form.norms else None
+
     def query_factor(self, width: int) -> float:
         """What queries of another width are multiplied with, so that the kernel gives the scores of the dense head."""
         if self.family.scale_of is None:
@@ -147,7 +152,13 @@ class AttentionView:
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *diffusers.FAMILIES, *transformers.ADAPTED, *diffusers.ADAPTED)
+    return (
+        *transformers.FAMILIES,
+        *transformers.ADAPTED,
+        *timm.FAMILIES,
+        *diffusers.FAMILIES,
+        *diffusers.ADAPTED,
+    )
 
 
 def _refusals() -> dict[str, str]:

@@ -323,6 +323,31 @@ class TestProcessors:
             with pytest.raises(UnsupportedModuleError, match=words):
                 host(FULL, **options)
 
+    @pytest.mark.parametrize("processor", [AttnProcessor2_0, AttnProcessor, lambda: SlicedAttnProcessor(1)])
+    def test_norms_of_queries_and_keys(self, processor):
+        """Some processors apply them, others pass them over; further columns have none, cores stand behind."""
+        model = host({**FULL, "scale": 0.6}, {"qk_rank": 2, "core": True}, qk_norm="rms_norm")
+        layer, dense, x = model.attn, model.attn.base_layer, states()
+        layer.base_layer.set_processor(processor())
+        query, key, value = (_heads(f(x), HEADS) for f in (dense.to_q, dense.to_k, dense.to_v))
+        if processor is AttnProcessor2_0:
+            query, key = dense.norm_q(query), dense.norm_k(key)
+        full, core = layer.comcat_factors["a"], layer.comcat_factors["b"].qk_core
+        first, last = layer.bases("qk", 2)
+        scores = (query + query @ (first @ core.weight @ last.mT)) @ key.mT
+        scores = scores + 0.6 * _heads(full.query(x), HEADS) @ _heads(full.key(x), HEADS).mT
+        attention = (scores * HEAD_DIM**-0.5).softmax(-1)
+        expected = dense.to_out[0]((attention @ value).transpose(1, 2).flatten(2))
+        expected = expected + 0.6 * full.output((attention @ _heads(full.value(x), HEADS)).transpose(1, 2).flatten(2))
+        assert near(model(x), expected)
+        layer.set_adapter("a")
+        expected = model(x)
+        layer.merge()
+        assert near(model(x), expected)
+        layer.base_layer.set_processor(IPAdapterAttnProcessor2_0(WIDTH, WIDTH))
+        with pytest.raises(UnsupportedModuleError, match="IPAdapterAttnProcessor2_0 calls its kernel a second time"):
+            model(x)
+
 
 class TestKernel:
     """One call of the fused kernel, with one width, and no scores in memory."""

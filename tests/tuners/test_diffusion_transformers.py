@@ -1,6 +1,7 @@
 """Mode "customize" in diffusion transformers: norms, rotations, second streams, sibling projections."""
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -201,6 +202,12 @@ def test_through_the_model(name):
     with torch.no_grad():
         model.set_adapters(["one", "two"], [1.0, 0.4])
         both = run(model, inputs)
+        names = inspect.signature(model.forward).parameters
+        scaled = {next(name for name in names if name.endswith("attention_kwargs")): {"scale": 0.5}}
+        assert_close(run(model, inputs), both, 0)
+        half = run(model, {**inputs, **scaled})
+        model.set_adapters(["one", "two"], [0.5, 0.2])
+        assert_close(half, run(model, inputs), 1e-6)
         model.set_adapters(["one", "two", "style"], [1.0, 0.4, 1.0])
         three = run(model, inputs)
         assert not equal(both, base) and not equal(three, both)

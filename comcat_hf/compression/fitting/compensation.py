@@ -341,13 +341,20 @@ def _captured(block: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[di
         for name, module in block.named_modules():
             if "norm" in type(module).__name__.lower():
                 hook = module.register_forward_hook(
-                    lambda m, args, output, name=name: seen.update({f"{name}.in": args[0], f"{name}.out": output})
+                    lambda m, args, output, name=name: seen.update(
+                        {f"{name}.in": args[0], f"{name}.out": _first(output)}
+                    )
                 )
                 stack.callback(hook.remove)
         for name, linear in linears.items():
             hook = linear.register_forward_hook(lambda m, args, output, name=name: seen.update({f"={name}": output}))
             stack.callback(hook.remove)
         yield seen
+
+
+def _first(output: Any) -> Tensor:
+    # Norms that a condition steers give gates besides.
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _find_residual(seen: Mapping[str, Tensor], name: str) -> _Residual | None:

@@ -8,17 +8,17 @@ from typing import Any
 from torch import nn
 
 from ...errors import UnsupportedModuleError
-from ..families import AttentionFamily, Form, Stream
+from ..families import AttentionFamily, Form, MLPFamily, Stream
 
 
 # Text with projections of its own, beside an image.
 _TEXT = Stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
 
 _NOT_BUILT = "compression is built for attention without rotations by positions and without a second stream alone"
-# These give their kernel the module's scale;
-_given = Form(scale="given")
+# These give their kernel the module's scale, and pass norms of queries and keys over;
+_given = Form(scale="given", norms=False)
 # and with these it takes the root of the width of the heads.
-_width = Form(scale="width")
+_width = Form(scale="width", heads_first=True)
 _rotary = partial(Form, scale="width", compress=_NOT_BUILT)
 _joint = partial(_rotary, (_TEXT,), "image_rotary_emb")
 _LINEAR = "its attention is linear: it takes queries and keys apart, so there are no scores to add to"
@@ -27,7 +27,8 @@ _LINEAR = "its attention is linear: it takes queries and keys apart, so there ar
 PROCESSORS: dict[str, Form] = {
     **dict.fromkeys(("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor"), _given),
     **dict.fromkeys(("AttnProcessor2_0", "FusedAttnProcessor2_0", "AttnProcessorNPU"), _width),
-    **dict.fromkeys(("XLAFlashAttnProcessor2_0", "SanaAttnProcessor2_0"), _width),
+    "XLAFlashAttnProcessor2_0": _width,
+    "SanaAttnProcessor2_0": Form(scale="width"),
     **dict.fromkeys(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), _rotary((_TEXT,), heads_first=True)),
     "QwenDoubleStreamAttnProcessor2_0": _joint(),
     "HunyuanVideoAttnProcessor2_0": _joint(),
@@ -167,4 +168,9 @@ ADAPTED: tuple[AttentionFamily, ...] = (
     _wan("transformer_wan.Wan"),
     _wan("transformer_chronoedit.Wan"),
     _wan("transformer_skyreels_v2.SkyReelsV2"),
+)
+
+# Gated ones have gate and value in one layer, twice as wide as the second takes: they keep their width.
+MLPS: tuple[MLPFamily, ...] = (
+    MLPFamily("diffusers.models.attention.FeedForward", first=("net.0.proj",), second="net.2"),
 )

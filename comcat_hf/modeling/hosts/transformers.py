@@ -235,7 +235,7 @@ _BIASED = "it adds a bias by relative positions to the scores; compression is no
 # Those that adapters go beside and that are not compressed: the text encoders of diffusion transformers.
 ADAPTED: tuple[AttentionFamily, ...] = tuple(
     AttentionFamily(
-        _path(path),
+        path,
         query="q",
         key="k",
         value="v",
@@ -247,7 +247,7 @@ ADAPTED: tuple[AttentionFamily, ...] = tuple(
         refuse=_refuse_decoder,
         form=Form(compress=_BIASED),
     )
-    for path in ("t5.T5Attention", "umt5.UMT5Attention")
+    for path in _paths("t5.T5Attention umt5.UMT5Attention")
 )
 
 # One module with both layers.
@@ -301,10 +301,15 @@ MLPS: tuple[MLPFamily, ...] = (
 )
 
 _COSINE = "it scores by the cosine of queries and keys"
+_LEVIT = "an activation stands between its values and its output, so their product is not one matrix"
+_NOT_BUILT = "it attends to reduced keys; this is not built"
 _DECODER = "cross attention of a text decoder keeps a key/value cache"
 
 REFUSED: tuple[tuple[str, str], ...] = (
     (_path("swinv2.Swinv2Attention"), _COSINE),
     (_path("bert.BertCrossAttention"), _DECODER),
+    *((_path(f"levit.{name}"), _LEVIT) for name in ("LevitAttention", "LevitAttentionSubsample")),
+    (_path("pvt.PvtAttention"), _NOT_BUILT),
+    (_path("pvt_v2.PvtV2SelfAttention"), _NOT_BUILT),
     (_path("florence2.Florence2VisionChannelAttention"), "its channels attend to each other, between two layers"),
 )

@@ -135,6 +135,9 @@ class CustomizeLayer(NamedAsDense):
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if self.merged_layer is not None and not self._others_act():
+            if self.merged_layer.has_wider_heads:
+                # Refuses a processor that was set since and does not know what to do with them.
+                self.view.query_factor(self.view.head_dim)
             return self.merged_layer(*args, **kwargs)
         if not self._in_use():
             return self.base_layer(*args, **kwargs)

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-from torch.distributed.tensor import DTensor
-
 from ...errors import UnsupportedModuleError
 from ...modeling.views import AttentionView
 from ...modeling.wrappers import base_module
@@ -39,7 +37,8 @@ def check_adaptable(view: AttentionView, ranks: Mapping[str, int | None], core: 
                 f"{reason}. Leave that pair out with {choice}_rank=None{_INSTEAD[choice]}."
             )
     for path, linear in view.projections().items():
-        if isinstance(base_module(linear).weight, DTensor):
+        # By name: the class is expensive to import.
+        if type(base_module(linear).weight).__name__ == "DTensor":
             raise UnsupportedModuleError(
                 f"{path}: expected whole weights, found a DTensor, split over processes by tensor parallelism. Train "
                 "with DDP or FSDP, or leave the module out with exclude_modules."

@@ -166,13 +166,12 @@ def _set_inputs(view: AttentionView, module: nn.Module, stream: Stream, rows: di
     for role in ("query", "key", "value"):
         layout = "pairs" if role == "value" else view.form.layout
         wide = _placed(rows[role], p, width, layout)
-        name = getattr(stream, f"norm_{role}", None)
-        norm = None if name is None else getattr(view.module, name, None)
+        norm = view.norm(role, stream)
         factor = view.query_factor(width) if role == "query" else 1.0
         if norm is None:
             wide = wide * factor
         elif width != p:
-            setattr(module, name, HeadNorm(norm, p, width, layout, factor))
+            setattr(module, getattr(stream, f"norm_{role}"), HeadNorm(norm, p, width, layout, factor))
         layers[getattr(stream, role), role] = _linear_in(wide, view.projection(role, stream))
     if not view.family.fused:
         for (name, _), linear in layers.items():
@@ -277,8 +276,8 @@ def _wide(rows: Tensor) -> Tensor:
 def check_mergeable(view: AttentionView, residuals: Sequence[Residual]) -> None:
     """Raise what [`merge_residuals`] would raise for these factors."""
     view.query_factor(view.head_dim)
-    norm = None if view.family.norms is None else getattr(view.module, view.family.norms[0], None)
-    if norm is not None and any(factors.qk_core is not None for factors in residuals):
+    normed = view.norm("query", view.family.stream) is not None
+    if normed and any(factors.qk_core is not None for factors in residuals):
         raise UnsupportedModuleError(
             f"{view.name} normalises its queries, and a core changes them after the norm, so it has no form in the "
             "weights. Use the adapter unmerged, or one whose core has vo_rank alone."

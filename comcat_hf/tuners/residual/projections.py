@@ -43,7 +43,7 @@ class StreamProjections:
         self.layer, self.index, self.stream = layer, index, stream
 
     def query(self, states: Tensor) -> Tensor:
-        factor = 1.0 if self._dense("norm_query") is not None else self._query_factor()
+        factor = 1.0 if self._norm_of("query") is not None else self._query_factor()
         return self._input("query", states, factor)
 
     def key(self, states: Tensor) -> Tensor:
@@ -58,16 +58,16 @@ class StreamProjections:
         view = self.layer.view
         size = view.num_heads * view.head_dim
         own = dense.split([size, size, size, dense.shape[-1] - 3 * size], dim=-1)
-        factor = 1.0 if self._dense("norm_query") is not None else self._query_factor()
+        factor = 1.0 if self._norm_of("query") is not None else self._query_factor()
         parts = [self._input("query", states, factor, own[0])]
         parts += [self._input(role, states, own=part) for role, part in zip(("key", "value"), own[1:3], strict=True)]
         return torch.cat([*parts, own[3]], dim=-1)
 
     def norm_query(self, states: Tensor) -> Tensor:
-        return self._norm("norm_query", states, self._query_factor())
+        return self._norm("query", states, self._query_factor())
 
     def norm_key(self, states: Tensor) -> Tensor:
-        return self._norm("norm_key", states)
+        return self._norm("key", states)
 
     def output(self, states: Tensor) -> Tensor:
         view = self.layer.view
@@ -106,9 +106,9 @@ class StreamProjections:
         layout = "pairs" if role == "value" else view.form.layout
         active = [(factors, scale) for factors, scale in self._active() if getattr(factors, role) is not None]
         linears, scales = [getattr(factors, role) for factors, _ in active], [scale for _, scale in active]
-        dense = self._dense(role)
+        dense = getattr(self.layer.base_layer, getattr(self.stream, role))
         joins = own is None and layout == "pairs"
-        cores = role == "query" and self._dense("norm_query") is None and self._cores("qk_core")
+        cores = role == "query" and self._norm_of("query") is None and self._cores("qk_core")
         if linears and joins and not cores and can_join(dense, linears, states):
             added = self._side_by_side(linears, heads, None if role == "query" else scales)
             return joined_input(dense, added, heads, width, factor, states)
@@ -121,12 +121,12 @@ class StreamProjections:
 
     def _norm(self, role: str, states: Tensor, factor: float = 1.0) -> Tensor:
         view, width = self.layer.view, self.layer.size()[1]
-        change = self._moved if role == "norm_query" and self._cores("qk_core") else _same
-        return norm_heads(self._dense(role), states, view.head_dim, width, view.form.layout, factor, change)
+        change = self._moved if role == "query" and self._cores("qk_core") else _same
+        return norm_heads(self._norm_of(role), states, view.head_dim, width, view.form.layout, factor, change)
 
     def _moved(self, own: Tensor) -> Tensor:
         """Queries `(..., H, p)` with what cores add to them within the head."""
-        first = self.layer.view.form.heads_first and self._dense("norm_query") is not None
+        first = self.layer.view.form.heads_first and self._norm_of("query") is not None
         heads = moved = own.transpose(-3, -2) if first else own
         for factors, scale in self._active():
             if factors.qk_core is not None:
@@ -137,9 +137,8 @@ class StreamProjections:
     def _query_factor(self) -> float:
         return self.layer.view.query_factor(self.layer.size()[1])
 
-    def _dense(self, role: str) -> nn.Module | None:
-        name = getattr(self.stream, role)
-        return None if name is None else getattr(self.layer.base_layer, name, None)
+    def _norm_of(self, role: str) -> nn.Module | None:
+        return self.layer.view.norm(role, self.stream)
 
     def _active(self) -> list[tuple[Factors, Tensor]]:
         return [(residual.streams[self.index], scale) for residual, scale in self.layer.active()]

@@ -493,7 +493,7 @@ class TestProgram:
     def test_killed_and_resumed(self, base, whole, tmp_path, number):
         folder = tmp_path / "out"
         process = subprocess.Popen(command(base, folder), stderr=subprocess.PIPE, start_new_session=True)
-        while process.poll() is None and not (folder / "checkpoint-4").is_dir():
+        while process.poll() is None and not (folder / "checkpoint-4" / "training_state.json").is_file():
             time.sleep(0.01)
         os.killpg(process.pid, number)
         # To the end of what all processes say, which may outlive their launcher.
