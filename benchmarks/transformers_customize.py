@@ -8,7 +8,7 @@ The claims, for heads of 64 and of 128 columns, 1,024 tokens of image and 128 of
   beside PEFT's LoRA, LoKr and PSOFT on the same projections. Nothing is claimed; the table is for choosing.
 
 Times are those that the process has of its processor, and not the clock's, since machines are shared. All sides take
-turns in one run; a ratio is the median over rounds.
+turns in one run; a side's time in a round is its fastest of three, and a ratio is the median over rounds.
 """
 
 import argparse
@@ -118,7 +118,13 @@ def block_sides(width: int, args: argparse.Namespace) -> tuple[dict[str, Callabl
         for layer in model.modules():
             if isinstance(layer, ComCATLayer):
                 layer.merge()
-    models = {"base": base, **made, **{f"{name}, merged": model for name, model in merged.items()}}
+    # A copy of the base says how far apart equal work is measured.
+    models = {
+        "base": base,
+        "base, copied": copy.deepcopy(base),
+        **made,
+        **{f"{name}, merged": model for name, model in merged.items()},
+    }
     sides = {name: lambda model=model: infer(model, inputs) for name, model in models.items()}
     sides |= {f"{name}, training": lambda model=made[name]: train(model, inputs) for name in ("full", "lora")}
     return sides, counts
@@ -136,17 +142,23 @@ def train(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def interleave(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds of every side by round; the order alternates from round to round."""
+    """Seconds of every side by round; the order alternates from round to round.
+
+    A side's time in a round is its fastest of `--runs`, one after another: what else a shared machine does only adds.
+    """
     clock = time.process_time if torch.device(args.device).type == "cpu" else time.perf_counter
     found = []
     for index in range(args.warmup + args.repeats):
         taken = {}
         for name in list(sides)[:: 1 if index % 2 else -1]:
-            wait(args.device)
-            start = clock()
-            sides[name]()
-            wait(args.device)
-            taken[name] = clock() - start
+            runs = []
+            for _ in range(args.runs if index >= args.warmup else 1):
+                wait(args.device)
+                start = clock()
+                sides[name]()
+                wait(args.device)
+                runs.append(clock() - start)
+            taken[name] = min(runs)
         if index >= args.warmup:
             found.append(taken)
     return found
@@ -195,8 +207,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4, help="of full adapters, per head")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=3, help="of a side in a round; the fastest counts")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -202,7 +202,7 @@ def unload_comcat_weights(pipeline: Pipeline) -> None:
     with _offloading_paused(pipeline):
         for name, model in parts:
             for layer in layers[name]:
-                replace_module(model, layer, layer.base_layer)
+                replace_module(model, layer, layer.released())
             _forget(model, _configs(model))
 
 

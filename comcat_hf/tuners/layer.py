@@ -49,6 +49,10 @@ class ComCATLayer(nn.Module):
         self.comcat_factors[adapter_name] = factors
         self.set_adapter(self.active_adapters)
 
+    def released(self) -> nn.Module:
+        """The dense module, which stays alone."""
+        return self.base_layer
+
     def present(self, names: list[str], purpose: str) -> list[str]:
         """Those of the adapters named that have factors here."""
         return [name for name in names if name in self.comcat_factors]

@@ -55,7 +55,7 @@ def take_out(model: nn.Module, adapter_name: str) -> None:
             layer.set_adapter([name for name in layer.active_adapters if name != adapter_name])
             layer.delete_adapter(adapter_name)
         if not layer.comcat_factors:
-            replace_module(model, layer, layer.base_layer)
+            replace_module(model, layer, layer.released())
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
     if not configs and not isinstance(model, PeftModel) and hasattr(model, "peft_config"):

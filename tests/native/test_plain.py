@@ -18,12 +18,16 @@ from tests.architectures import ARCHITECTURES
 from tests.helpers import MODELS, assert_close, images, outputs, small_bert, small_clip, small_dinov2, small_vit
 
 
-FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "ijepa", "vit_mae", "vit_msn", "bert", "clip", "siglip")
+BUILDS = MODELS | {name: ARCHITECTURES[name] for name in ("beit", "vivit", "radio", "tipsv2_vision")}
+FAMILIES = (
+    *("vit", "deit", "dinov2", "dinov2_with_registers", "ijepa", "vit_mae", "vit_msn", "beit", "tipsv2_vision"),
+    *("bert", "clip", "siglip"),
+)
 
 
 def shrunk(name: str):
     """A plain model of a family, its dense model and inputs; heads of 8, and MLPs of the widest that is narrower."""
-    dense, inputs = MODELS[name]()
+    dense, inputs = BUILDS[name]()
     ranks = {}
     for group in find_alike(dense, known_sites(dense, width=True))[0]:
         entry = {"qk": 8, "vo": 8} if group.field == "head_dim" else {"width": max(group.values)}
@@ -31,7 +35,7 @@ def shrunk(name: str):
     return compress(dense, plan=RankPlan(ranks), layout="plain"), dense, inputs
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BUILDS)
 def test_computes_what_the_low_rank_model_does_and_is_an_ordinary_model(name, tmp_path):
     plain, dense, inputs = shrunk(name)
     free = compress(dense, plan=replace(plan_of(plain), layout="free"))
@@ -127,7 +131,7 @@ def test_every_way_to_choose_widths_meets_the_budget(how):
 def test_every_class_that_reads_its_head_width_from_the_configuration_gets_smaller_heads():
     reading = {host.host for host in hosts.FAMILIES if _reads(host.host)}
     found = set()
-    for build in (*MODELS.values(), *(ARCHITECTURES[n] for n in ("beit", "radio", "tipsv2_vision", "vivit"))):
+    for build in BUILDS.values():
         dense, _ = build()
         groups, _ = find_alike(dense, known_sites(dense, width=True))
         found |= {site.view.family.host for group in groups for site in group.sites if group.field == "head_dim"}

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import inject_adapter_in_model
+from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from comcat_hf import ComCATConfig
 from comcat_hf.errors import UnsupportedModuleError
 from tests.architectures import ARCHITECTURES
+from tests.helpers import MODELS as OTHERS
 from tests.helpers import assert_close, outputs, randomize, text_inputs
 from tests.tuners.cases import equal, layers_of
 from tests.tuners.formula import check_formula
@@ -29,8 +30,11 @@ def _t5(model_class: type, config_class: type) -> tuple[nn.Module, dict[str, Any
     return randomize(model).eval(), text_inputs()
 
 
+SIBLINGS = ("bert", "videomae", "dpt", "yolos")
 MODELS = {
     **ARCHITECTURES,
+    # A sibling projects the heads' outputs.
+    **{name: OTHERS[name] for name in SIBLINGS},
     "t5": lambda: _t5(T5EncoderModel, T5Config),
     "umt5": lambda: _t5(UMT5EncoderModel, UMT5Config),
 }
@@ -72,7 +76,17 @@ def test_start_merging_and_off(name, adapter):
     assert equal(outputs(model, inputs), base)
 
 
-@pytest.mark.parametrize("name", ["t5", "umt5", "dinov3", "pixtral", "modernbert", "internvl_vision_norm", "vjepa2"])
+@pytest.mark.parametrize(
+    "name", ["t5", "umt5", "dinov3", "pixtral", "modernbert", "internvl_vision_norm", "vjepa2", *SIBLINGS]
+)
 def test_the_formula(name, monkeypatch):
     adapters = [{"qk_rank": 2, "vo_rank": 3}, {"qk_rank": 3, "scale": -0.7}, {"vo_rank": 5, "scale": 1.9}]
     check_formula(*adapted(name, *adapters), monkeypatch)
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_nothing_is_left_at_a_sibling(name):
+    model, _ = MODELS[name]()
+    hooks = {path: list(module._forward_hooks) for path, module in model.named_modules()}
+    model = get_peft_model(model, ComCATConfig(mode="customize", init_weights=False, **FULL)).unload()
+    assert {path: list(module._forward_hooks) for path, module in model.named_modules()} == hooks

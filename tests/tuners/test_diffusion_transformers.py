@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
@@ -404,3 +405,17 @@ def test_linear_attention_takes_values_alone():
         handle.remove()
         further = states[0].unflatten(-1, (HEADS, WIDTH))[..., :3].flatten(-2)
         assert_close([output], [base + 0.6 * factors.output(further)], 1e-5)
+
+
+def test_a_lora_on_layers_shared_with_an_mlp():
+    model, inputs = adapted("flux2", FULL, CORE)
+    alone = run(model, inputs)
+    targets = r".*single.*(to_qkv_mlp_proj|to_out)"
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model, "style")
+    for layer in layers_of(model).values():
+        layer.set_adapter(["a", "b"])
+    expected = run(model, inputs)
+    assert not equal(expected, alone)
+    for module in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+        module.merge()
+    assert_close(run(model, inputs), expected)

@@ -31,6 +31,11 @@ class Handover:
             linear.register_forward_hook(found)
         return found
 
+    def leave(self, linear: nn.Module) -> None:
+        """Take the hook off a projection."""
+        for key in [key for key, hook in linear._forward_hooks.items() if hook is self]:
+            del linear._forward_hooks[key]
+
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         pending, self.pending = self.pending, None
         return None if pending is None else output + pending.to(output.dtype)

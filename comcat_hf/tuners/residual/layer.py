@@ -246,7 +246,13 @@ class CustomizeLayer(NamedAsDense):
         """The module that remains: with `merge` one that owns the merged projections, else the dense one."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.get_base_layer() if merge else self.base_layer
+        return self.get_base_layer() if merge else self.released()
+
+    def released(self) -> nn.Module:
+        """The dense module, which stays alone: its sibling loses what this layer put there."""
+        if self._handover is not None:
+            self._handover.leave(base_module(self.view.sibling))
+        return self.base_layer
 
     def get_base_layer(self) -> nn.Module:
         """The module that diffusers leaves when it takes adapters away: with the fused ones in it, if any."""
