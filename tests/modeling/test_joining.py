@@ -129,7 +129,7 @@ class TestInTheLayer:
                 found.append(name)
                 return original(*args, **kwargs)
 
-            monkeypatch.setattr(f"comcat_hf.tuners.residual.layer.{name}", record)
+            monkeypatch.setattr(f"comcat_hf.tuners.residual.projections.{name}", record)
         return found
 
     @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ class TestInTheLayer:
         found = run()
         assert joined
         joined.clear()
-        monkeypatch.setattr("comcat_hf.tuners.residual.layer.can_join", lambda *_: False)
+        monkeypatch.setattr("comcat_hf.tuners.residual.projections.can_join", lambda *_: False)
         expected = run()
         assert not joined
         for left, right in zip(found, expected, strict=True):
