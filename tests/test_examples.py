@@ -19,6 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import comcat_hf
 from comcat_hf import cli
 from comcat_hf.original import convert_original_adapter
+from tests.customization.flow_pipelines import tiny_flux
 from tests.customization.pipelines import tiny_sd
 from tests.helpers import small_clip
 from tests.original.test_adapter import random_weights
@@ -94,6 +95,7 @@ def prepare(page, folder):
 
     dense = folder / "facebook" / "deit-small-patch16-224"
     deit_small(**({} if page.stem == "README" else SHORT)).save_pretrained(dense)
+    tiny_flux(folder / "black-forest-labs" / "FLUX.1-dev")
     small_clip()[0].save_pretrained(folder / "openai" / "clip-vit-base-patch32")
     unet = UNet2DConditionModel.from_pretrained(SD, subfolder="unet")
     shutil.copytree(SD, folder / "runwayml" / "stable-diffusion-v1-5")
