@@ -73,6 +73,11 @@ with torch.no_grad():
     assert torch.allclose(exported.module()(pixels[:1]).logits, expected[:1], atol=1e-5)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(pixels).logits, expected, atol=1e-5)
+    program = torch.onnx.export(model, (pixels,), dynamo=True, verbose=False)
+import onnxruntime
+session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+drawn = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})[0]
+assert torch.allclose(torch.from_numpy(drawn), expected, atol=1e-4)
 from PIL import Image
 classify = transformers.pipeline("image-classification", folder)
 assert len(classify(Image.new("RGB", (32, 32)))) == 5
