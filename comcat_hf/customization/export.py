@@ -130,7 +130,7 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
     rows = joined_rows(view, layer.residuals(names), layer.bases)
     if not is_wider(view, rows):
         return _exact(layer, names)
-    if view.form.compress is not None or view.form.rotary is not None:
+    if view.form.compress is not None or view.form.rotary is not None or len(view.streams) > 1:
         raise no_form(layer)
     dense = joined_rows(view, [], layer.bases)
     cut, bias = cut_back(view, rows)
