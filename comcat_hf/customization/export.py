@@ -130,8 +130,7 @@ def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict
     rows = joined_rows(view, layer.residuals(names), layer.bases)
     if not is_wider(view, rows):
         return _exact(layer, names)
-    if view.form.compress is not None or view.form.rotary is not None or len(view.streams) > 1:
-        raise no_form(layer)
+    check_form(layer)
     dense = joined_rows(view, [], layer.bases)
     cut, bias = cut_back(view, rows)
     lost = {
@@ -171,6 +170,13 @@ def no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
         "rotations, biases or a second stream, so full factors have no form that can be saved. Use an adapter with "
         "core=True and vo_rank alone, or fuse_lora() on the loaded pipeline."
     )
+
+
+def check_form(layer: CustomizeLayer) -> None:
+    """Refuse to cut full factors back to the dense width where the dense class has no place for their product."""
+    view = layer.view
+    if view.form.compress is not None or view.form.rotary is not None or len(view.streams) > 1:
+        raise no_form(layer)
 
 
 def share_lost(

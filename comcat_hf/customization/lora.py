@@ -17,7 +17,7 @@ from ..modeling.wrappers import base_module
 from ..tensor_files import write_safetensors
 from ..tuners.residual.layer import CustomizeLayer
 from ..tuners.residual.merging import is_wider, joined_rows
-from .export import PAIRS, adapted_layers, cut_back, no_form, share_lost
+from .export import PAIRS, adapted_layers, check_form, cut_back, share_lost
 
 
 __all__ = ["LORA_NAME", "LoRA", "convert_to_lora", "save_as_lora"]
@@ -159,8 +159,7 @@ def _aligned(layer: CustomizeLayer, full: Mapping[str, Tensor], dense: Mapping[s
     Of all rows with the same product those are taken whose first side is the dense one, projected.
     """
     view = layer.view
-    if view.form.compress is not None or view.form.rotary is not None:
-        raise no_form(layer)
+    check_form(layer)
     rows, _ = cut_back(view, full)
     for first, second in PAIRS.values():
         if full[first].shape[1] > view.head_dim:

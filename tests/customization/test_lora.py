@@ -5,13 +5,14 @@ import sys
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from comcat_hf import cli, convert_to_lora, save_as_lora, save_comcat_weights
+from comcat_hf import ComCATConfig, cli, convert_to_lora, save_as_lora, save_comcat_weights
 from comcat_hf.customization.lora import LORA_NAME
-from comcat_hf.errors import InvalidValueError
+from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
+from tests.customization.flow_pipelines import FLOWS
 from tests.customization.pipelines import tiny_sd, tiny_sdxl
 from tests.customization.test_export import adapted, load
 
@@ -148,3 +149,34 @@ def test_what_is_refused(base, tmp_path):
     with pytest.raises(InvalidValueError, match="rank"):
         convert_to_lora(adapted(base), rank=-1)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_transformers_of_two_streams(kind, tmp_path):
+    base = FLOWS[kind](tmp_path / "base")
+
+    def opened():
+        pipe = DiffusionPipeline.from_pretrained(base)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def sample(pipe):
+        draws = torch.Generator().manual_seed(0)
+        how = {"num_inference_steps": 2, "generator": draws, "output_type": "latent"}
+        return pipe(prompt=["a cat"], height=16, width=16, **how).images
+
+    pipe = opened()
+    before = sample(pipe)
+    options = {"mode": "customize", "vo_rank": 3, "init_weights": False}
+    pipe.transformer.add_adapter(ComCATConfig(core=True, **options), adapter_name="core")
+    expected = sample(pipe)
+    save_as_lora(pipe, tmp_path / "lora")
+    other = opened()
+    other.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(sample(other), expected, rtol=0, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
+    full = opened()
+    full.transformer.add_adapter(ComCATConfig(**options), adapter_name="full")
+    with pytest.raises(UnsupportedModuleError, match=r"a second stream, so full factors have no form.*core=True"):
+        save_as_lora(full, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
