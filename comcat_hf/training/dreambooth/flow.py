@@ -76,42 +76,42 @@ def _call_sd3(model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text, gu
 
 def _call_flux(model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text, guidance: float) -> Tensor:
     height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
-    found = model(
-        hidden_states=_tokens(F.pixel_unshuffle(noisy, 2)),
-        timestep=timesteps / 1000,
-        guidance=_guidance(model, noisy, guidance),
+    return _call_packed(
+        model,
+        noisy,
+        timesteps,
+        guidance,
         img_ids=_positions(noisy, 3, height, width),
         txt_ids=noisy.new_zeros(text["encoder_hidden_states"].shape[1], 3),
         **text,
-        return_dict=False,
-    )[0]
-    return F.pixel_shuffle(_images(found, height, width), 2)
+    )
 
 
 def _call_flux2(model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text, guidance: float) -> Tensor:
-    height, width = noisy.shape[-2:]
-    found = model(
-        hidden_states=_tokens(noisy),
-        timestep=timesteps / 1000,
-        guidance=_guidance(model, noisy, guidance),
-        img_ids=_positions(noisy, 4, height, width).expand(len(noisy), -1, -1),
-        **text,
-        return_dict=False,
-    )[0]
-    return _images(found, height, width)
+    ids = _positions(noisy, 4, *noisy.shape[-2:]).expand(len(noisy), -1, -1)
+    return _call_tokens(model, noisy, timesteps, guidance, img_ids=ids, **text)
 
 
 def _call_qwen(model: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text, guidance: float) -> Tensor:
-    height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+    shape = (1, noisy.shape[-2] // 2, noisy.shape[-1] // 2)
+    return _call_packed(model, noisy, timesteps, guidance, img_shapes=[[shape]] * len(noisy), **text)
+
+
+def _call_packed(model: nn.Module, noisy: Tensor, timesteps: Tensor, guidance: float, **given: Any) -> Tensor:
+    """The velocity by a transformer whose tokens are squares of two by two latents."""
+    return F.pixel_shuffle(_call_tokens(model, F.pixel_unshuffle(noisy, 2), timesteps, guidance, **given), 2)
+
+
+def _call_tokens(model: nn.Module, noisy: Tensor, timesteps: Tensor, guidance: float, **given: Any) -> Tensor:
+    """The velocity by a transformer that takes one token per latent and timesteps from 0 to 1."""
     found = model(
-        hidden_states=_tokens(F.pixel_unshuffle(noisy, 2)),
+        hidden_states=_tokens(noisy),
         timestep=timesteps / 1000,
-        guidance=_guidance(model, noisy, guidance),
-        img_shapes=[[(1, height, width)]] * len(noisy),
-        **text,
+        guidance=noisy.new_full((len(noisy),), guidance) if model.config.guidance_embeds else None,
+        **given,
         return_dict=False,
     )[0]
-    return F.pixel_shuffle(_images(found, height, width), 2)
+    return _images(found, *noisy.shape[-2:])
 
 
 def _tokens(latents: Tensor) -> Tensor:
@@ -128,10 +128,6 @@ def _positions(like: Tensor, axes: int, height: int, width: int) -> Tensor:
     found[..., 1] = torch.arange(height, device=like.device)[:, None]
     found[..., 2] = torch.arange(width, device=like.device)
     return found.flatten(0, 1)
-
-
-def _guidance(model: nn.Module, noisy: Tensor, scale: float) -> Tensor | None:
-    return noisy.new_full((len(noisy),), scale) if model.config.guidance_embeds else None
 
 
 _SD3_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
