@@ -50,7 +50,7 @@ class ExampleStream(Dataset):
 
     def __len__(self) -> int:
         """Positions per epoch: so many that each image occurs."""
-        return max(len(self._order("instance", 0)), len(self.classes))
+        return max(self._lengths.values())
 
     def __getitem__(self, position: int) -> list[dict[str, Any]]:
         items = [self._item("instance", self.instances, position)]
@@ -65,6 +65,11 @@ class ExampleStream(Dataset):
 
         sizes = (example.open().size for example in self.instances)
         return tuple(find_nearest_bucket(height, width, self.buckets) for width, height in sizes)
+
+    @functools.cached_property
+    def _lengths(self) -> dict[str, int]:
+        """Positions per epoch, by kind; the same for all epochs."""
+        return {kind: len(self._order(kind, 0)) for kind in _EXAMPLES}
 
     def size_of(self, kind: str, index: int) -> int | tuple[int, int]:
         """The size to which one image is brought."""
@@ -84,7 +89,7 @@ class ExampleStream(Dataset):
         return [index for step in torch.randperm(len(steps), generator=generator).tolist() for index in steps[step]]
 
     def _item(self, kind: str, examples: tuple[Example, ...], position: int) -> dict[str, Any]:
-        epoch, place = divmod(position, len(self._order(kind, 0)))
+        epoch, place = divmod(position, self._lengths[kind])
         index = self._order(kind, epoch)[place]
         generator = seeded(self.seed, f"{kind} image", position)
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
@@ -95,8 +100,9 @@ class ExampleStream(Dataset):
         return item
 
     def _drops(self, position: int) -> bool:
-        drawn = torch.rand((), generator=seeded(self.seed, "caption", position))
-        return self.caption_dropout > 0 and bool(drawn < self.caption_dropout)
+        if self.caption_dropout == 0:
+            return False
+        return bool(torch.rand((), generator=seeded(self.seed, "caption", position)) < self.caption_dropout)
 
     def prepare(self, kind: str, index: int, flip: bool, generator: torch.Generator | None = None) -> Prepared:
         """Open an image and make it ready."""
