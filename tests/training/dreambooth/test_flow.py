@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch.nn import functional as F
 
@@ -28,13 +27,6 @@ def bases(tmp_path_factory):
         build(folder / name)
     write_digits(folder / "three")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def load(folder):
