@@ -4,6 +4,7 @@ Every parameter is random: biases, class tokens and norms would else start at va
 """
 
 import copy
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -314,7 +315,10 @@ def compressed(family: str = "vit", qk: int = 5, vo: int = 12, linear: int | Non
 
 
 def in_processes(work: Callable[..., None], *arguments: Any, count: int = 2) -> None:
-    """Run a function in processes of one group on the CPU; forked, since to import the libraries anew takes longer."""
+    """Run a function in processes of one group on the CPU; forked, since to import the libraries anew takes longer.
+
+    The function leaves the group as it is: a wrapped model that is freed behind its group may wait for that for ever.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -325,8 +329,9 @@ def in_processes(work: Callable[..., None], *arguments: Any, count: int = 2) -> 
             process.start()
         for process in running:
             process.join(180)
-        # What went wrong stands in the output of the test.
-        assert [process.exitcode for process in running] == [0] * count
+        codes = [process.exitcode for process in running]
+        # The error or, of a process that hangs, the stack stands in the output of the test.
+        assert codes == [0] * count, f"the processes ended with {codes}; None is one that did not end"
     finally:
         for process in running:
             process.kill()
@@ -335,6 +340,8 @@ def in_processes(work: Callable[..., None], *arguments: Any, count: int = 2) -> 
 def _in_group(rank: int, count: int, port: str, work: Callable[..., None], arguments: tuple) -> None:
     group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     os.environ |= group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(150)
     AcceleratorState._reset_state(reset_partial_state=True)
     work(*arguments)
 

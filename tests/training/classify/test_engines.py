@@ -99,7 +99,6 @@ def train_in_shards(folder, output):
     run, _ = train(folder, output, "dry", steps=8, **given, **how)
     if accelerator.is_main_process:
         save_file(weights(run), output / f"weights-{len(found)}.safetensors")
-    accelerator.end_training()
 
 
 def test_sharded_like_whole_and_resumed(folder, tmp_path):

@@ -198,7 +198,6 @@ def train_together(output, size):
     assert trainer.accelerator.num_processes == 8 // size
     if trainer.accelerator.is_main_process:
         torch.save(trainer.model.state_dict(), output / "weights.pt")
-    trainer.accelerator.end_training()
 
 
 def test_two_processes_are_one_with_the_same_images(tmp_path):

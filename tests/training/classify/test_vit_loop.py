@@ -791,7 +791,6 @@ def train_together(folder, output, route, stop=0):
         _, result = train(folder, output, "dry", steps=16, batches=share, **given, **how)
     if accelerator.is_main_process:
         (output / "result").write_text(f"{accelerator.num_processes} {result.step} {result.interrupted}")
-    accelerator.end_training()
 
 
 @pytest.mark.parametrize("route", ["full", "peft"])
