@@ -1,7 +1,8 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
 PYTHON ?= python3
 ARGS ?=
-BENCH ?= $(filter-out _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+# gpu.sh needs a GPU, and imagenet.py the images.
+BENCH ?= $(filter-out _% gpu imagenet,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 BIN := .venv/bin
 STAMP := .venv/.installed
