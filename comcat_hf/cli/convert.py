@@ -76,14 +76,17 @@ def lora(
         str | None, typer.Option(help="Folder or Hub id of its pipeline.", show_default="the one that it names")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Highest rank of a LoRA.", show_default="heads x rank of the adapter", min=1)
+        int | None,
+        typer.Option(
+            help="Highest rank of a LoRA; with gains, give one.", show_default="heads x rank of the adapter", min=1
+        ),
     ] = None,
     kohya: Annotated[bool, typer.Option("--kohya", help="Names of kohya's scripts, ComfyUI and A1111.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Write float16.")] = False,
 ) -> None:
     """A LoRA file of a ComCAT adapter, for diffusers' load_lora_weights and for other tools.
 
-    Cores are exact. Full factors lose the share that is printed.
+    Cores are exact. Full factors, and gains at a rank below that of the layer, lose the share that is printed.
     """
     import torch
 
@@ -101,8 +104,11 @@ def lora(
     load_comcat_weights(pipeline, adapter)
     dtype = torch.float16 if half else None
     lost = save_as_lora(pipeline, out, rank=rank, kohya=kohya, dtype=dtype)
-    rows = [(name, *(f"{share:.1%}" for share in shares.values())) for name, shares in lost.items()]
-    typer.echo(f"Lost share of the change of each product:\n\n{table(('module', 'qk', 'vo'), rows)}")
+    kinds = [kind for kind in ("qk", "vo", "gains") if any(kind in shares for shares in lost.values())]
+    rows = [
+        (name, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds)) for name, shares in lost.items()
+    ]
+    typer.echo(f"Lost share of the change of each product:\n\n{table(('module', *kinds), rows)}")
     typer.echo(f"\n{out / LORA_NAME}: a LoRA of {base}.")
 
 
