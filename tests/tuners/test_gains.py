@@ -130,6 +130,7 @@ def test_every_feed_forward_has_a_gain_per_hidden_unit():
         ({"target_modules": ["0"]}, ["vit.layers.0.mlp"]),
         ({"target_modules": r".*1\.mlp"}, ["vit.layers.1.mlp"]),
         ({"target_modules": ["attention", "vit.layers.1"], **CORE}, ["vit.layers.1.mlp"]),
+        ({"target_modules": ["fc2"], "exclude_modules": ["1.mlp.fc2"]}, ["vit.layers.0.mlp"]),
         ({"exclude_modules": ["vit.layers.0.mlp"]}, ["vit.layers.1.mlp"]),
         ({"rank_pattern": {r"0\.attention": {"vo": 2}}}, ["vit.layers.0.mlp", "vit.layers.1.mlp"]),
     ],
