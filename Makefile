@@ -1,8 +1,8 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
 PYTHON ?= python3
 ARGS ?=
-# gpu.sh needs a GPU, and imagenet.py the images.
-BENCH ?= $(filter-out _% gpu imagenet,$(notdir $(basename $(wildcard benchmarks/*.py))))
+# gpu.sh needs a GPU, imagenet.py the images, and train_ makes models.
+BENCH ?= $(filter-out _% train_% gpu imagenet,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -45,7 +45,7 @@ bench: $(STAMP)
 	@mkdir -p benchmarks/results
 	@set -e; for name in $(BENCH); do \
 		echo "== $$name"; \
-		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
+		PYTHONPATH=.venv/torchao $(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
 	done
 
 clean:
