@@ -43,7 +43,7 @@ def probe(recipe: str) -> dict[str, float]:
     small = comcat_hf.compress(dense, settings.reduction, mlp="width").train()
     kept = [_kept_bytes(small, count) for count in (1, 3)]
     preparation = ImagePreparation.of(settings, ViTImageProcessorPil(size={"height": 224, "width": 224}))
-    generator = seeded(0, "image")
+    generator = seeded(0, "augmentation", 0)
     return {
         "epochs": settings.num_train_epochs,
         "batch": settings.per_device_train_batch_size,

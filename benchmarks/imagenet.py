@@ -276,7 +276,7 @@ def stages_table(rehearsal: Mapping[str, Any]) -> list[list[str]]:
     for stage, taken in rehearsal["stages"].items():
         guessed = [cell for one in (base, small) for cell in one.get(stage, ("", ""))]
         peak = f"{taken['peak_bytes'] / 2**30:.1f}"
-        rows.append([f"`{stage}`", f"{taken['seconds']:.0f}", f"{taken['cpu_seconds']:.0f}", peak, *guessed])
+        rows.append([stage, f"{taken['seconds']:.0f}", f"{taken['cpu_seconds']:.0f}", peak, *guessed])
     return rows
 
 

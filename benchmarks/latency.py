@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +82,9 @@ def interleave(
     if args.graph:
         ways["graph"] = [captured(call) for call in ways["launched"]]
     if args.compile:
-        ways["compiled"] = [partial(torch.compile(model), pixel_values=images) for model in models]
+        ways["compiled"] = [
+            partial(torch.compile(model, backend=args.compile), pixel_values=images) for model in models
+        ]
     rounds = {way: [] for way in ways}
     for index in range(args.warmup + args.repeats):
         for way, calls in ways.items():
@@ -99,23 +101,18 @@ def ratio_of(rounds: list[list[float]], side: int) -> float:
     return statistics.median(taken[side] / taken[0] for taken in rounds)
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict]:
+def measure(name: str, args: argparse.Namespace) -> Iterator[dict]:
     """A metric that is counted: the ratio of latencies against that of multiply-accumulates."""
     dense = build(name)
     reductions = args.reduction or REDUCTIONS[args.metric]
     models = [dense, *(comcat_hf.compress(dense, r, metric=args.metric, mlp=args.mlp) for r in reductions)]
     macs = [comcat_hf.count_macs(model) for model in models]
     parameters = [comcat_hf.count_parameters(model) for model in models]
-    found = [
-        (dtype, size, way, rounds)
-        for dtype, size in itertools.product(args.dtype, args.batch_size)
-        for way, rounds in interleave(models, dtype, size, args).items()
-    ]
-    rows = []
-    for (dtype, size, way, rounds), (side, reduction) in itertools.product(found, enumerate(reductions, start=1)):
-        ratio, mac_ratio = ratio_of(rounds, side), macs[side] / macs[0]
-        rows.append(
-            {
+    for dtype, size in itertools.product(args.dtype, args.batch_size):
+        found = interleave(models, dtype, size, args).items()
+        for (way, rounds), (side, reduction) in itertools.product(found, enumerate(reductions, start=1)):
+            ratio, mac_ratio = ratio_of(rounds, side), macs[side] / macs[0]
+            yield {
                 "model": name,
                 "dtype": dtype,
                 "batch_size": size,
@@ -129,14 +126,12 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
                 "latency_over_macs": ratio / mac_ratio,
                 "holds": ratio <= ALLOWED * mac_ratio,
             }
-        )
-    return rows
 
 
-def measure_predicted(name: str, args: argparse.Namespace) -> list[dict]:
+def measure_predicted(name: str, args: argparse.Namespace) -> Iterator[dict]:
     """The latency that a table predicts against that of the built models."""
-    settings = itertools.product(args.dtype, args.batch_size)
-    return [row for dtype, size in settings for row in measure_predicted_in(name, dtype, size, args)]
+    for dtype, size in itertools.product(args.dtype, args.batch_size):
+        yield from measure_predicted_in(name, dtype, size, args)
 
 
 def measure_predicted_in(name: str, dtype: str, size: int, args: argparse.Namespace) -> list[dict]:
@@ -229,7 +224,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--graph", action="store_true", help="also as CUDA graphs")
-    parser.add_argument("--compile", action="store_true", help="also compiled")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="also compiled")
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -237,13 +232,14 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     torch.set_num_threads(args.threads)
     run, tell = WAYS[args.metric]
-    rows = [row for name in args.models for row in run(name, args)]
-    tell(rows)
-    if args.output:
-        settings = {key: value for key, value in vars(args).items() if key != "output"}
-        _report.write_json(
-            args.output, {"environment": _report.environment(args.device), "settings": settings, "rows": rows}
-        )
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    content = {"environment": _report.environment(args.device), "settings": settings, "rows": []}
+    for row in itertools.chain.from_iterable(run(name, args) for name in args.models):
+        content["rows"].append(row)
+        # Each at once: who stops the program keeps what was measured.
+        if args.output:
+            _report.write_json(args.output, content)
+    tell(content["rows"])
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ def test_a_step_that_fails_or_hangs_is_a_line_of_the_table(tmp_path, script, lim
 @pytest.mark.processes
 def test_a_dry_run_says_that_no_gpu_was_used(tmp_path, monkeypatch, capsys):
     written = tmp_path / "all.json"
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--only", "kernels", "--output", str(written)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--only", "widths", "--output", str(written)])
     assert gpu.main() == 0
     said = capsys.readouterr().out
     assert "no GPU was used" in said and "1 of 1 steps passed" in said and "32 flash_attention" in said
     found = json.loads(written.read_text())
-    assert found["dry_run"] and list(found["steps"]) == ["kernels by width"]
+    assert found["dry_run"] and list(found["steps"]) == ["widths of heads"]
 
 
 def test_the_inputs_of_the_runs(tmp_path):
