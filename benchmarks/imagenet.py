@@ -85,7 +85,7 @@ SHORT: Mapping[str, Any] = {
     "max_train_steps": 3,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
-    "max_eval_samples": 24,
+    "max_eval_samples": 8,
     "dataloader_num_workers": 1,
     "report_to": "none",
 }
@@ -147,19 +147,25 @@ def run_row(row: Row, start: Start, output: Path, given: Mapping[str, Any], data
     output.mkdir(parents=True, exist_ok=True)
     flags = {name: str(value) for name, value in {**row.flags, **given, **data, "output_dir": output}.items()}
     stages = done_before(output / TAKEN, flags)
-    for stage in (START, *row.stages):
-        if stage in stages:
-            continue
-        asked = {"dry_run": True} if stage == START else {"stages": stage, "resume_from_checkpoint": "latest"}
-        stages[stage] = measured(start, PROGRAM, [row.recipe, *words(flags | asked)], output / f"{stage}.log")
-        _report.write_json(output / TAKEN, {"flags": flags, "stages": stages})
-        print(f"{stage:10} {stages[stage]['seconds']:8.1f} s", flush=True)
     dense = given.get("model_name_or_path", f"facebook/{row.recipe.replace('_', '-')}-patch16-224")
     shared = ("max_eval_samples", "dataloader_num_workers", "per_device_eval_batch_size", "dataset_name")
     of_data = {name: flags[name] for name in (*shared, "validation_dir") if name in flags}
     file = output / "evaluation.json"
     asked = {"model_name_or_path": output, "dense": dense, "throughput_seconds": 0, "output": file}
-    stages[MEASURE] = measured(start, f"{PROGRAM}.evaluate", words(of_data | asked), output / f"{MEASURE}.log")
+    commands = {
+        START: (PROGRAM, [row.recipe, *words(flags | {"dry_run": True})]),
+        **{
+            stage: (PROGRAM, [row.recipe, *words(flags | {"stages": stage, "resume_from_checkpoint": "latest"})])
+            for stage in row.stages
+        },
+        MEASURE: (f"{PROGRAM}.evaluate", words(of_data | asked)),
+    }
+    for stage, (program, arguments) in commands.items():
+        if stage in stages:
+            continue
+        stages[stage] = measured(start, program, arguments, output / f"{stage}.log")
+        _report.write_json(output / TAKEN, {"flags": flags, "stages": stages})
+        print(f"{stage:10} {stages[stage]['seconds']:8.1f} s", flush=True)
     models = json.loads(file.read_text())["models"]
     return {
         "recipe": row.recipe,
@@ -328,8 +334,9 @@ def main() -> None:
         launch = args.launch or "--cpu --num_processes 1"
         with tempfile.TemporaryDirectory() as folder:
             name = args.rows[0] if len(args.rows) == 1 else "base"
-            found = rehearse(name, launching(launch), args.folder or Path(folder), 1000, given)
-        found["probe"] = {recipe: probe(recipe) for recipe in ("deit_small", "deit_base")}
+            place = (args.folder or Path(folder)).resolve()
+            found = rehearse(name, launching(launch), place, 1000, given)
+            found["probe"] = probed(place / "probe.json")
         _report.write_json(args.output or REHEARSAL, {"environment": environment(launch), "launch": launch, **found})
     else:
         launch = args.launch or "--num_processes 1 --mixed_precision bf16"
@@ -343,6 +350,13 @@ def main() -> None:
             _report.write_json(output, {"rows": rows})
     if args.output is None:
         write_tables()
+
+
+def probed(file: Path) -> dict[str, Any]:
+    """What the recipes need per image; measured once."""
+    if not file.is_file():
+        _report.write_json(file, {recipe: probe(recipe) for recipe in ("deit_small", "deit_base")})
+    return json.loads(file.read_text())
 
 
 def joined(words: Sequence[str]) -> list[str]:
