@@ -28,6 +28,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 480
+# Of a step in a dry run, on a machine that may be busy.
+PATIENCE = 900
 CLASSES = 8
 LOG = "training_log.jsonl"
 CLASSIFY, DREAMBOOTH = "comcat_hf.training.classify", "comcat_hf.training.dreambooth"
@@ -40,7 +42,7 @@ class Step:
 
     Attributes:
         name: as it is printed.
-        limit: seconds, on a GPU; a dry run has ten times as many, on a machine that may be busy.
+        limit: seconds, on a GPU.
         gpu, dry: arguments of Python on a GPU, and in a dry run, with `{folder}`, a folder that the steps share, and
             `{output}`, a JSON file.
         tell: makes the main figures, in words, of the JSON file.
@@ -140,7 +142,9 @@ def tell_widths(found: Mapping[str, Any]) -> str:
 
 
 def tell_loop(found: Mapping[str, Any]) -> str:
-    return "; ".join(f"{row['model']} {row['ratio']:.3f} of a bare loop's speed" for row in found["rows"])
+    return "; ".join(
+        f"{row['model']} {row['ratio']:.3f} of a bare loop's speed" for row in found["throughput"]["rows"]
+    )
 
 
 def tell_run(found: Sequence[Mapping[str, Any]]) -> str:
@@ -234,7 +238,7 @@ def main() -> int:
             if not dry and step.needs and importlib.util.find_spec(step.needs) is None:
                 found[step.name] = {"status": f"skipped: pip install {step.needs}", "seconds": 0.0, "told": ""}
                 continue
-            arguments, limit = (step.dry, 10 * step.limit) if dry else (step.gpu, step.limit)
+            arguments, limit = (step.dry, PATIENCE) if dry else (step.gpu, step.limit)
             found[step.name] = run(step, arguments, limit, Path(folder))
     _report.print_table(
         [[name, one["status"], f"{one['seconds']:.0f}", one["told"]] for name, one in found.items()],
