@@ -15,6 +15,7 @@ from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from tests.customization.flow_pipelines import FLOWS
 from tests.customization.pipelines import tiny_sd, tiny_sdxl
 from tests.customization.test_export import adapted, load
+from tests.helpers import WITHOUT_PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,9 @@ def base(tmp_path_factory):
     return tiny_sd(tmp_path_factory.mktemp("base") / "sd")
 
 
-WITHOUT = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "comcat_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
+WITHOUT = (
+    WITHOUT_PACKAGE
+    + """
 import torch
 from diffusers import StableDiffusionPipeline
 torch.set_num_threads(1)
@@ -39,6 +36,7 @@ how = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "late
 found = pipeline("a dog", generator=torch.Generator().manual_seed(0), **how).images
 assert (found - expected).abs().max() <= 1e-4, (found - expected).abs().max()
 """
+)
 
 
 def latents(pipeline) -> torch.Tensor:
