@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from comcat_hf.demos.customize import judge
+
 
 # A benchmark is a script: its folder is on the path when it runs.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -22,6 +24,7 @@ FEW = ["LoRA 1", "ComCAT core VO 5", "TinyLoRA 25"]
 def tiny(monkeypatch):
     kinds = {name: replace(kind, settings=digits.Settings(**TINY)) for name, kind in digits.KINDS.items()}
     monkeypatch.setattr(adapters, "KINDS", kinds)
+    monkeypatch.setattr(adapters, "train_judge", lambda data, epochs, bar: judge.train_judge(data, 1, bar))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -60,9 +63,9 @@ def test_a_run_continues_where_it_was_stopped(tiny, tmp_path, capsys, monkeypatc
 
 def test_a_base_and_a_lesson_hang_on_their_seeds_alone(tiny, tmp_path):
     data, kind = adapters.load_digits(), adapters.KINDS["UNet"]
-    judge = adapters.train_judge(data, 1, digits.Steps())
+    reader = adapters.train_judge(data, 1, digits.Steps())
     cached = tmp_path / "base.safetensors"
-    studios = [digits.Studio(kind, 0, data, judge, path) for path in (None, cached, cached)]
+    studios = [digits.Studio(kind, 0, data, reader, path) for path in (None, cached, cached)]
     attach = adapters.METHODS["LoRA 1"][0]
     for studio in studios[1:]:
         for name, tensor in studios[0].base.state_dict().items():
