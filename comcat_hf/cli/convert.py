@@ -100,14 +100,17 @@ def lora(
         str | None, typer.Option(help="Folder or Hub id of its pipeline.", show_default="the one that it names")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Highest rank of a LoRA.", show_default="heads x rank of the adapter", min=1)
+        int | None,
+        typer.Option(
+            help="Highest rank of a LoRA; with gains, give one.", show_default="heads x rank of the adapter", min=1
+        ),
     ] = None,
     kohya: Annotated[bool, typer.Option("--kohya", help="Names of kohya's scripts, ComfyUI and A1111.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Write float16.")] = False,
 ) -> None:
     """A LoRA file of a ComCAT adapter, for diffusers' load_lora_weights and for other tools.
 
-    Cores are exact. Full factors lose the share that is printed.
+    Cores are exact. Full factors, and gains at a rank below that of the layer, lose the share that is printed.
     """
     import torch
 
@@ -130,11 +133,11 @@ def lora(
 
 
 def _lost_table(lost: dict[str, dict[str, float]]) -> str:
-    pairs = ("qk", "vo")
+    kinds = [kind for kind in ("qk", "vo", "gains") if any(kind in shares for shares in lost.values())]
     rows = [
-        (name, *(f"{shares[pair]:.1%}" if pair in shares else "" for pair in pairs)) for name, shares in lost.items()
+        (name, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds)) for name, shares in lost.items()
     ]
-    return table(("module", *pairs), rows)
+    return table(("module", *kinds), rows)
 
 
 def _check_output(out: Path) -> None:

@@ -64,7 +64,8 @@ class ComCATConfig(PeftConfig):
             units with the largest weights. `False`: random, for tests.
         target_modules: restrict to modules whose path has this end (list), or matches this regular expression
             (string). By default all attention modules, MLPs, their layers and the classifier that have a rank or
-            width, found by their role. An MLP is named by its own path, or by the paths of all its layers.
+            width, found by their role. An MLP is named by its own path, or by the paths of all its layers; for
+            gains that of its last layer is enough.
         exclude_modules: leave these modules out; written as `target_modules`. Without one of its layers an MLP keeps
             its width.
         modules_to_save: further modules to train and save, for example `["layernorm"]`.

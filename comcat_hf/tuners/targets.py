@@ -14,7 +14,7 @@ from ..modeling import Site, Targets, known_sites
 from ..modeling.sites import check_disjoint
 from ..modeling.views import check_not_quantised
 from .residual.factors import find_residual_sites
-from .residual.gains import find_gain_sites
+from .residual.gains import GainSite, find_gain_sites
 
 
 __all__ = ["meant_by", "targets_of", "warn_of_ignored"]
@@ -59,10 +59,14 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
     return targets
 
 
-def _with_gains(config: ComCATConfig, meant: Targets, model: nn.Module) -> dict[str, Site]:
-    """The feed-forwards that get gains."""
+def _with_gains(config: ComCATConfig, meant: Targets, model: nn.Module) -> dict[str, GainSite]:
+    """The feed-forwards that get gains: each is named by its own path, or by that of its last layer."""
     sites = find_gain_sites(model, lambda path: config.target_modules is not None and meant.takes(path))
-    gained = {name: site for name, site in sites.items() if meant.takes_site(site)}
+    gained = {}
+    for name, site in sites.items():
+        paths = (name, site.view.output_name)
+        if any(map(meant.names, paths)) and not any(map(meant.excludes, paths)):
+            gained[name] = site
     if not gained:
         raise InvalidValueError(
             f"gains=True, but {meant.describe()} take no feed-forward of {type(model).__name__}, which has "

@@ -48,9 +48,22 @@ class GainLayer(ResidualLayer):
         self._entry = _Entry()
         self.__dict__["_entered"] = None
 
+    def settle(self) -> None:
+        super().settle()
+        self._enter()
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._enter()
+
     def _take_in(self) -> None:
         super()._take_in()
-        # An adapter of another method may have been put around the layer, or taken away.
+        # Before a forward is compiled, which cannot do it: whoever puts an adapter in walks the modules.
+        if self._entered is not None:
+            self._enter()
+
+    def _enter(self) -> None:
+        """Put the hook at the last layer, around which an adapter of another method may have been put since."""
         output = self.view.output
         if output is not self._entered:
             self._leave()
