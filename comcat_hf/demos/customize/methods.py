@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...configs.adapter import ComCATConfig
 from ...customization import load_comcat_weights, save_comcat_weights
-from ...modeling import attention_views
 from .base import BASE_FOLDER, Bar, Loss
 
 
@@ -19,7 +18,9 @@ __all__ = ["METHODS", "Lesson", "Method", "teach"]
 
 ADAPTER = "digit"
 QK_RANK = VO_RANK = 1
-CORE_RANK = 6
+CORE_RANK = 4
+# The smallest there is, and on these bases as good as larger ones (docs/benchmarks.md).
+LORA_RANK = 1
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -105,22 +106,9 @@ def _load_comcat(pipeline: Any, folder: Path) -> None:
     load_comcat_weights(pipeline, folder, adapter_name=ADAPTER)
 
 
-def lora_rank(unet: nn.Module) -> int:
-    """The smallest LoRA rank at which there are no fewer parameters than in the full ComCAT adapter."""
-    full = per_rank = 0
-    for view in attention_views(unet).values():
-        layers = (view.query, view.key, view.value, view.output)
-        query, key, value, output = (layer.in_features + layer.out_features for layer in layers)
-        per_rank += query + key + value + output
-        inputs = view.query.in_features + view.key.in_features
-        full += view.num_heads * QK_RANK * inputs
-        full += view.num_heads * VO_RANK * (view.value.in_features + view.output.out_features)
-    return -(-full // per_rank)
-
-
 def _attach_lora(unet: nn.Module) -> None:
-    rank = lora_rank(unet)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LORA_LAYERS)), adapter_name=ADAPTER)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(_LORA_LAYERS))
+    unet.add_adapter(config, adapter_name=ADAPTER)
 
 
 def _save_lora(pipeline: Any, folder: Path) -> None:
@@ -153,7 +141,7 @@ METHODS = (
     Method(
         "ComCAT, core",
         (1e-1, 3e-1, 1.0),
-        _comcat(qk_rank=CORE_RANK, vo_rank=CORE_RANK, core=True),
+        _comcat(qk_rank=CORE_RANK, vo_rank=CORE_RANK, core=True, gains=True),
         _save_comcat,
         _load_comcat,
     ),
