@@ -44,7 +44,7 @@ bench: $(STAMP)
 	@mkdir -p benchmarks/results
 	@set -e; for name in $(BENCH); do \
 		echo "== $$name"; \
-		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
+		PYTHONPATH=.venv/torchao $(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
 	done
 
 clean:

@@ -1,4 +1,4 @@
-"""Train the small ViT of the CIFAR-10 benchmarks from scratch: one command, one seed, about an hour on two cores.
+"""Train the small ViT of the CIFAR-10 benchmarks from scratch: one command, one seed, 75 minutes of one core.
 
     python benchmarks/train_cifar.py OUTPUT --data FOLDER
 
@@ -178,15 +178,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/{train,validation}.parquet")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=26)
-    parser.add_argument("--whole", type=int, default=6, help="last epochs, which see all patches")
+    parser.add_argument("--epochs", type=int, default=22)
+    parser.add_argument("--whole", type=int, default=5, help="last epochs, which see all patches")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--depth", type=float, default=0.05, help="rate at which the last layer is left out")
     parser.add_argument("--images", type=int, help="a seeded choice of so many, of training and of validation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

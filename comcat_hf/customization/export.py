@@ -193,23 +193,34 @@ def share_lost(
     view: AttentionView,
 ) -> float:
     """The share of the change of a product that other rows lose: 0 is exact, 1 is as much as all of it."""
+    error, change = errors_of(full, rows, dense, roles, view)
+    return error / change if change > 0 else 0.0
+
+
+def errors_of(
+    full: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    roles: tuple[str, str],
+    view: AttentionView,
+) -> tuple[float, float]:
+    """How far the product of other rows is from the product of `full`, and how far that is from the dense one."""
 
     def product(found: Mapping[str, Tensor]) -> Tensor:
         # The query bias is a part of the product. Key biases cancel; value biases go into the output bias.
         first, second = (found[role] for role in roles)
-        first = first if roles[0] == "query" else _weights(first, view.value)
-        return first.double().mT @ (second if roles[1] == "output" else _weights(second, view.key)).double()
+        first = first if roles[0] == "query" else weights_of(first, view.value)
+        return first.double().mT @ (second if roles[1] == "output" else weights_of(second, view.key)).double()
 
     whole = product(full)
-    change = (whole - product(dense)).norm()
-    return ((whole - product(rows)).norm() / change).item() if change > 0 else 0.0
+    return (whole - product(rows)).norm().item(), (whole - product(dense)).norm().item()
 
 
 def _split(rows: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (rows[..., :-1], rows[..., -1]) if base_module(linear).bias is not None else (rows, None)
 
 
-def _weights(rows: Tensor, linear: nn.Module) -> Tensor:
+def weights_of(rows: Tensor, linear: nn.Module) -> Tensor:
     return _split(rows, linear)[0]
 
 
