@@ -278,15 +278,15 @@ def _check_modules_to_save(config: ComCATConfig, model: nn.Module, paths: Iterab
 
 
 def remember(model: nn.Module) -> Callable[[], None]:
-    """Note which modules a model has, which are active and which parameters are trained; returns what restores it."""
-    children = [(module, dict(module._modules)) for module in model.modules()]
+    """Note a model's modules, their pre-hooks, what is active and what is trained; returns what restores it."""
+    held = [(part, dict(part)) for m in model.modules() for part in (m._modules, m._forward_pre_hooks)]
     active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, BaseTunerLayer)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore() -> None:
-        for module, modules in children:
-            module._modules.clear()
-            module._modules.update(modules)
+        for part, content in held:
+            part.clear()
+            part.update(content)
         for module, names in active:
             module._active_adapter = names
         for parameter, requires_grad in trained:
