@@ -13,7 +13,7 @@ help:
 	@echo "make demo-customize"
 	@echo "              teach a small Stable Diffusion a digit it has not seen (ARGS as above)"
 	@echo "make test     run the tests (ARGS='tests/hub/test_local.py -k json' picks some)"
-	@echo "make quality  check the code's style"
+	@echo "make quality  check the code's style and its types"
 	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
 	@echo "make clean    remove caches and build files (not .venv)"
 
@@ -39,6 +39,7 @@ test: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(STAMP)
 	@mkdir -p benchmarks/results
@@ -48,5 +49,5 @@ bench: $(STAMP)
 	done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

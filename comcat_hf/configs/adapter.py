@@ -101,11 +101,11 @@ class ComCATConfig(PeftConfig):
             )
 
     def _check_mode(self) -> None:
-        others = {
+        others: dict[str, dict[str, Any]] = {
             "compress": {"core": self.core, "scale": self.scale != 1},
             "customize": {"linear_rank": self.linear_rank, "mlp_width": self.mlp_width},
-        }[self.mode]
-        for name, given in others.items():
+        }
+        for name, given in others[self.mode].items():
             if given:
                 raise InvalidValueError(
                     f"ComCATConfig.{name} has no meaning in mode {self.mode!r}, got {getattr(self, name)!r}. Leave it "

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -32,9 +32,10 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
     """
     meant = meant_by(config, model)
     refuse = partial(_may_refuse, config, meant)
+    # Sites of customize adapters have what is asked of sites here.
     sites: Mapping[str, Site]
     if config.mode == "customize":
-        sites = find_residual_sites(model, config.core, refuse)
+        sites = cast("Mapping[str, Any]", find_residual_sites(model, config.core, refuse))
     else:
         sites = known_sites(model, width=True, refuse=refuse)
     entries = _pattern_entries(config, sites, model)
