@@ -232,7 +232,6 @@ def test_the_judge_reads_digits_that_it_was_not_trained_on(data):
 @pytest.fixture(scope="module")
 def lesson():
     torch.manual_seed(0)
-    scheduler = base.build_pipeline().scheduler
     told = torch.randn(2, base.TOKENS, base.WIDTH)
     return methods.Lesson(
         latents=torch.ones(4, 4, 4, 4),
@@ -241,7 +240,7 @@ def lesson():
         prior_told=told[1:].repeat(6, 1, 1),
         steps=3,
         batch=4,
-        schedule=scheduler,
+        loss=base.noise_loss(base.build_pipeline().scheduler),
         seed=0,
     )
 
@@ -269,7 +268,8 @@ def test_a_method_trains_what_is_its_own_on_the_same_batches(lesson, method):
     noise = torch.randn(clean.shape, generator=reference)
     times = torch.randint(1000, (8,), generator=reference)
     noisy, at, told = seen[0]
-    assert torch.equal(at, times) and torch.equal(noisy, lesson.schedule.add_noise(clean, noise, times))
+    scheduler = base.build_pipeline().scheduler
+    assert torch.equal(at, times) and torch.equal(noisy, scheduler.add_noise(clean, noise, times))
     assert torch.equal(told, torch.cat([lesson.told, lesson.prior_told[:4]]))
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...configs.adapter import ComCATConfig
 from ...customization import load_comcat_weights, save_comcat_weights
 from ...modeling import attention_views
-from .base import BASE_FOLDER, Bar
+from .base import BASE_FOLDER, Bar, Loss
 
 
 __all__ = ["METHODS", "Lesson", "Method", "teach"]
@@ -33,7 +32,7 @@ class Lesson:
         prior_latents, prior_told: of images that the base drew from the old captions, and these.
         steps: of training.
         batch: images of the new class in a batch, and beside them as many of the old ones.
-        schedule: the base's noise.
+        loss: that the base minimises.
         seed: of the order, the noise and the noise levels.
     """
 
@@ -43,7 +42,7 @@ class Lesson:
     prior_told: Tensor
     steps: int
     batch: int
-    schedule: Any
+    loss: Loss
     seed: int
 
 
@@ -80,18 +79,14 @@ def teach(unet: nn.Module, lesson: Lesson, rate: float, bar: Bar, name: str) -> 
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.steps)
-    levels = len(lesson.schedule.alphas_cumprod)
     unet.train()
     for _ in bar(lesson.steps, name):
         new = torch.randperm(len(lesson.latents), generator=drawn)[: lesson.batch]
         old = torch.randperm(len(lesson.prior_latents), generator=drawn)[: len(new)]
         clean = torch.cat([lesson.latents[new], lesson.prior_latents[old]])
         told = torch.cat([lesson.told[new], lesson.prior_told[old]])
-        noise = torch.randn(clean.shape, generator=drawn)
-        times = torch.randint(levels, (len(clean),), generator=drawn)
-        guess = unet(lesson.schedule.add_noise(clean, noise, times), times, told).sample
         optimizer.zero_grad(set_to_none=True)
-        F.mse_loss(guess, noise).backward()
+        lesson.loss(unet, clean, told, drawn).backward()
         optimizer.step()
         schedule.step()
     unet.eval()
