@@ -6,7 +6,7 @@ BENCH ?= $(filter-out _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo demo-customize test quality bench clean
+.PHONY: help demo demo-customize test quality bench figures clean
 
 help:
 	@echo "make demo     run the demo (ARGS='--help' shows its options)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test     run the tests (ARGS='tests/hub/test_local.py -k json' picks some)"
 	@echo "make quality  check the code's style"
 	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
+	@echo "make figures  draw the figures of README.md and docs/ from benchmarks/results"
 	@echo "make clean    remove caches and build files (not .venv)"
 
 # torch comes first and alone, so that the build comes from whichever wheel index is configured. torchao lies beside
@@ -46,6 +47,9 @@ bench: $(STAMP)
 		echo "== $$name"; \
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
 	done
+
+figures: $(STAMP)
+	$(BIN)/python benchmarks/_figures.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
