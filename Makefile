@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
 PYTHON ?= python3
 ARGS ?=
-BENCH ?= $(filter-out _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+BENCH ?= $(filter-out _% train_%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -45,7 +45,7 @@ bench: $(STAMP)
 	@mkdir -p benchmarks/results
 	@set -e; for name in $(BENCH); do \
 		echo "== $$name"; \
-		$(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
+		PYTHONPATH=.venv/torchao $(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
 	done
 
 figures: $(STAMP)

@@ -180,8 +180,8 @@ def cifar10(args: Any) -> Case:
         if not path.exists():
             raise Absent(f"{path} does not exist")
     try:
-        images, _ = _read_images(train, args.calibration or 512)
-        held_images, held_labels = _read_images(held, args.held_out)
+        images, _ = read_images(train, args.calibration or 512)
+        held_images, held_labels = read_images(held, args.held_out)
     except ImportError as error:
         raise Absent(f"{error.name} is not installed") from error
     vit = load_classifier(model, "--data")
@@ -193,7 +193,7 @@ def _parquets(*names: str) -> list[list[str]]:
     return [["cifar10", f"{name}.parquet"] for name in names]
 
 
-def _read_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
+def read_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Images `(n, 3, 32, 32)` from -1 to 1 and labels, all of a file or a seeded choice."""
     import pyarrow.parquet
 

@@ -20,6 +20,7 @@ from .compression import refine as refine
 from .compression import search_ranks as search_ranks
 from .configs.adapter import ComCATConfig as ComCATConfig
 from .configs.ranks import RankPlan as RankPlan
+from .customization import adapter_from_lora as adapter_from_lora
 from .customization import convert_to_lora as convert_to_lora
 from .customization import export_pipeline as export_pipeline
 from .customization import load_comcat_weights as load_comcat_weights

@@ -50,6 +50,16 @@ _TEXT: dict[str, Any] = {
 }
 _PATCHES = 16
 
+# The first lines of a program that runs as if this package was not installed.
+WITHOUT_PACKAGE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "comcat_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+"""
+
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give all parameters random values away from zero, so that no bias, token or norm is at its start value."""

@@ -292,11 +292,11 @@ def test_info_says_what_a_folder_holds(tmp_path):
     assert "kind: adapter, mode compress" in result.stdout
     assert "qk_rank 4, vo_rank 5" in result.stdout
     unet = tiny_unet(attention_head_dim=4, use_linear_projection=False)
-    unet.add_adapter(ComCATConfig(mode="customize", qk_rank=2, core=True))
+    unet.add_adapter(ComCATConfig(mode="customize", qk_rank=2, core=True, gains=True))
     comcat_hf.save_comcat_weights({"unet": unet}, tmp_path / "pipeline")
     result = run("info", str(tmp_path / "pipeline"))
     assert "kind: pipeline adapter" in result.stdout
-    assert "part unet: qk_rank 2, core" in result.stdout
+    assert "part unet: qk_rank 2, core, gains" in result.stdout
 
 
 def test_info_refuses_what_is_not_ours_by_name(tmp_path):

@@ -149,7 +149,7 @@ facts["from_pretrained"] = refused(load)
 with torch.no_grad():
     base = dense(pixels).logits
     for core in (False, True):
-        options = ComCATConfig(mode="customize", qk_rank=2, vo_rank=2, core=core, init_weights=False)
+        options = ComCATConfig(mode="customize", qk_rank=2, vo_rank=2, core=core, gains=core, init_weights=False)
         model = get_peft_model(dense, options).eval()
         adapted = model(pixels).logits
         model.merge_adapter()
@@ -208,6 +208,7 @@ ADAPTERS = {
     "width": {"mlp_width": 20},
     "full factors": {"mode": "customize", "qk_rank": 2, "vo_rank": 2, "init_weights": False},
     "cores": {"mode": "customize", "qk_rank": 2, "vo_rank": 2, "core": True, "init_weights": False},
+    "gains": {"mode": "customize", "gains": True, "init_weights": False},
 }
 
 
@@ -251,5 +252,7 @@ def test_adapters_customize_int8_weights(torchao):
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
 def test_adapters_come_before_dynamic_quantisation():
     model = quantize_dynamic(small_vit()[0], {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(UnsupportedModuleError, match=r"attention: .*dynamic.*Put the adapter in before you quantise"):
+    with pytest.raises(
+        UnsupportedModuleError, match=r"attention\.\w+: .*dynamic.*Put the adapter in before you quantise"
+    ):
         get_peft_model(model, ComCATConfig(mode="customize", qk_rank=2))

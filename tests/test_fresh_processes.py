@@ -14,7 +14,7 @@ from transformers import ViTImageProcessorPil
 from comcat_hf import ComCATConfig, RankPlan, compress, export_pipeline, plan_of
 from tests.customization.pipelines import tiny_sd
 from tests.customization.test_export import adapted
-from tests.helpers import outputs, small_vit
+from tests.helpers import WITHOUT_PACKAGE, outputs, small_vit
 from tests.modeling.test_diffusers import unet
 from tests.tuners.cases import LOW, disturb
 
@@ -68,17 +68,12 @@ assert comcat_hf.plan_of(UNet2DConditionModel.from_pretrained(folder + "/unet"))
 print("done")
 """
 
-REMOTE = """
-import importlib.abc, sys
+REMOTE = (
+    WITHOUT_PACKAGE
+    + """
 from transformers import AutoModelForImageClassification, pipeline
 
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "comcat_hf":
-            raise ModuleNotFoundError("No module named 'comcat_hf'", name=name)
-
 folder = sys.argv[1]
-sys.meta_path.insert(0, Absent())
 try:
     AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
 except ImportError as error:
@@ -93,6 +88,7 @@ inputs, expected = torch.load(folder + "/expected.pt", weights_only=True)
 with torch.no_grad():
     print(torch.equal(classify.model(**inputs).logits, expected), len(classify(Image.new("RGB", (20, 20)))))
 """
+)
 
 
 def start(code, *arguments):

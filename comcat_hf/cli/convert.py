@@ -1,4 +1,4 @@
-"""`comcat convert`: files of the original release into ours, and ours into LoRA."""
+"""`comcat convert`: files of the original release and LoRAs into ours, and ours into LoRA."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,9 @@ from .shell import app, command, table
 
 
 convert = typer.Typer(
-    name="convert", help="Turn files of the original release into ours, and ours into LoRA.", no_args_is_help=True
+    name="convert",
+    help="Turn files of the original release and LoRAs into ours, and ours into LoRA.",
+    no_args_is_help=True,
 )
 app.add_typer(convert)
 
@@ -48,17 +50,25 @@ def vit(
 
 @command(convert)
 def adapter(
-    file: Annotated[Path, typer.Argument(help="comcat_weight.pt.")],
+    file: Annotated[Path, typer.Argument(help="comcat_weight.pt of the release, or a LoRA as .safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder for the adapter.")],
     base: Annotated[str, typer.Option(help="Folder or Hub id of the pipeline it was trained on, or of its UNet.")],
     alpha: Annotated[float, typer.Option(help="As given to the release when it draws.")] = 1.0,
+    rank: Annotated[int | None, typer.Option(help="Of a LoRA: rank of the adapter, per head.", min=1)] = None,
+    most_lost: Annotated[float, typer.Option(help="Of a LoRA: the share of its change that may be lost.")] = 0.25,
 ) -> None:
-    """A ComCAT adapter of a diffusion pipeline."""
-    from ..original import convert_original_adapter
+    """A ComCAT adapter of a diffusion pipeline, from the original release's file or from a LoRA on attention."""
     from ..reporting.cards import quoted
 
     _check_output(out)
-    convert_original_adapter(file, out, base, alpha=alpha)
+    if file.suffix == ".safetensors":
+        typer.echo(f"Lost share of the change of each product:\n\n{_from_lora(file, out, base, rank, most_lost)}\n")
+    else:
+        from ..original import convert_original_adapter
+
+        if rank is not None:
+            raise InvalidValueError(f"--rank is for a LoRA, a .safetensors file; found {file}. Leave --rank out.")
+        convert_original_adapter(file, out, base, alpha=alpha)
     typer.echo(
         f"{out}: an adapter of {base}.\n\n"
         f"    import comcat_hf\n"
@@ -66,6 +76,20 @@ def adapter(
         f"    pipe = DiffusionPipeline.from_pretrained({quoted(base)})\n"
         f"    comcat_hf.load_comcat_weights(pipe, {quoted(str(out))})"
     )
+
+
+def _from_lora(file: Path, out: Path, base: str, rank: int | None, most_lost: float) -> str:
+    import torch
+
+    from ..customization import adapter_from_lora, save_comcat_weights
+    from ..native import load_pipeline
+
+    if rank is None:
+        raise InvalidValueError(f"{file}: a LoRA becomes an adapter of a rank per head that you choose; give --rank.")
+    pipeline = load_pipeline(base, dtype=torch.float32)
+    lost = adapter_from_lora(pipeline, file, rank, most_lost=most_lost)
+    save_comcat_weights(pipeline, out, base_model_name_or_path=base)
+    return _lost_table(lost)
 
 
 @command(convert)
@@ -76,14 +100,17 @@ def lora(
         str | None, typer.Option(help="Folder or Hub id of its pipeline.", show_default="the one that it names")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Highest rank of a LoRA.", show_default="heads x rank of the adapter", min=1)
+        int | None,
+        typer.Option(
+            help="Highest rank of a LoRA; with gains, give one.", show_default="heads x rank of the adapter", min=1
+        ),
     ] = None,
     kohya: Annotated[bool, typer.Option("--kohya", help="Names of kohya's scripts, ComfyUI and A1111.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Write float16.")] = False,
 ) -> None:
     """A LoRA file of a ComCAT adapter, for diffusers' load_lora_weights and for other tools.
 
-    Cores are exact. Full factors lose the share that is printed.
+    Cores are exact. Full factors, and gains at a rank below that of the layer, lose the share that is printed.
     """
     import torch
 
@@ -101,9 +128,16 @@ def lora(
     load_comcat_weights(pipeline, adapter)
     dtype = torch.float16 if half else None
     lost = save_as_lora(pipeline, out, rank=rank, kohya=kohya, dtype=dtype)
-    rows = [(name, *(f"{share:.1%}" for share in shares.values())) for name, shares in lost.items()]
-    typer.echo(f"Lost share of the change of each product:\n\n{table(('module', 'qk', 'vo'), rows)}")
+    typer.echo(f"Lost share of the change of each product:\n\n{_lost_table(lost)}")
     typer.echo(f"\n{out / LORA_NAME}: a LoRA of {base}.")
+
+
+def _lost_table(lost: dict[str, dict[str, float]]) -> str:
+    kinds = [kind for kind in ("qk", "vo", "gains") if any(kind in shares for shares in lost.values())]
+    rows = [
+        (name, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds)) for name, shares in lost.items()
+    ]
+    return table(("module", *kinds), rows)
 
 
 def _check_output(out: Path) -> None:

@@ -22,7 +22,7 @@ _SIZES = ("qk_rank", "vo_rank", "linear_rank", "mlp_width")
 _ADAPTER = {
     **dict.fromkeys(("mode", "base_model_name_or_path"), optional(TEXT)),
     **dict.fromkeys(_SIZES, optional(whole(1))),
-    "core": optional(FLAG),
+    **dict.fromkeys(("core", "gains"), optional(FLAG)),
 }
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 
@@ -148,7 +148,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 def _ranks(fields: Mapping[str, Any]) -> str:
     said = [f"{name} {fields[name]}" for name in _SIZES if fields[name] is not None]
-    return ", ".join(said + (["core"] if fields["core"] else []))
+    return ", ".join(said + [name for name in ("core", "gains") if fields[name]])
 
 
 def _of_plan(plan: RankPlan) -> dict[str, object]:

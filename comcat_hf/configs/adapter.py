@@ -24,7 +24,7 @@ _SELECTION = Kind(f"a text, or {_PATHS.words}", lambda value: TEXT.holds(value) 
 _FIELDS = {
     "mode": listed(*MODES),
     **dict.fromkeys(_SIZES, optional(whole(1))),
-    **dict.fromkeys(("core", "init_weights", "inference_mode"), FLAG),
+    **dict.fromkeys(("core", "gains", "init_weights", "inference_mode"), FLAG),
     "scale": finite(),
     "rank_pattern": Kind("a mapping from names to ranks", lambda value: isinstance(value, Mapping)),
     **dict.fromkeys(("target_modules", "exclude_modules"), optional(_SELECTION)),
@@ -47,8 +47,11 @@ class ComCATConfig(PeftConfig):
         vo_rank: rank per head of the value/output product, 1 to the head dimension.
         core: in mode `"customize"`, train an r x r matrix per head between frozen bases, recomputed from the dense
             weights, in place of full factors. Heads do not widen, and fusing is exact.
-        scale: in mode `"customize"`, multiplies the residual product once per pair. `set_scale` and `set_adapters` are
-            relative to it. The original release's alpha is its square root.
+        gains: in mode `"customize"`, also train one number per hidden unit of every feed-forward that is targeted: its
+            last layer reads `h (1 + t g)` in place of `h`, with several adapters `h (1 + sum t g)`. Alone, or beside
+            ranks. Fusing is exact.
+        scale: in mode `"customize"`, multiplies the residual product once per pair, and gains. `set_scale` and
+            `set_adapters` are relative to it. The original release's alpha is its square root.
         linear_rank: rank of the linear layers of MLPs and of the classifier. A layer that would have no fewer
             parameters than the dense one stays dense. With `mlp_width`, `linear_rank` is for the other layers.
         mlp_width: number of hidden units that supported MLPs keep (docs/constraints.md). An MLP with no more units
@@ -61,7 +64,8 @@ class ComCATConfig(PeftConfig):
             units with the largest weights. `False`: random, for tests.
         target_modules: restrict to modules whose path has this end (list), or matches this regular expression
             (string). By default all attention modules, MLPs, their layers and the classifier that have a rank or
-            width, found by their role. An MLP is named by its own path, or by the paths of all its layers.
+            width, found by their role. An MLP is named by its own path, or by the paths of all its layers; for
+            gains that of its last layer is enough.
         exclude_modules: leave these modules out; written as `target_modules`. Without one of its layers an MLP keeps
             its width.
         modules_to_save: further modules to train and save, for example `["layernorm"]`.
@@ -73,6 +77,7 @@ class ComCATConfig(PeftConfig):
     linear_rank: int | None = field(default=None, metadata={"help": "Rank of MLP and classifier layers."})
     mlp_width: int | None = field(default=None, metadata={"help": "Hidden units kept per MLP."})
     core: bool = field(default=False, metadata={"help": "Train matrices per head between frozen bases (customize)."})
+    gains: bool = field(default=False, metadata={"help": "Train a gain per hidden unit of feed-forwards (customize)."})
     scale: float = field(default=1.0, metadata={"help": "Multiplies the residual products (customize)."})
     rank_pattern: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Ranks and widths of single modules, by path or regular expression."}
@@ -94,15 +99,20 @@ class ComCATConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_pattern(name, getattr(self, name))
-        if all(getattr(self, name) is None for name in _SIZES) and not self.rank_pattern:
+        if not self.has_ranks and not self.gains:
             raise InvalidValueError(
-                "ComCATConfig has no rank: give qk_rank, vo_rank, linear_rank or mlp_width, a rank_pattern, or use "
-                "ComCATConfig.from_plan(plan)."
+                "ComCATConfig has no rank: give qk_rank, vo_rank, linear_rank, mlp_width, a rank_pattern, in mode "
+                "'customize', gains=True, or use ComCATConfig.from_plan(plan)."
             )
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether anything gets a rank or a width."""
+        return any(getattr(self, name) is not None for name in _SIZES) or bool(self.rank_pattern)
 
     def _check_mode(self) -> None:
         others = {
-            "compress": {"core": self.core, "scale": self.scale != 1},
+            "compress": {"core": self.core, "gains": self.gains, "scale": self.scale != 1},
             "customize": {"linear_rank": self.linear_rank, "mlp_width": self.mlp_width},
         }[self.mode]
         for name, given in others.items():

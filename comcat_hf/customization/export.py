@@ -15,6 +15,8 @@ from ..modeling.views import AttentionView
 from ..modeling.wrappers import base_module, is_tuner_layer
 from ..native import attach_plan
 from ..native.diffusers import is_model, naming_no_folder
+from ..tuners.residual.base import ResidualLayer
+from ..tuners.residual.gain_layer import GainLayer
 from ..tuners.residual.layer import CustomizeLayer
 from ..tuners.residual.merging import is_wider, joined_rows, merge_residuals, widened_attention, with_rows
 from ..tuners.residual.names import Adapters
@@ -23,8 +25,8 @@ from ..tuners.residual.names import Adapters
 __all__ = ["export_pipeline"]
 
 PAIRS = {"qk": ("query", "key"), "vo": ("value", "output")}
-OURS = (CustomizeLayer, Adapters)
-Export = Callable[[CustomizeLayer, list[str]], tuple[nn.Module, dict[str, float]]]
+OURS = (ResidualLayer, Adapters)
+Export = Callable[[ResidualLayer, list[str]], tuple[nn.Module, dict[str, float]]]
 
 
 def export_pipeline(
@@ -37,7 +39,7 @@ def export_pipeline(
 ) -> dict[str, dict[str, float]]:
     """Save a whole pipeline with adapters merged into its weights; the pipeline itself does not change.
 
-    Core adapters are exact and give a plain folder that any tool opens. Full factors widen the heads, which plain
+    Cores and gains are exact and give a plain folder that any tool opens. Full factors widen the heads, which plain
     classes cannot hold: the folder is exact and needs `import comcat_hf`. `truncate=True` cuts widened heads back to
     the dense width by the truncated SVD of their products: a plain folder that any tool opens, with the returned loss.
 
@@ -49,8 +51,8 @@ def export_pipeline(
         **kwargs: further arguments of the pipeline's `save_pretrained`.
 
     Returns:
-        by `part.module`, for `"qk"` and `"vo"`, the lost share of the adapters' change, measured on products of the
-        weights: 0 is exact, 1 or more means that nothing of the adapter is left.
+        by `part.module`, for `"qk"` and `"vo"` or for `"gains"`, the lost share of the adapters' change, measured on
+        products of the weights: 0 is exact, 1 or more means that nothing of the adapter is left.
 
     Raises:
         InvalidValueError: there is no such adapter.
@@ -68,7 +70,7 @@ def export_pipeline(
                 names = layer.present(adapter_names or layer.active_adapters, "exported")
                 if names:
                     layer.check_mergeable(adapter_names=names)
-                module, lost[f"{name}.{path}"] = build(layer, names) if names else (layer.base_layer, _nothing())
+                module, lost[f"{name}.{path}"] = build(layer, names) if names else (layer.base_layer, _nothing(layer))
                 swaps.append((layer, module))
             stack.enter_context(_standing_in(parts[name], swaps))
         for host in (pipeline, *filter(is_model, parts.values())):
@@ -77,7 +79,7 @@ def export_pipeline(
     return lost
 
 
-def adapted_layers(pipeline: Any, names: list[str] | None) -> dict[str, dict[str, CustomizeLayer]]:
+def adapted_layers(pipeline: Any, names: list[str] | None) -> dict[str, dict[str, ResidualLayer]]:
     """The layers with ComCAT adapters, by part and path.
 
     Raises:
@@ -85,7 +87,7 @@ def adapted_layers(pipeline: Any, names: list[str] | None) -> dict[str, dict[str
         UnsupportedModuleError: adapters of other methods.
     """
     layers = {
-        name: {path: layer for path, layer in part.named_modules() if isinstance(layer, CustomizeLayer)}
+        name: {path: layer for path, layer in part.named_modules() if isinstance(layer, ResidualLayer)}
         for name, part in _parts(pipeline).items()
     }
     layers = {name: found for name, found in layers.items() if found}
@@ -114,18 +116,22 @@ def _standing_in(model: nn.Module, swaps: list[tuple[nn.Module, nn.Module]]) -> 
         attach_plan(model)
 
 
-def _exact(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict[str, float]]:
+def _exact(layer: ResidualLayer, names: list[str]) -> tuple[nn.Module, dict[str, float]]:
     residuals = layer.residuals(names)
+    if not isinstance(layer, CustomizeLayer):
+        return layer.merged_with(residuals), _nothing(layer)
     module = widened_attention(layer.view, residuals, layer.bases)
     if module is None:
         if any(factors.key is not None or factors.value is not None for factors, _ in residuals):
             raise no_form(layer)
         module = merge_residuals(layer.view, residuals, layer.bases)
-    return module, _nothing()
+    return module, _nothing(layer)
 
 
 @torch.no_grad()
-def _truncated(layer: CustomizeLayer, names: list[str]) -> tuple[nn.Module, dict[str, float]]:
+def _truncated(layer: ResidualLayer, names: list[str]) -> tuple[nn.Module, dict[str, float]]:
+    if not isinstance(layer, CustomizeLayer):
+        return _exact(layer, names)
     view = layer.view
     rows = joined_rows(view, layer.residuals(names), layer.bases)
     if not is_wider(view, rows):
@@ -187,23 +193,34 @@ def share_lost(
     view: AttentionView,
 ) -> float:
     """The share of the change of a product that other rows lose: 0 is exact, 1 is as much as all of it."""
+    error, change = errors_of(full, rows, dense, roles, view)
+    return error / change if change > 0 else 0.0
+
+
+def errors_of(
+    full: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    roles: tuple[str, str],
+    view: AttentionView,
+) -> tuple[float, float]:
+    """How far the product of other rows is from the product of `full`, and how far that is from the dense one."""
 
     def product(found: Mapping[str, Tensor]) -> Tensor:
         # The query bias is a part of the product. Key biases cancel; value biases go into the output bias.
         first, second = (found[role] for role in roles)
-        first = first if roles[0] == "query" else _weights(first, view.value)
-        return first.double().mT @ (second if roles[1] == "output" else _weights(second, view.key)).double()
+        first = first if roles[0] == "query" else weights_of(first, view.value)
+        return first.double().mT @ (second if roles[1] == "output" else weights_of(second, view.key)).double()
 
     whole = product(full)
-    change = (whole - product(dense)).norm()
-    return ((whole - product(rows)).norm() / change).item() if change > 0 else 0.0
+    return (whole - product(rows)).norm().item(), (whole - product(dense)).norm().item()
 
 
 def _split(rows: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (rows[..., :-1], rows[..., -1]) if base_module(linear).bias is not None else (rows, None)
 
 
-def _weights(rows: Tensor, linear: nn.Module) -> Tensor:
+def weights_of(rows: Tensor, linear: nn.Module) -> Tensor:
     return _split(rows, linear)[0]
 
 
@@ -214,12 +231,12 @@ def _join(weight: Tensor, bias: Tensor | None, linear: nn.Module) -> Tensor:
     return torch.cat([weight, bias[..., None]], dim=-1)
 
 
-def _nothing() -> dict[str, float]:
-    return {"qk": 0.0, "vo": 0.0}
+def _nothing(layer: ResidualLayer) -> dict[str, float]:
+    return {"gains": 0.0} if isinstance(layer, GainLayer) else {"qk": 0.0, "vo": 0.0}
 
 
 def _check(
-    parts: Mapping[str, nn.Module], layers: Mapping[str, Mapping[str, CustomizeLayer]], names: list[str] | None
+    parts: Mapping[str, nn.Module], layers: Mapping[str, Mapping[str, ResidualLayer]], names: list[str] | None
 ) -> None:
     known = {name for found in layers.values() for layer in found.values() for name in layer.comcat_factors}
     unknown = sorted(set(names or ()) - known)

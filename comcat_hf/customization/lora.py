@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check, whole
-from ..errors import UnsupportedModuleError
+from ..errors import InvalidValueError, UnsupportedModuleError
 from ..modeling.families import Stream
 from ..modeling.views import AttentionView
 from ..modeling.wrappers import base_module
 from ..tensor_files import write_safetensors
+from ..tuners.residual.base import ResidualLayer
+from ..tuners.residual.gain_layer import GainLayer
 from ..tuners.residual.layer import CustomizeLayer
 from ..tuners.residual.merging import is_wider, joined_rows
 from .export import PAIRS, adapted_layers, check_form, cut_back, share_lost
@@ -55,29 +57,36 @@ def convert_to_lora(
 
     Cores are exact at the rank H·r, with all heads of a projection side by side. Full factors widen the heads, which a
     LoRA cannot: they are cut back to the dense width, as by `export_pipeline(truncate=True)`, with the same loss.
+    Gains change all columns of a feed-forward's last layer, exact at its full rank alone: they need a `rank`.
 
     Args:
         pipeline: a diffusers pipeline with ComCAT adapters.
         adapter_names: by default the active ones; each at its current scale.
-        rank: the highest rank of a LoRA; beyond it the singular values of a projection's change are cut off.
+        rank: the highest rank of a LoRA; beyond it the singular values of a layer's change are cut off.
         biases: whether biases may change, which the adapters of text encoders need.
 
     Returns:
-        by part the LoRA of each projection by its path; and by `part.module`, for `"qk"` and `"vo"`, the share of the
-        adapters' change that is lost, measured on the products of the weights.
+        by part the LoRA of each layer by its path; and by `part.module`, for `"qk"` and `"vo"` or for `"gains"`, the
+        share of the adapters' change that is lost, measured on the products of the weights.
 
     Raises:
-        InvalidValueError: there is no such adapter.
+        InvalidValueError: there is no such adapter, or one has gains and there is no `rank`.
         UnsupportedModuleError: adapters of other methods, or full factors beside norms, rotations or a second stream.
     """
     check(rank or 1, whole(1), "rank")
     found: dict[str, dict[str, LoRA]] = {}
     lost: dict[str, dict[str, float]] = {}
-    for part, layers in adapted_layers(pipeline, adapter_names).items():
+    parts = adapted_layers(pipeline, adapter_names)
+    if rank is None:
+        _check_without_gains(parts, adapter_names)
+    for part, layers in parts.items():
         found[part] = {}
         for path, layer in layers.items():
             names = layer.present(adapter_names or layer.active_adapters, "converted")
-            loras, lost[f"{part}.{path}"] = _convert(layer, names, rank, biases)
+            if isinstance(layer, GainLayer):
+                loras, lost[f"{part}.{path}"] = _convert_gains(layer, names, rank)
+            else:
+                loras, lost[f"{part}.{path}"] = _convert(layer, names, rank, biases)
             found[part] |= loras
     return found, lost
 
@@ -112,6 +121,33 @@ def save_as_lora(
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / weight_name, tensors, {"format": "pt"})
     return lost
+
+
+def _check_without_gains(parts: Mapping[str, Mapping[str, ResidualLayer]], names: list[str] | None) -> None:
+    full = {
+        f"{part}.{layer.view.output_name}": min(layer.merged_weight([]).shape)
+        for part, layers in parts.items()
+        for layer in layers.values()
+        if isinstance(layer, GainLayer) and layer.present(names or layer.active_adapters, "converted")
+    }
+    for path in full:
+        raise InvalidValueError(
+            f"{path}: gains change every hidden unit, so their LoRA is exact at the whole rank of the layer alone, "
+            f"here {max(full.values())} at most. Give the rank to write (rank=..., --rank); what a lower one loses is "
+            "reported. export_pipeline writes gains exactly."
+        )
+
+
+def _convert_gains(layer: GainLayer, names: list[str], rank: int) -> tuple[dict[str, LoRA], dict[str, float]]:
+    path, dense = layer.view.output_name, layer.merged_weight([]).double()
+    change = layer.merged_weight(layer.residuals(names)).double() - dense
+    if change.norm() <= _NOTHING * dense.norm():
+        return {}, {"gains": 0.0}
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    root = values[:rank].sqrt()
+    up, down = left[:, :rank] * root, root[:, None] * right[:rank]
+    lost = (values[rank:].norm() / values.norm()).item()
+    return {path: LoRA(down.float(), up.float())}, {"gains": lost}
 
 
 def _convert(

@@ -21,8 +21,8 @@ from ..modeling import attention_views, replace_module
 from ..tensor_files import check_shapes, read_safetensors, write_safetensors
 from ..tuners.layer import ComCATLayer
 from ..tuners.model import remember
+from ..tuners.residual.base import ResidualLayer
 from ..tuners.residual.factors import rows_in
-from ..tuners.residual.layer import CustomizeLayer
 
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ def _swap(saved: list[_Saved], adapter_name: str) -> None:
             tensor.copy_(part.weights[key])
         _configs(part.model)[adapter_name].scale = part.config.scale
         for layer in part.model.modules():
-            if isinstance(layer, CustomizeLayer):
+            if isinstance(layer, ResidualLayer):
                 layer.set_initial_scale(adapter_name, part.config.scale)
 
 

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, ComCATError, InvalidValueError
 from ..modeling.wrappers import base_module
 from ..tensor_files import write_saved
 from ..tuners.model import remember
+from ..tuners.residual.base import ResidualLayer
 from .files import check_sizes, read_pickle, take_tensor
 
 
@@ -95,8 +96,8 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
         the alpha for the release.
 
     Raises:
-        InvalidValueError: an adapter that the format cannot hold: cores, modules left out, several ranks, a scale
-            that is not positive.
+        InvalidValueError: an adapter that the format cannot hold: cores, gains, modules left out, several ranks, a
+            scale that is not positive.
     """
     configs = getattr(unet, "peft_config", None) or {}
     if not isinstance(config := configs.get(adapter_name), ComCATConfig):
@@ -118,8 +119,8 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
         ranks.add(residual.ranks)
     others = [
         path
-        for path, module in _all_attentions(unet).items()
-        if path not in released and adapter_name in getattr(module, "comcat_factors", {})
+        for path, module in unet.named_modules()
+        if isinstance(module, ResidualLayer) and path not in released and adapter_name in module.comcat_factors
     ]
     if others or len(ranks) > 1 or len(set(next(iter(ranks)))) > 1 or config.scale <= 0:
         raise InvalidValueError(

@@ -29,6 +29,7 @@ from ..modeling.filling import fill, warn_not_finite
 from ..native import attach_plan, is_native, plan_of, watch_saving
 from .layer import ComCATLayer, CompressLayer
 from .loading import check_adapter, watch_loading
+from .residual.gain_layer import GainLayer
 from .residual.layer import CustomizeLayer
 from .residual.names import Adapters, Deletion
 from .targets import meant_by, targets_of, warn_of_ignored
@@ -36,6 +37,8 @@ from .targets import meant_by, targets_of, warn_of_ignored
 
 __all__ = ["ComCATModel", "initialize_comcat_weights"]
 
+# Of mode "customize", by the kind of the site.
+_LAYERS = {"attention": CustomizeLayer, "gains": GainLayer}
 # Parts of state dict keys that are ours or PEFT's.
 _OWN_NAMES = frozenset(
     {"weight", "bias", "first_factor", "comcat_factors", "base_layer", "modules_to_save", "original_module", ""}
@@ -147,7 +150,7 @@ class ComCATModel(BaseTuner):
             layer = self.model.get_submodule(path)
             customize = peft_config.mode == "customize"
             if not isinstance(layer, ComCATLayer):
-                dense, layer = layer, CustomizeLayer(site.view) if customize else CompressLayer(layer)
+                dense, layer = layer, _LAYERS[site.kind](site.view) if customize else CompressLayer(layer)
                 # The layer holds the dense module itself, so it must not be replaced there.
                 _wrap(self.model, dense, layer)
             if customize:
@@ -275,15 +278,15 @@ def _check_modules_to_save(config: ComCATConfig, model: nn.Module, paths: Iterab
 
 
 def remember(model: nn.Module) -> Callable[[], None]:
-    """Note which modules a model has, which are active and which parameters are trained; returns what restores it."""
-    children = [(module, dict(module._modules)) for module in model.modules()]
+    """Note a model's modules, their pre-hooks, what is active and what is trained; returns what restores it."""
+    held = [(part, dict(part)) for m in model.modules() for part in (m._modules, m._forward_pre_hooks)]
     active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, BaseTunerLayer)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore() -> None:
-        for module, modules in children:
-            module._modules.clear()
-            module._modules.update(modules)
+        for part, content in held:
+            part.clear()
+            part.update(content)
         for module, names in active:
             module._active_adapter = names
         for parameter, requires_grad in trained:

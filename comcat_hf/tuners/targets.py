@@ -14,6 +14,7 @@ from ..modeling import Site, Targets, known_sites
 from ..modeling.sites import check_disjoint
 from ..modeling.views import check_not_quantised
 from .residual.factors import find_residual_sites
+from .residual.gains import GainSite, find_gain_sites
 
 
 __all__ = ["meant_by", "targets_of", "warn_of_ignored"]
@@ -32,11 +33,11 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
     """
     meant = meant_by(config, model)
     refuse = partial(_may_refuse, config, meant)
-    sites: Mapping[str, Site]
-    if config.mode == "customize":
-        sites = find_residual_sites(model, config.core, refuse)
-    else:
+    sites: Mapping[str, Site] = {}
+    if config.mode == "compress":
         sites = known_sites(model, width=True, refuse=refuse)
+    elif config.has_ranks:
+        sites = find_residual_sites(model, config.core, refuse)
     entries = _pattern_entries(config, sites, model)
     targets = {}
     for name, site in sites.items():
@@ -44,6 +45,9 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
             ranks = site.ranks(entries[name]) if name in entries else _default_ranks(config, site, sites, entries)
             if any(rank is not None for rank in ranks.values()):
                 targets[name] = (site, ranks)
+    if config.gains:
+        gained = _with_gains(config, meant, model)
+        sites, targets = {**sites, **gained}, targets | {name: (site, site.choices) for name, site in gained.items()}
     if not targets:
         if not sites:
             check_not_quantised(model)
@@ -53,6 +57,22 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
         )
     check_disjoint([site for site, _ in targets.values()], {n: site.entry(r) for n, (site, r) in targets.items()})
     return targets
+
+
+def _with_gains(config: ComCATConfig, meant: Targets, model: nn.Module) -> dict[str, GainSite]:
+    """The feed-forwards that get gains: each is named by its own path, or by that of its last layer."""
+    sites = find_gain_sites(model, lambda path: config.target_modules is not None and meant.takes(path))
+    gained = {}
+    for name, site in sites.items():
+        paths = (name, site.view.output_name)
+        if any(map(meant.names, paths)) and not any(map(meant.excludes, paths)):
+            gained[name] = site
+    if not gained:
+        raise InvalidValueError(
+            f"gains=True, but {meant.describe()} take no feed-forward of {type(model).__name__}, which has "
+            f"{', '.join(list(sites)[:6])}, ... Name these too, or leave gains out."
+        )
+    return gained
 
 
 def meant_by(config: ComCATConfig, model: nn.Module) -> Targets:

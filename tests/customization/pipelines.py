@@ -9,12 +9,7 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     PNDMScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -24,9 +19,6 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 
 
@@ -92,82 +84,6 @@ def tiny_sdxl(folder: str | Path) -> Path:
     return folder
 
 
-def tiny_sd3(folder: str | Path) -> Path:
-    """A StableDiffusion3Pipeline with three text encoders for 16×16 images, saved in `folder`.
-
-    Args:
-        folder: where the parts are written.
-    """
-    folder = Path(folder)
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(folder / "vocabulary")
-    text, tokenizer_3 = tiny_t5()
-    StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=RESOLUTION // 2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            joint_attention_dim=2 * WIDTH,
-            caption_projection_dim=16,
-            pooled_projection_dim=16,
-            pos_embed_max_size=8,
-            qk_norm="rms_norm",
-            dual_attention_layers=(0,),
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(1.5, shift_factor=0.06),
-        text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer, "quick_gelu", projection_dim=8)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, "gelu", projection_dim=8)),
-        text_encoder_3=text,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        tokenizer_3=tokenizer_3,
-    ).save_pretrained(folder)
-    return folder
-
-
-def tiny_flux(folder: str | Path) -> Path:
-    """A FluxPipeline with two text encoders for 16×16 images, saved in `folder`.
-
-    Args:
-        folder: where the parts are written.
-    """
-    folder = Path(folder)
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(folder / "vocabulary")
-    text, tokenizer_2 = tiny_t5()
-    FluxPipeline(
-        transformer=FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            joint_attention_dim=2 * WIDTH,
-            pooled_projection_dim=WIDTH,
-            axes_dims_rope=(4, 4, 8),
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(0.36, shift_factor=0.11),
-        text_encoder=CLIPTextModel(_text_config(tokenizer, "quick_gelu")),
-        text_encoder_2=text,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-    ).save_pretrained(folder)
-    return folder
-
-
-def tiny_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
-    """The encoder of a T5 and a tokenizer of single characters."""
-    signs = [(sign, -2.0) for sign in "▁" + string.ascii_lowercase]
-    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *signs], extra_ids=0)
-    config = T5Config(vocab_size=32, d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    return T5EncoderModel(config), tokenizer
-
-
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
     """A UNet with attention in both of its levels and in the middle."""
     settings = {
@@ -182,10 +98,9 @@ def tiny_unet(**changes: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(settings | changes))
 
 
-def tiny_vae(scaling_factor: float, shift_factor: float | None = None) -> AutoencoderKL:
+def tiny_vae(scaling_factor: float) -> AutoencoderKL:
     """An autoencoder that halves the sides of an image."""
     return AutoencoderKL(
-        shift_factor=shift_factor,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(4, 8),

@@ -30,12 +30,13 @@ def draw(pipeline) -> torch.Tensor:
     return torch.tensor(pipeline("a dog", generator=torch.Generator().manual_seed(0), **settings).images)
 
 
-def adapted(folder, *names: str, core: bool = False) -> StableDiffusionPipeline:
+def adapted(folder, *names: str, core: bool = False, gains: bool = False) -> StableDiffusionPipeline:
     pipeline = load(folder)
     torch.manual_seed(1)
     for name in names or ("dog",):
         for part in (pipeline.unet, pipeline.text_encoder):
-            config = ComCATConfig(mode="customize", qk_rank=2, vo_rank=1, core=core, init_weights=False)
+            ranks = {"qk_rank": 2, "vo_rank": 1, "core": core, "gains": gains}
+            config = ComCATConfig(mode="customize", **ranks, init_weights=False)
             part.add_adapter(config, adapter_name=name)
     for part in (pipeline.unet, pipeline.text_encoder):
         part.set_adapter(list(names) or ["dog"])
@@ -49,9 +50,10 @@ def adapted(folder, *names: str, core: bool = False) -> StableDiffusionPipeline:
 def exported(base, tmp_path_factory):
     """By kind of export: the pipeline, what it draws, the folder, and what was lost."""
     found = {}
-    for kind in ("full", "core", "truncated"):
+    for kind in ("full", "core", "gains", "truncated"):
         names = ("dog",) if kind == "truncated" else ("dog", "style")
-        pipeline, folder = adapted(base, *names, core=kind == "core"), tmp_path_factory.mktemp(kind)
+        settings = {"core": kind in ("core", "gains"), "gains": kind in ("gains", "truncated")}
+        pipeline, folder = adapted(base, *names, **settings), tmp_path_factory.mktemp(kind)
         expected = draw(pipeline)
         lost = export_pipeline(pipeline, folder, truncate=kind == "truncated")
         assert torch.equal(draw(pipeline), expected)
@@ -60,7 +62,7 @@ def exported(base, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("kind", ["full", "core"])
+@pytest.mark.parametrize("kind", ["full", "core", "gains"])
 def test_exact(base, exported, kind):
     pipeline, expected, folder, lost = exported[kind]
     before, loaded = draw(load(base)), load(folder)
@@ -68,7 +70,10 @@ def test_exact(base, exported, kind):
     assert not torch.allclose(expected, before, atol=1e-2)
     assert torch.allclose(draw(loaded), expected, atol=1e-5)
     assert {part.partition(".")[0] for part in lost} == {"unet", "text_encoder"}
-    assert all(shares == {"qk": 0.0, "vo": 0.0} for shares in lost.values())
+    assert not any(share for shares in lost.values() for share in shares.values())
+    assert {part.rpartition(".")[2] for part, shares in lost.items() if "gains" in shares} == (
+        {"ff", "mlp"} if kind == "gains" else set()
+    )
     if kind == "full":
         for path, ranks in comcat_hf.plan_of(loaded.unet).ranks.items():
             head = pipeline.unet.get_submodule(path).view.head_dim
@@ -80,8 +85,8 @@ def test_exact(base, exported, kind):
 def test_truncated_loses_what_it_says(base, exported):
     pipeline, expected, folder, lost = exported["truncated"]
     before = draw(load(base))
-    shares = [share for pairs in lost.values() for share in pairs.values()]
-    assert all(0 < share < 1 for share in shares)
+    assert all(0 < share < 1 for shares in lost.values() for kind, share in shares.items() if kind != "gains")
+    assert {shares["gains"] for shares in lost.values() if "gains" in shares} == {0.0}
     off = (draw(load(folder)) - expected).norm() / (before - expected).norm()
     assert 1e-3 < off < 1
     # Measured on the weights of one module, product by product.

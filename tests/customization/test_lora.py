@@ -15,6 +15,7 @@ from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from tests.customization.flow_pipelines import FLOWS
 from tests.customization.pipelines import tiny_sd, tiny_sdxl
 from tests.customization.test_export import adapted, load
+from tests.helpers import WITHOUT_PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,9 @@ def base(tmp_path_factory):
     return tiny_sd(tmp_path_factory.mktemp("base") / "sd")
 
 
-WITHOUT = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "comcat_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
+WITHOUT = (
+    WITHOUT_PACKAGE
+    + """
 import torch
 from diffusers import StableDiffusionPipeline
 torch.set_num_threads(1)
@@ -39,6 +36,7 @@ how = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "late
 found = pipeline("a dog", generator=torch.Generator().manual_seed(0), **how).images
 assert (found - expected).abs().max() <= 1e-4, (found - expected).abs().max()
 """
+)
 
 
 def latents(pipeline) -> torch.Tensor:
@@ -118,6 +116,24 @@ def test_a_lower_rank_loses_more(base):
     assert means[0] > means[1] > 0.1 and means[2] < 1e-3
 
 
+def test_gains_need_a_rank_and_lose_what_is_said(base, tmp_path):
+    pipeline = adapted(base, core=True, gains=True)
+    with pytest.raises(InvalidValueError, match=r"mlp\.fc2: .*here 32 at most.*--rank"):
+        save_as_lora(pipeline, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    lost = save_as_lora(pipeline, tmp_path / "whole", rank=32)
+    assert max(share for shares in lost.values() for share in shares.values()) < 1e-5
+    plain = load(base)
+    plain.load_lora_weights(tmp_path / "whole")
+    assert torch.allclose(latents(plain), latents(pipeline), atol=1e-4)
+    loras, lost = convert_to_lora(pipeline, rank=3)
+    path = "mid_block.attentions.0.transformer_blocks.0.ff"
+    layer, lora = pipeline.unet.get_submodule(path), loras["unet"][f"{path}.net.2"]
+    change = layer.view.output.weight * layer.comcat_factors["dog"].weight
+    left = (change - lora.up @ lora.down).norm() / change.norm()
+    assert lost[f"unet.{path}"] == {"gains": pytest.approx(left.item(), rel=1e-3)} and 0.1 < left < 1
+
+
 def test_two_text_encoders_have_names_of_their_own(tmp_path):
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl(tmp_path / "xl"))
     from comcat_hf import ComCATConfig
@@ -134,11 +150,14 @@ def test_two_text_encoders_have_names_of_their_own(tmp_path):
 
 
 def test_from_the_shell(base, tmp_path):
-    save_comcat_weights(adapted(base, core=True), tmp_path / "adapter", "dog")
+    save_comcat_weights(adapted(base, core=True, gains=True), tmp_path / "adapter", "dog")
     command = ["convert", "lora", *map(str, (tmp_path / "adapter", tmp_path / "out")), "--base", str(base)]
     result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 1 and "--rank" in result.output and not (tmp_path / "out").exists()
+    result = CliRunner().invoke(cli.app, [*command, "--rank", "32"])
     assert result.exit_code == 0, result.output
-    assert "0.0%" in result.stdout and (tmp_path / "out" / LORA_NAME).is_file()
+    assert "gains" in result.stdout and "0.0%" in result.stdout and (tmp_path / "out" / LORA_NAME).is_file()
+    assert "vo_rank 1, core, gains" in CliRunner().invoke(cli.app, ["info", str(tmp_path / "adapter")]).stdout
     result = CliRunner().invoke(cli.app, command[:4])
     assert result.exit_code == 1 and "Give --base" in result.output
 

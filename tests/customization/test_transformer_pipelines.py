@@ -16,7 +16,7 @@ from comcat_hf import (
     unload_comcat_weights,
 )
 from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModuleError
-from tests.customization.pipelines import tiny_flux, tiny_sd3
+from tests.customization.flow_pipelines import tiny_flux, tiny_sd3
 
 
 FULL = {"qk_rank": 2, "vo_rank": 1}

@@ -15,7 +15,17 @@ from comcat_hf.modeling.hosts import transformers as hosts
 from comcat_hf.modeling.layout import find_alike
 from comcat_hf.modeling.surgery import known_sites
 from tests.architectures import ARCHITECTURES
-from tests.helpers import MODELS, assert_close, images, outputs, small_bert, small_clip, small_dinov2, small_vit
+from tests.helpers import (
+    MODELS,
+    WITHOUT_PACKAGE,
+    assert_close,
+    images,
+    outputs,
+    small_bert,
+    small_clip,
+    small_dinov2,
+    small_vit,
+)
 
 
 BUILDS = MODELS | {name: ARCHITECTURES[name] for name in ("beit", "vivit", "radio", "tipsv2_vision")}
@@ -48,13 +58,10 @@ def test_computes_what_the_low_rank_model_does_and_is_an_ordinary_model(name, tm
     assert_close(outputs(again, inputs), outputs(plain, inputs))
 
 
-WITHOUT = """
-import json, sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "comcat_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
+WITHOUT = (
+    WITHOUT_PACKAGE
+    + """
+import json
 import torch, transformers
 torch.set_num_threads(1)
 root = sys.argv[1]
@@ -90,6 +97,7 @@ trained = transformers.AutoModelForImageClassification.from_pretrained(f"{root}/
 assert torch.equal(trained.vit.layers[0].attention.q_proj.weight, model.vit.layers[0].attention.q_proj.weight)
 assert not any(name.startswith("comcat") for name in sys.modules)
 """
+)
 
 
 @pytest.mark.processes

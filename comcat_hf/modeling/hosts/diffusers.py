@@ -176,3 +176,39 @@ ADAPTED: tuple[AttentionFamily, ...] = (
 MLPS: tuple[MLPFamily, ...] = (
     MLPFamily("diffusers.models.attention.FeedForward", first=("net.0.proj",), second="net.2"),
 )
+
+_joined = partial(MLPFamily, first=("linear_in",), second="linear_out")
+_gated = partial(MLPFamily, first=("w1", "w3"), second="w2")
+
+# Those that adapters put gains beside and that keep their width.
+FEED_FORWARDS: tuple[MLPFamily, ...] = (
+    MLPFamily("diffusers.models.attention.LuminaFeedForward", first=("linear_1", "linear_3"), second="linear_2"),
+    *(
+        build(f"diffusers.models.transformers.{path}")
+        for build, paths in {
+            _joined: ("transformer_flux2.Flux2FeedForward", "transformer_flux3.Flux3FeedForward"),
+            _gated: (
+                "transformer_z_image.FeedForward",
+                "transformer_bria_fibo2.FeedForward",
+                "transformer_hidream_image.HiDreamImageFeedForwardSwiGLU",
+                "transformer_ideogram4.Ideogram4MLP",
+            ),
+            partial(MLPFamily, first=("linear_1", "linear_2"), second="out_projection"): (
+                "auraflow_transformer_2d.AuraFlowFeedForward",
+            ),
+            partial(MLPFamily, first=("gate_up_proj",), second="down_proj"): (
+                "transformer_omnigen.OmniGenFeedForward",
+            ),
+            partial(MLPFamily, first=("gate_proj", "up_proj"), second="linear_fc2"): (
+                "transformer_ernie_image.ErnieImageFeedForward",
+            ),
+            partial(MLPFamily, first=("in_layer",), second="out_layer"): (
+                "transformer_kandinsky.Kandinsky5FeedForward",
+            ),
+            partial(MLPFamily, first=("gate_layer", "proj"), second="out"): (
+                "transformer_qwenimage21.QwenImage21SwiGLUFeedForward",
+            ),
+        }.items()
+        for path in paths
+    ),
+)

@@ -300,6 +300,22 @@ MLPS: tuple[MLPFamily, ...] = (
     ),
 )
 
+# Those that adapters put gains beside and that keep their width: text encoders of diffusion pipelines.
+FEED_FORWARDS: tuple[MLPFamily, ...] = (
+    *map(partial(MLPFamily, first=("wi",), second="wo"), _paths("t5.T5DenseActDense umt5.UMT5DenseActDense")),
+    *map(
+        partial(MLPFamily, first=("wi_0", "wi_1"), second="wo"),
+        _paths("t5.T5DenseGatedActDense umt5.UMT5DenseGatedActDense"),
+    ),
+    *map(
+        _swiglu,
+        _paths(
+            "llama.LlamaMLP gemma.GemmaMLP gemma2.Gemma2MLP gemma3.Gemma3MLP mistral.MistralMLP "
+            "qwen2.Qwen2MLP qwen2_5_vl.Qwen2MLP qwen3.Qwen3MLP qwen3_vl.Qwen3VLTextMLP"
+        ),
+    ),
+)
+
 _COSINE = "it scores by the cosine of queries and keys"
 _LEVIT = "an activation stands between its values and its output, so their product is not one matrix"
 _NOT_BUILT = "it attends to reduced keys; this is not built"

@@ -51,7 +51,7 @@ class CustomizePlan:
         lines = {
             "Pipeline": f"{base} ({self.pipeline}), base in {self.base_dtype}",
             "Adapter": f"{kind}, rank {rank.get(settings.qk_rank, settings.qk_rank)} for query/key, "
-            f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output",
+            f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output{', gains' if settings.gains else ''}",
             "Parameters": f"{total:,} trained ({total / self.base_parameters:.3%} of the adapted parts): "
             + ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()),
             "Bytes": f"{self.adapter_bytes:,} ({readable_size(self.adapter_bytes)}) in float32",

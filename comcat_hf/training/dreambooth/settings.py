@@ -80,6 +80,7 @@ class CustomizeSettings:
         TRAINING,
         fixed=True,
     )
+    gains: bool = flag(False, "Also train a number per hidden unit of every feed-forward.", TRAINING, fixed=True)
     adapter_name: str = flag("default", "Name of the adapter.", NOTHING)
     train_text_encoder: bool = flag(False, "Adapt the text encoders as well.", TRAINING, fixed=True)
     # The training
@@ -168,8 +169,10 @@ class CustomizeSettings:
         if (self.instance_data_dir is None) == (self.dataset_name is None):
             found = "neither" if self.instance_data_dir is None else "both"
             raise InvalidValueError(f"Give one of --instance_data_dir and --dataset_name, got {found}.")
-        if self.qk_rank is None and self.vo_rank is None:
-            raise InvalidValueError("--qk_rank and --vo_rank are both none, which leaves nothing to train. Give one.")
+        if self.qk_rank is None and self.vo_rank is None and not self.gains:
+            raise InvalidValueError(
+                "--qk_rank and --vo_rank are both none, which leaves nothing to train. Give one, or --gains."
+            )
         if Path(self.output_dir).expanduser().is_file():
             raise InvalidValueError(f"--output_dir {self.output_dir}: expected a folder, found a file. Give another.")
         if self.optimizer == "prodigy" and self.use_8bit_adam:
@@ -201,6 +204,7 @@ class CustomizeSettings:
             qk_rank=self.qk_rank,
             vo_rank=self.vo_rank,
             core=self.core,
+            gains=self.gains,
             base_model_name_or_path=self.pretrained_model_name_or_path,
             revision=self.revision,
         )

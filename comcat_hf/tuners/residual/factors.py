@@ -14,7 +14,7 @@ from ...modeling.families import Stream
 from ...modeling.rows import Rows
 from ...modeling.sites.attention import ranks_of_pairs
 from ...modeling.views import AttentionView, attention_views, known_attention_classes
-from ...modeling.weights import class_path, compute_dtype, float_weight
+from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module
 from .limits import check_adaptable
 
@@ -106,11 +106,6 @@ class Residual(Factors):
 
     def __init__(self, view: AttentionView, qk_rank: int | None, vo_rank: int | None, core: bool) -> None:
         first, *others = view.streams
-        if not isinstance(base_module(view.query).weight, Tensor):
-            raise UnsupportedModuleError(
-                f"{view.name}: expected projections whose weights are tensors, found a "
-                f"{class_path(type(base_module(view.query)))}. Put the adapter in before you quantise the model."
-            )
         super().__init__(view, first, qk_rank, vo_rank, core)
         self.further = nn.ModuleList(Factors(view, stream, qk_rank, vo_rank, core) for stream in others)
         self.train(view.module.training)

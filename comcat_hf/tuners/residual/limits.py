@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 
+from torch import Tensor, nn
+
 from ...errors import UnsupportedModuleError
 from ...modeling.views import AttentionView
+from ...modeling.weights import class_path
 from ...modeling.wrappers import base_module
 
 
-__all__ = ["check_adaptable"]
+__all__ = ["check_adaptable", "check_whole"]
 
 _PAIRS = {"qk": "query/key", "vo": "value/output"}
 _INSTEAD = {"qk": "", "vo": ", or use core=True"}
@@ -37,16 +40,27 @@ def check_adaptable(view: AttentionView, ranks: Mapping[str, int | None], core: 
                 f"{reason}. Leave that pair out with {choice}_rank=None{_INSTEAD[choice]}."
             )
     for path, linear in view.projections().items():
-        # By name: the class is expensive to import.
-        if type(base_module(linear).weight).__name__ == "DTensor":
-            raise UnsupportedModuleError(
-                f"{path}: expected whole weights, found a DTensor, split over processes by tensor parallelism. Train "
-                "with DDP or FSDP, or leave the module out with exclude_modules."
-            )
+        check_whole(path, linear)
     if not core and (backend := _backend(view)).startswith(_NARROW):
         raise UnsupportedModuleError(
             f"{view.name}: the attention backend {backend} takes heads of 64 or 128 columns alone, and full factors "
             "widen them. Use an adapter with core=True, or another backend (model.reset_attention_backend())."
+        )
+
+
+def check_whole(path: str, linear: nn.Module) -> None:
+    """Raise for a linear layer whose weights are no tensor, or split over processes."""
+    weight = base_module(linear).weight
+    # By name: the class is expensive to import.
+    if type(weight).__name__ == "DTensor":
+        raise UnsupportedModuleError(
+            f"{path}: expected whole weights, found a DTensor, split over processes by tensor parallelism. Train "
+            "with DDP or FSDP, or leave the module out with exclude_modules."
+        )
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModuleError(
+            f"{path}: expected a linear layer whose weights are a tensor, found a "
+            f"{class_path(type(base_module(linear)))}. Put the adapter in before you quantise the model."
         )
 
 

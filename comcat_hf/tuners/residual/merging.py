@@ -1,6 +1,6 @@
 """Adapters merged into an attention module: an instance of the host's own class with projections of other sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,19 @@ from .factors import Core, Residual, rows_in, rows_out
 from .handover import MergedHandover
 
 
-__all__ = ["check_mergeable", "is_wider", "joined_rows", "merge_residuals", "widened_attention", "with_rows"]
+__all__ = [
+    "check_mergeable",
+    "check_others_merged",
+    "copy_of",
+    "is_wider",
+    "joined_rows",
+    "linear_of",
+    "merge_residuals",
+    "put_at",
+    "wide",
+    "widened_attention",
+    "with_rows",
+]
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -90,9 +102,9 @@ def joined_rows(
     """
     stream = view.streams[index]
     counts = {"query": view.num_heads, "key": view.num_kv_heads, "value": view.num_kv_heads}
-    parts = {role: [_wide(rows_in(view.projection(role, stream), heads))] for role, heads in counts.items()}
+    parts = {role: [wide(rows_in(view.projection(role, stream), heads))] for role, heads in counts.items()}
     if view.projection("output", stream) is not None:
-        parts["output"] = [_wide(rows_out(view, stream))]
+        parts["output"] = [wide(rows_out(view, stream))]
     dense = {role: rows[0] for role, rows in parts.items()}
     for residual, scale in residuals:
         factors = residual.streams[index]
@@ -138,7 +150,7 @@ def with_rows(
         output_bias: of the first stream, by default that of the dense module.
     """
     family, p, form = view.family, view.head_dim, view.form
-    module = _copy_of(view.module)
+    module = copy_of(view.module)
     for stream, rows in zip(view.streams, streams, strict=True):
         _set_inputs(view, module, stream, rows, width)
         if "output" in rows and (stream != family.stream or view.sibling is None):
@@ -149,7 +161,7 @@ def with_rows(
     module.has_wider_heads = width != p
     if view.sibling is not None and width != p:
         further = streams[0]["output"][:, p:].flatten(0, 1).T.to(compute_dtype(base_module(view.output)))
-        module.further_output = _linear(further, None) if further.shape[1] else None
+        module.further_output = linear_of(further, None) if further.shape[1] else None
         handover = MergedHandover(base_module(view.sibling), view.num_heads, p, family.output_in_parent)
         module.register_forward_hook(handover)
     if form.rotary is not None and width != p:
@@ -178,27 +190,35 @@ def _set_inputs(view: AttentionView, module: nn.Module, stream: Stream, rows: di
         return
     # One layer; what stands behind the three (an MLP's units) stays.
     dense, size = base_module(getattr(view.module, stream.query)), 3 * view.num_heads * p
-    parts = [*layers.values(), _linear(float_weight(dense)[size:], None if dense.bias is None else dense.bias[size:])]
+    parts = [
+        *layers.values(),
+        linear_of(float_weight(dense)[size:], None if dense.bias is None else dense.bias[size:]),
+    ]
     bias = None if dense.bias is None else torch.cat([part.bias for part in parts])
-    setattr(module, stream.query, _linear(torch.cat([part.weight for part in parts]), bias))
+    setattr(module, stream.query, linear_of(torch.cat([part.weight for part in parts]), bias))
 
 
 def _set_output(
     view: AttentionView, module: nn.Module, stream: Stream, rows: Tensor, width: int, bias: Tensor | None
 ) -> None:
     """Give a module the output projection of one stream for wider heads."""
-    name, _, index = stream.output.partition(".")
     dense = base_module(view.projection("output", stream))
     columns = _placed(rows, view.head_dim, width, "pairs").flatten(0, 1).T.to(compute_dtype(dense))
     # Behind the heads there may be units of an MLP.
     columns = torch.cat([columns, float_weight(dense)[:, view.num_heads * view.head_dim :]], dim=1)
-    output = _linear(columns, dense.bias if bias is None else bias)
+    put_at(module, stream.output, linear_of(columns, dense.bias if bias is None else bias))
+
+
+def put_at(module: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put a layer into a copy of a module; of a list that holds it a new one is made."""
+    name, _, index = path.partition(".")
     if index:
-        output = nn.ModuleList([output if i == int(index) else m for i, m in enumerate(getattr(module, name))])
-    setattr(module, name, output)
+        layer = nn.ModuleList([layer if i == int(index) else m for i, m in enumerate(getattr(module, name))])
+    setattr(module, name, layer)
 
 
-def _copy_of(host: nn.Module) -> nn.Module:
+def copy_of(host: nn.Module) -> nn.Module:
+    """A module of the same class with the same parts, to put others into."""
     module = host.__class__.__new__(host.__class__)
     nn.Module.__init__(module)
     slots = set(module.__dict__) | {"forward", "_hf_hook", "_old_forward"}
@@ -244,10 +264,11 @@ def _linear_in(rows: Tensor, dense: nn.Module) -> nn.Linear:
     dense = base_module(dense)
     flat = rows.flatten(0, 1).to(compute_dtype(dense))
     weight, bias = (flat[:, :-1], flat[:, -1]) if dense.bias is not None else (flat, None)
-    return _linear(weight, bias)
+    return linear_of(weight, bias)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen linear layer with these weights."""
     linear = nn.utils.skip_init(
         nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype
     )
@@ -268,7 +289,8 @@ def _rows_like(weight: Tensor, rows: Tensor) -> Tensor:
     return F.pad(factor, (0, rows.shape[-1] - factor.shape[-1]))
 
 
-def _wide(rows: Tensor) -> Tensor:
+def wide(rows: Tensor) -> Tensor:
+    """A tensor in float32 at least."""
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
@@ -281,7 +303,12 @@ def check_mergeable(view: AttentionView, residuals: Sequence[Residual]) -> None:
             f"{view.name} normalises its queries, and a core changes them after the norm, so it has no form in the "
             "weights. Use the adapter unmerged, or one whose core has vo_rank alone."
         )
-    for path, projection in view.projections().items():
+    check_others_merged(view.projections())
+
+
+def check_others_merged(linears: Mapping[str, nn.Module]) -> None:
+    """Raise for a linear layer with an active adapter of another method that is not merged into it."""
+    for path, projection in linears.items():
         if is_tuner_layer(projection) and not projection.merged and projection.active_adapters:
             raise UnsupportedModuleError(
                 f"{path} carries the adapter {', '.join(projection.active_adapters)} of "

@@ -92,7 +92,7 @@ def everything_in(folder):
     [
         ("sd", {"save_precision": "bf16"}),
         ("sd2", {"snr_gamma": 5.0, "qk_rank": "none", "lr_scheduler": "cosine", "lr_warmup_steps": 1}),
-        ("sdxl", {"train_text_encoder": True, "gradient_checkpointing": True, "core": True}),
+        ("sdxl", {"train_text_encoder": True, "gradient_checkpointing": True, "core": True, "gains": True}),
         (
             "sdxl",
             {"cache_latents": True, "random_flip": True, "mixed_precision": "bf16", "vo_rank": 0}
