@@ -6,7 +6,7 @@ BENCH ?= $(filter-out _% train_%,$(notdir $(basename $(wildcard benchmarks/*.py)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo demo-customize test quality docs bench clean
+.PHONY: help demo demo-customize test quality docs bench figures clean
 
 help:
 	@echo "make demo     run the demo (ARGS='--help' shows its options)"
@@ -16,6 +16,7 @@ help:
 	@echo "make quality  check the code's style and its types"
 	@echo "make docs     build the API reference into build/reference"
 	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
+	@echo "make figures  draw the figures of README.md and docs/ from benchmarks/results"
 	@echo "make clean    remove caches and build files (not .venv)"
 
 # torch comes first and alone, so that the build comes from whichever wheel index is configured. torchao lies beside
@@ -51,6 +52,9 @@ bench: $(STAMP)
 		echo "== $$name"; \
 		PYTHONPATH=.venv/torchao $(BIN)/python benchmarks/$$name.py --output benchmarks/results/$$name.json $(ARGS); \
 	done
+
+figures: $(STAMP)
+	$(BIN)/python benchmarks/_figures.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
