@@ -3,7 +3,7 @@
 `--data`, or COMCAT_DATA, names a folder with `vit-cifar10` (a classifier of transformers) and
 `cifar10/{train,validation}.parquet`. At every reduction, of the whole model's parameters:
 
-- *ours*: sizes by sensitivity, MLPs by width, statistics and compensation, soft distillation from the dense model, a
+- *ours*: sizes by curvature, MLPs by width, statistics and compensation, soft distillation from the dense model, a
   moving average of the weights;
 - *the paper's*: ranks by the differentiable search, factors from the weights alone, hard distillation from the dense
   model with alignment. Fine-tuned for as many steps with the same batch, learning rate and augmentation.
@@ -46,7 +46,7 @@ CLAIMED = 0.5
 WORTH = 1.1
 
 OURS = {
-    "strategy": "sensitivity",
+    "strategy": "curvature",
     "mlp": "width",
     "compensate": True,
     "calibration_samples": 512,

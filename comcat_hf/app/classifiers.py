@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,16 @@ from transformers import AutoImageProcessor
 
 from ..compression.clock import in_turns
 from ..compression.counting import count_macs, count_parameters
+from ..compression.elastic import ELASTIC_NAME, Elastic
 from ..errors import CheckpointError, ComCATError, InvalidValueError, brief
+from ..hub import resolve_file
 from ..native import plan_of
 from ..training.classify.augmentation import process_image
 from ..training.classify.labels import model_labels
 from ..training.classify.models import load_classifier
 from ..training.images import read_image
 from .devices import best_device
-from .sources import expanded, needed
+from .sources import card_of, expanded, needed
 
 
 if TYPE_CHECKING:
@@ -53,10 +55,40 @@ class Classifier:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A dense and a compressed classifier. Nothing changes them, so `copy.deepcopy` returns the pair itself."""
+    """A dense and a compressed classifier. Nothing changes them, so `copy.deepcopy` returns the pair itself.
+
+    Attributes:
+        dense, compressed: the classifiers.
+        elastic: what the compressed model of another reduction is made from, if there is something.
+        reduction: the reduction of the compressed model that was made so.
+    """
 
     dense: Classifier
     compressed: Classifier
+    elastic: Elastic | None = None
+    reduction: float | None = None
+
+    def with_reduction(self, reduction: float) -> "Pair":
+        """The pair with a compressed model of another reduction.
+
+        Args:
+            reduction: a share in the range of the elastic model.
+
+        Returns:
+            a new pair; this one stays as it is.
+
+        Raises:
+            InvalidValueError: the model is not elastic, or the reduction is outside of its range.
+            BudgetError: no equal widths reach the reduction, in the plain layout.
+        """
+        if self.elastic is None:
+            raise InvalidValueError(
+                f"{self.compressed.source}: expected an elastic model, found one of a fixed size; save one with "
+                "comcat_hf.compress(model, batches=..., elastic=(0.3, 0.7))."
+            )
+        small = self.elastic.set_reduction(reduction).eval()
+        made = _classifier(self.compressed.source, small, self.compressed.processor)
+        return replace(self, compressed=made, reduction=reduction)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Pair":
         return self
@@ -79,8 +111,9 @@ def load_pair(dense: str, compressed: str) -> Pair:
     """Read both classifiers and their image processors.
 
     Args:
-        dense: folder or Hub id; empty for the base that the compressed model names.
-        compressed: folder or Hub id. Without an image processor of its own it uses the dense model's.
+        dense: folder or Hub id; empty for the base that the compressed model, its rank plan or its card, names.
+        compressed: folder or Hub id; of an elastic model the middle of its range. Without an image processor of its
+            own it uses the dense model's.
 
     Returns:
         the pair.
@@ -90,9 +123,11 @@ def load_pair(dense: str, compressed: str) -> Pair:
         InvalidValueError: a source that is missing, or a model that does not give each image one label.
     """
     compressed = needed(compressed, "compressed model")
+    elastic = _elastic(compressed)
+    # The folder of an elastic model holds the dense one.
     small = _read(compressed, "compressed model")
-    dense = (dense or "").strip() or _base_of(small, compressed)
-    large = _read(dense, "dense model")
+    dense = (dense or "").strip() or (compressed if elastic else _base_of(small, compressed))
+    large = small if dense == compressed else _read(dense, "dense model")
     processor = _processor(dense)
     own = _processor(compressed) or processor
     if own is None:
@@ -100,7 +135,8 @@ def load_pair(dense: str, compressed: str) -> Pair:
             f"{compressed}: expected an image processor beside the compressed or the dense model, found none that "
             "loads. Save one there (processor.save_pretrained)."
         )
-    return Pair(_classifier(dense, large, processor or own), _classifier(compressed, small, own))
+    pair = Pair(_classifier(dense, large, processor or own), _classifier(compressed, small, own), elastic)
+    return pair if elastic is None else pair.with_reduction(round((elastic.low + elastic.high) / 2, 2))
 
 
 def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int = 10) -> tuple[Answer, Answer]:
@@ -132,10 +168,11 @@ def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int
     with torch.inference_mode():
         logits = [_logits(classifier, run) for classifier, run in zip(both, runs, strict=True)]
         taken = in_turns(dict(enumerate(runs)), inputs[0].device, range(repeats))
-    return tuple(
+    dense, compressed = (
         Answer(_most_probable(classifier.model, scores), median(seconds))
         for classifier, scores, seconds in zip(both, logits, taken.values(), strict=True)
     )
+    return dense, compressed
 
 
 def _inputs(classifier: Classifier, image: "Image") -> Tensor:
@@ -170,9 +207,21 @@ def _read(source: str, what: str) -> nn.Module:
     return model
 
 
+def _elastic(source: str) -> Elastic | None:
+    try:
+        resolve_file(expanded(source), ELASTIC_NAME)
+    except CheckpointError:
+        return None
+    return Elastic.from_pretrained(expanded(source))
+
+
 def _base_of(model: nn.Module, source: str) -> str:
-    base = plan_of(model).base_model_name_or_path
-    if not base:
+    try:
+        base = plan_of(model).base_model_name_or_path
+    except InvalidValueError:
+        # A model in the plain layout is an ordinary one, whose card may name its base.
+        base = card_of(source).get("base_model")
+    if not base or not isinstance(base, str):
         raise InvalidValueError(
             f"{source}: expected the name of its base in the compressed model, found none; give the dense model too."
         )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ComCATError
+from ..errors import ComCATError, InvalidValueError
 from .classifiers import MOST_REPEATS, Answer, Pair, classify, load_pair
 from .pipelines import LARGEST, DrawSettings, Studio
 
@@ -88,6 +88,8 @@ def _customize(gr: Any, blocks: Any, first: Studio) -> None:
             rows = gr.Column()
         with gr.Column(scale=3, min_width=400):
             prompt = gr.Textbox(label="Prompt", lines=2)
+            look = {"label": "Prompts of the adapters' cards", "components": ["textbox"]}
+            examples = gr.Dataset(**look, **_examples(first))
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
                 steps = gr.Slider(1, 150, 30, step=1, label="Steps", min_width=140)
@@ -104,6 +106,8 @@ def _customize(gr: Any, blocks: Any, first: Studio) -> None:
                 after = gr.Image(label="After: with adapters", **shown)
             took = gr.Markdown()
 
+    examples.click(lambda chosen: chosen[0], examples, prompt, api_visibility="private")
+    gr.on(names.change, lambda of: gr.Dataset(**_examples(of)), studio, examples, api_visibility="private")
     with rows:
         _adapter_rows(gr, blocks, (studio, names, scales), about)
     event = functools.partial(_listen, gr, _DRAWING)
@@ -143,6 +147,8 @@ def _compress(gr: Any, first: Pair | None) -> None:
         compressed = gr.Textbox(known[1], label="Compressed model", info="Folder or Hub id", **field)
     load = gr.Button("Load both")
     about = gr.Markdown(_loaded(first), elem_classes="status")
+    look = {"label": "Reduction: the share removed", "step": 0.01, "interactive": True}
+    reduction = gr.Slider(**look, **_range(first))
     with gr.Row():
         with gr.Column(min_width=260):
             look = {"sources": ["upload", "clipboard"], "height": 320, "elem_classes": "shown"}
@@ -158,9 +164,11 @@ def _compress(gr: Any, first: Pair | None) -> None:
                 ]
             sizes = gr.Markdown()
     event = functools.partial(_listen, gr, _CLASSIFYING)
-    opened = (_open_pair, [dense, compressed], [pair, about])
+    opened = (_pair_opener(gr), [dense, compressed], [pair, about, reduction])
     event([load.click, dense.submit, compressed.submit], *opened, "load_classifiers", about)
     event([image.upload, again.click], _classify, [pair, image, repeats], [*answers, sizes], "classify", answers)
+    resized = (_resizer(gr), [pair, reduction, image, repeats], [pair, about, *answers, sizes])
+    event([reduction.release], *resized, "set_reduction", about)
 
 
 def _listen(
@@ -196,6 +204,11 @@ def _listen(
         concurrency_limit=1,
         concurrency_id=group,
     )
+
+
+def _examples(studio: Studio) -> dict[str, Any]:
+    """The prompts that are offered; nothing is shown without any."""
+    return {"samples": [[prompt] for prompt in studio.prompts], "visible": bool(studio.prompts)}
 
 
 def _open_pipeline(studio: Studio, source: str) -> tuple[Any, ...]:
@@ -237,9 +250,30 @@ def _drawer(gr: Any) -> Callable[..., tuple[Any, Any, str]]:
     return draw
 
 
-def _open_pair(dense: str, compressed: str) -> tuple[Pair, str]:
-    pair = load_pair(dense, compressed)
-    return pair, _loaded(pair)
+def _range(pair: Pair | None) -> dict[str, Any]:
+    """The ends of the reductions and the present one; hidden where the compressed model has a fixed size."""
+    if pair is None or pair.elastic is None:
+        return {"minimum": 0, "maximum": 1, "value": 0, "visible": False}
+    return {"minimum": pair.elastic.low, "maximum": pair.elastic.high, "value": pair.reduction, "visible": True}
+
+
+def _pair_opener(gr: Any) -> Callable[..., tuple[Any, ...]]:
+    def opened(dense: str, compressed: str) -> tuple[Any, ...]:
+        pair = load_pair(dense, compressed)
+        return pair, _loaded(pair), gr.Slider(**_range(pair))
+
+    return opened
+
+
+def _resizer(gr: Any) -> Callable[..., tuple[Any, ...]]:
+    def resized(pair: Pair | None, reduction: float, image: Any, repeats: int) -> tuple[Any, ...]:
+        if pair is None:
+            raise InvalidValueError("Expected an elastic model, found none; load one first.")
+        pair = pair.with_reduction(reduction)
+        shown = (gr.skip(), gr.skip(), gr.skip()) if image is None else _classify(pair, image, repeats)
+        return pair, _loaded(pair), *shown
+
+    return resized
 
 
 def _classify(pair: Pair | None, image: Any, repeats: int) -> tuple[Any, ...]:
@@ -257,7 +291,7 @@ def _loaded(pair: Pair | None) -> str:
 def _table(pair: Pair, answers: tuple[Answer, Answer]) -> str:
     """Sizes and times in Markdown."""
     sides = (pair.dense, pair.compressed)
-    rows = {
+    rows: dict[str, tuple[list[Any], Callable[[Any], str]]] = {
         "latency": ([answer.latency for answer in answers], lambda seconds: f"{seconds * 1e3:.2f} ms"),
         "parameters": ([side.parameters for side in sides], lambda count: f"{count:,}"),
         "MACs": ([side.macs for side in sides], lambda count: f"{count:,}"),

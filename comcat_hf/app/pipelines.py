@@ -18,7 +18,7 @@ from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError, brief
 from ..native import load_pipeline
 from .devices import best_device
-from .sources import expanded, needed
+from .sources import expanded, needed, prompts_of
 
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Studio:
         self._pipeline: Any = None
         self._source = ""
         self._adapters: dict[str, str] = {}
+        self._prompts: dict[str, tuple[str, ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Studio":
         models = [part for part in self._components().values() if isinstance(part, nn.Module)]
@@ -94,6 +95,7 @@ class Studio:
         other = Studio()
         other._pipeline = copy.deepcopy(self._pipeline, memo)
         other._source, other._adapters = self._source, dict(self._adapters)
+        other._prompts = dict(self._prompts)
         return other
 
     @property
@@ -105,6 +107,11 @@ class Studio:
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters, in the order of loading."""
         return tuple(self._adapters)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Example prompts of the adapters' cards."""
+        return tuple(dict.fromkeys(prompt for name in self._adapters for prompt in self._prompts[name]))
 
     def load(self, source: str) -> None:
         """Replace the pipeline and its adapters by another pipeline; on an error they stay.
@@ -145,7 +152,7 @@ class Studio:
                 "has; choose another, or remove that adapter first."
             )
         load_comcat_weights(pipeline, expanded(source), name)
-        self._adapters[name] = source
+        self._adapters[name], self._prompts[name] = source, prompts_of(source)
         return name
 
     def remove(self, name: str) -> None:

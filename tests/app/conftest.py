@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCardData
 from PIL import Image
+from transformers import AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import comcat_hf
@@ -32,6 +34,9 @@ def adapters(base, tmp_path_factory) -> dict[str, Path]:
             config = ComCATConfig(mode="customize", qk_rank=2, vo_rank=2, init_weights=False)
             getattr(pipe, part).add_adapter(config, adapter_name=name)
         found[name] = comcat_hf.save_comcat_weights(pipe, tmp_path_factory.mktemp(name) / name, name)
+    widget = [{"text": "a sks dog on a beach", "output": {"url": "0.png"}}, {"text": 3}, "none"]
+    card = ModelCardData(widget=widget, instance_prompt="a sks dog")
+    (found["dog"] / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n# dog\n")
     return found
 
 
@@ -46,6 +51,17 @@ def classifiers(tmp_path_factory) -> dict[str, Path]:
     comcat_hf.compress(model, 0.4).save_pretrained(folder / "compressed")
     shutil.copy(folder / "dense" / "preprocessor_config.json", folder / "compressed")
     return {"dense": folder / "dense", "compressed": folder / "compressed"}
+
+
+@pytest.fixture(scope="session")
+def elastic(classifiers, tmp_path_factory) -> Path:
+    """The dense classifier as an elastic model."""
+    model = AutoModelForImageClassification.from_pretrained(classifiers["dense"])
+    pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = comcat_hf.compress(model, batches=[{"pixel_values": pixels}], elastic=(0.2, 0.6), progress=False)
+    made.save_pretrained(folder := tmp_path_factory.mktemp("elastic") / "elastic")
+    shutil.copy(classifiers["dense"] / "preprocessor_config.json", folder)
+    return folder
 
 
 @pytest.fixture

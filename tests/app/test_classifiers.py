@@ -108,3 +108,30 @@ def test_an_image_processor_of_another_size_is_said(classifiers, image, tmp_path
 
 def test_a_copy_is_the_pair_itself(pair):
     assert copy.deepcopy(pair) is pair
+
+
+def test_an_elastic_model_is_opened_and_resized(classifiers, elastic, image):
+    pair = load_pair("", str(elastic))
+    assert (pair.dense.source, pair.compressed.source, pair.reduction) == (str(elastic), str(elastic), 0.4)
+    smaller = pair.with_reduction(0.6)
+    small = comcat_hf.Elastic.from_pretrained(elastic, reduction=0.6).model.eval()
+    pixels = pair.dense.processor(image.convert("RGB"), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(smaller.compressed.model(**pixels).logits, small(**pixels).logits)
+    assert smaller.compressed.parameters == comcat_hf.count_parameters(small) < pair.compressed.parameters
+    assert smaller.dense is pair.dense and classify(smaller, image, repeats=1)[0] != classify(smaller, image)[1]
+    with pytest.raises(InvalidValueError, match=r"a share from 0.2 to 0.6"):
+        pair.with_reduction(0.9)
+    with pytest.raises(InvalidValueError, match="expected an elastic model, found one of a fixed size"):
+        load_pair(str(classifiers["dense"]), str(classifiers["compressed"])).with_reduction(0.5)
+
+
+def test_a_model_in_the_plain_layout_is_opened(classifiers, image, tmp_path):
+    dense = AutoModelForImageClassification.from_pretrained(classifiers["dense"])
+    comcat_hf.compress(dense, 0.4, layout="plain").save_pretrained(tmp_path / "plain")
+    with pytest.raises(InvalidValueError, match="give the dense model too"):
+        load_pair("", str(tmp_path / "plain"))
+    (tmp_path / "plain" / "README.md").write_text(f"---\nbase_model: {classifiers['dense']}\n---\n")
+    pair = load_pair("", str(tmp_path / "plain"))
+    assert pair.dense.source == str(classifiers["dense"]) and pair.compressed.parameters < pair.dense.parameters
+    assert all(answer.latency > 0 for answer in classify(pair, image, repeats=1))

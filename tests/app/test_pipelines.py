@@ -14,6 +14,7 @@ import comcat_hf
 from comcat_hf import ComCATConfig
 from comcat_hf.app import DrawSettings, Studio
 from comcat_hf.app.pipelines import adapter_name
+from comcat_hf.app.sources import prompts_of
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 from tests.customization.flow_pipelines import FLOWS
 from tests.customization.pipelines import tiny_sd
@@ -252,3 +253,17 @@ def test_diffusers_is_named_when_it_is_missing(monkeypatch):
 )
 def test_names_from_sources(source, name):
     assert adapter_name(source) == name
+
+
+def test_prompts_are_those_of_the_adapters_cards(base, adapters, tmp_path):
+    studio = Studio()
+    studio.load(str(base))
+    assert studio.prompts == ()
+    studio.add("dog", str(adapters["dog"]))
+    studio.add("style", str(adapters["style"]))
+    assert studio.prompts == copy.deepcopy(studio).prompts == ("a sks dog on a beach", "a sks dog")
+    studio.remove("dog")
+    assert studio.prompts == ()
+    for text in ("---\nwidget: 3\n---", "---\n: [\n---", "no card", "---\ninstance_prompt: [a]\n---"):
+        (tmp_path / "README.md").write_text(text)
+        assert prompts_of(str(tmp_path)) == ()

@@ -1,6 +1,8 @@
 """Gains of feed-forwards: the formula, scales, merging, other methods beside, and what is refused."""
 
 import copy
+import importlib
+import inspect
 import pickle
 from typing import Any
 
@@ -8,12 +10,14 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from comcat_hf import ComCATConfig, load_comcat_weights, save_comcat_weights, unload_comcat_weights
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
+from comcat_hf.modeling.hosts import diffusers, transformers
 from comcat_hf.modeling.wrappers import base_module
 from comcat_hf.tuners.residual.gain_layer import GainLayer
 from tests.customization.pipelines import tiny_unet
@@ -35,7 +39,8 @@ def _unet() -> tuple[nn.Module, dict[str, Any]]:
 
 BUILT = {"unet": _unet, **VISION, **ENCODERS, **TRANSFORMERS}
 # Gated and not, one module, a list, and modules of the block; the second layer is a sibling of attention's in BERT.
-some_models = pytest.mark.parametrize("name", ["unet", "flux2", "t5", "sd3", "vit", "clip_text", "bert"])
+SOME = ["unet", "flux2", "t5", "sd3", "vit", "clip_text", "bert"]
+some_models = pytest.mark.parametrize("name", SOME)
 GAINS = {"mode": "customize", "gains": True, "init_weights": False}
 CORE = {"vo_rank": 2, "core": True}
 
@@ -77,7 +82,7 @@ def by_hand(model: nn.Module, scales: dict[str, float]) -> nn.Module:
     return model
 
 
-@some_models
+@pytest.mark.parametrize("name", [*SOME, "flux3", "qwen", "z-image", "auraflow", "lumina2", "wan"])
 def test_the_formula_and_merging(name):
     model, inputs = gained(name, {}, {"scale": -0.7})
     expected = run(model, inputs)
@@ -112,6 +117,13 @@ def test_start_gradients_and_off(name, more):
         if hasattr(module, "settle"):
             module.enable_adapters(False)
     assert equal(run(model, inputs), before)
+
+
+@pytest.mark.parametrize("family", [*transformers.FEED_FORWARDS, *diffusers.FEED_FORWARDS], ids=lambda f: f.host)
+def test_rows_name_layers_of_their_classes(family):
+    module, _, name = family.host.rpartition(".")
+    source = inspect.getsource(getattr(importlib.import_module(module), name))
+    assert all(f"self.{layer} = nn.Linear(" in source for layer in (*family.first, family.second))
 
 
 def test_every_feed_forward_has_a_gain_per_hidden_unit():
@@ -172,6 +184,8 @@ def test_what_is_refused():
         gained("vit", {"target_modules": ["attention"], **CORE})
     with pytest.raises(UnsupportedModuleError, match=r"Unknown has no feed-forward that is known.*Describe"):
         inject_adapter_in_model(ComCATConfig(**GAINS), Unknown())
+    with pytest.raises(UnsupportedModuleError, match=r"SanaTransformer2DModel has no feed-forward that is known"):
+        gained("sana")
     known = _unet()[0].mid_block.attentions[0].transformer_blocks[0].ff
     with pytest.raises(UnsupportedModuleError, match=r"^ff is a .*OtherFeedForward, whose last layer is not known"):
         inject_adapter_in_model(ComCATConfig(**GAINS, target_modules=["ff", "known"]), Unknown(known))
@@ -190,6 +204,22 @@ def test_nothing_is_left(name):
     model = adapter.unload()
     assert classes_of(model) == classes and equal(run(model, inputs), before)
     assert {path: list(module._forward_pre_hooks) for path, module in model.named_modules()} == hooks
+
+
+def test_an_error_while_adding_leaves_nothing(monkeypatch):
+    model, inputs = base("vit")
+    classes, before, update = classes_of(model), run(model, inputs), GainLayer.update_layer
+
+    def fail_at_the_second(layer, *args):
+        if layer.view.name.endswith("1.mlp"):
+            raise MemoryError
+        update(layer, *args)
+
+    monkeypatch.setattr(GainLayer, "update_layer", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        inject_adapter_in_model(ComCATConfig(**GAINS), model, "a")
+    assert classes_of(model) == classes and equal(run(model, inputs), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @some_models
@@ -388,12 +418,15 @@ def test_a_quantised_model_takes_no_new_gains():
 
 def test_gains_of_a_folder_of_diffusers(tmp_path):
     unet, inputs = base("unet")
+    before = run(unet, inputs)
+    unet.add_adapter(ComCATConfig(**GAINS), "one")
+    run(unet, inputs)
+    assert equal(run(recurse_remove_peft_layers(unet), inputs), before)
+    unet, inputs = base("unet")
     unet.add_adapter(ComCATConfig(**GAINS), "one")
     with torch.no_grad():
         expected = run(unet, inputs)
         unet.fuse_lora()
-        from diffusers.utils import recurse_remove_peft_layers
-
         recurse_remove_peft_layers(unet)
         unet._hf_peft_config_loaded = False
         unet.save_pretrained(tmp_path)

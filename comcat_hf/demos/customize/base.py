@@ -24,6 +24,7 @@ __all__ = [
     "build_tokenizer",
     "embed",
     "encode",
+    "noise_loss",
     "old_digits",
     "train_base",
     "train_vae",
@@ -47,6 +48,8 @@ _KL = 1e-4
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 Bar = Callable[[int, str], Iterator[int]]
+# Of a model, clean latents, what the model is told of each, and a generator (`None`: torch's global one).
+Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator | None], Tensor]
 
 
 def build_pipeline() -> Any:
@@ -135,12 +138,29 @@ def encode(pipeline: Any, images: Tensor) -> Tensor:
     return pipeline.vae.encode(images).latent_dist.mode() * pipeline.vae.config.scaling_factor
 
 
-def train_base(pipeline: Any, data: Digits, vae_steps: int, steps: int, bar: Bar) -> None:
-    """Train the autoencoder, then the UNet together with the text encoder, of which the running mean is kept."""
+def train_base(
+    pipeline: Any,
+    data: Digits,
+    vae_steps: int,
+    steps: int,
+    bar: Bar,
+    model: nn.Module | None = None,
+    loss: Loss | None = None,
+) -> None:
+    """Train the autoencoder, then the denoiser together with the text encoder, of which the running mean is kept.
+
+    Args:
+        pipeline: with random weights.
+        data: all ten digits; the held-out one is left out.
+        vae_steps, steps: of the autoencoder, and of the other two.
+        bar: counts the steps.
+        model, loss: another denoiser than the pipeline's UNet, and what it minimises.
+    """
     images, captions = old_digits(data)
     train_vae(pipeline.vae, images, vae_steps, bar)
     latents = encode(pipeline, images)
-    _train_unet(pipeline, latents, captions, steps, bar)
+    loss = loss or noise_loss(pipeline.scheduler)
+    _train_denoiser(pipeline, pipeline.unet if model is None else model, loss, latents, captions, steps, bar)
     pipeline.vae.requires_grad_(False)
 
 
@@ -159,21 +179,29 @@ def train_vae(vae: Any, images: Tensor, steps: int, bar: Bar) -> None:
         vae.register_to_config(scaling_factor=1 / vae.encode(images).latent_dist.mode().std().item())
 
 
-def _train_unet(pipeline: Any, latents: Tensor, captions: Tensor, steps: int, bar: Bar) -> None:
-    from diffusers import DDPMScheduler
+def noise_loss(schedule: Any) -> Loss:
+    """The error of a UNet's guesses of the noise, at random levels of a schedule."""
+
+    def loss(unet: nn.Module, clean: Tensor, told: Tensor, drawn: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(clean.shape, generator=drawn)
+        times = torch.randint(len(schedule.alphas_cumprod), (len(clean),), generator=drawn)
+        return F.mse_loss(unet(schedule.add_noise(clean, noise, times), times, told).sample, noise)
+
+    return loss
+
+
+def _train_denoiser(
+    pipeline: Any, model: nn.Module, loss: Loss, latents: Tensor, captions: Tensor, steps: int, bar: Bar
+) -> None:
     from diffusers.training_utils import EMAModel
 
-    noising = DDPMScheduler(**_NOISE)
-    parts = nn.ModuleList([pipeline.unet, pipeline.text_encoder]).train()
+    parts = nn.ModuleList([model, pipeline.text_encoder]).train()
     optimizer, schedule = _optimizer(parts.parameters(), _UNET_RATE, steps)
     mean = EMAModel(parts.parameters(), decay=0.995)
     for _ in bar(steps, "Base"):
         picks = torch.randint(len(latents), (BATCH,))
         told = captions[picks].where(torch.rand(BATCH) >= _DROPPED, len(OLD))
-        clean = latents[picks]
-        noise, times = torch.randn_like(clean), torch.randint(noising.config.num_train_timesteps, (BATCH,))
-        guess = pipeline.unet(noising.add_noise(clean, noise, times), times, embed(pipeline, [*OLD, ""])[told]).sample
-        _step(F.mse_loss(guess, noise), optimizer, schedule)
+        _step(loss(model, latents[picks], embed(pipeline, [*OLD, ""])[told], None), optimizer, schedule)
         mean.step(parts.parameters())
     mean.copy_to(parts.parameters())
     parts.eval().requires_grad_(False)

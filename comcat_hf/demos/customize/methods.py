@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...configs.adapter import ComCATConfig
 from ...customization import load_comcat_weights, save_comcat_weights
-from ...modeling import attention_views
-from .base import BASE_FOLDER, Bar
+from .base import BASE_FOLDER, Bar, Loss
 
 
 __all__ = ["METHODS", "Lesson", "Method", "teach"]
 
 ADAPTER = "digit"
 QK_RANK = VO_RANK = 1
-CORE_RANK = 6
+CORE_RANK = 4
+# The smallest there is, and on these bases as good as larger ones (docs/benchmarks.md).
+LORA_RANK = 1
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -33,7 +33,7 @@ class Lesson:
         prior_latents, prior_told: of images that the base drew from the old captions, and these.
         steps: of training.
         batch: images of the new class in a batch, and beside them as many of the old ones.
-        schedule: the base's noise.
+        loss: that the base minimises.
         seed: of the order, the noise and the noise levels.
     """
 
@@ -43,7 +43,7 @@ class Lesson:
     prior_told: Tensor
     steps: int
     batch: int
-    schedule: Any
+    loss: Loss
     seed: int
 
 
@@ -80,18 +80,14 @@ def teach(unet: nn.Module, lesson: Lesson, rate: float, bar: Bar, name: str) -> 
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.steps)
-    levels = len(lesson.schedule.alphas_cumprod)
     unet.train()
     for _ in bar(lesson.steps, name):
         new = torch.randperm(len(lesson.latents), generator=drawn)[: lesson.batch]
         old = torch.randperm(len(lesson.prior_latents), generator=drawn)[: len(new)]
         clean = torch.cat([lesson.latents[new], lesson.prior_latents[old]])
         told = torch.cat([lesson.told[new], lesson.prior_told[old]])
-        noise = torch.randn(clean.shape, generator=drawn)
-        times = torch.randint(levels, (len(clean),), generator=drawn)
-        guess = unet(lesson.schedule.add_noise(clean, noise, times), times, told).sample
         optimizer.zero_grad(set_to_none=True)
-        F.mse_loss(guess, noise).backward()
+        lesson.loss(unet, clean, told, drawn).backward()
         optimizer.step()
         schedule.step()
     unet.eval()
@@ -110,22 +106,9 @@ def _load_comcat(pipeline: Any, folder: Path) -> None:
     load_comcat_weights(pipeline, folder, adapter_name=ADAPTER)
 
 
-def lora_rank(unet: nn.Module) -> int:
-    """The smallest LoRA rank at which there are no fewer parameters than in the full ComCAT adapter."""
-    full = per_rank = 0
-    for view in attention_views(unet).values():
-        layers = (view.query, view.key, view.value, view.output)
-        query, key, value, output = (layer.in_features + layer.out_features for layer in layers)
-        per_rank += query + key + value + output
-        inputs = view.query.in_features + view.key.in_features
-        full += view.num_heads * QK_RANK * inputs
-        full += view.num_heads * VO_RANK * (view.value.in_features + view.output.out_features)
-    return -(-full // per_rank)
-
-
 def _attach_lora(unet: nn.Module) -> None:
-    rank = lora_rank(unet)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LORA_LAYERS)), adapter_name=ADAPTER)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(_LORA_LAYERS))
+    unet.add_adapter(config, adapter_name=ADAPTER)
 
 
 def _save_lora(pipeline: Any, folder: Path) -> None:
@@ -158,7 +141,7 @@ METHODS = (
     Method(
         "ComCAT, core",
         (1e-1, 3e-1, 1.0),
-        _comcat(qk_rank=CORE_RANK, vo_rank=CORE_RANK, core=True),
+        _comcat(qk_rank=CORE_RANK, vo_rank=CORE_RANK, core=True, gains=True),
         _save_comcat,
         _load_comcat,
     ),

@@ -17,7 +17,20 @@ from ...hub import write_json_atomic
 from ...reporting.plots import plot_image_grid
 from ..compress import Digits, load_digits
 from ..shared import check_settings, missing, quiet, threads
-from .base import BASE_FOLDER, HELD_OUT, NAMES, NEW, OLD, Bar, build_pipeline, embed, encode, train_base, upsample
+from .base import (
+    BASE_FOLDER,
+    HELD_OUT,
+    NAMES,
+    NEW,
+    OLD,
+    Bar,
+    build_pipeline,
+    embed,
+    encode,
+    noise_loss,
+    train_base,
+    upsample,
+)
 from .judge import Judge, train_judge
 from .methods import METHODS, Lesson, Method, teach
 
@@ -269,7 +282,7 @@ def _lesson(studio: _Studio, base: Any, data: Digits) -> Lesson:
         prior_told=studio.told[captions],
         steps=settings.steps,
         batch=settings.images,
-        schedule=base.scheduler,
+        loss=noise_loss(base.scheduler),
         seed=settings.seed,
     )
 

@@ -8,10 +8,20 @@ from ...errors import ComCATError, InvalidValueError
 from ...hub import write_bytes_atomic
 
 
-__all__ = ["COLORS", "RIGHT", "WRONG", "axes_for", "check_target", "finish", "new_figure", "save_figure"]
+__all__ = [
+    *("BLACK", "COLORS", "EMPTY", "FAINT", "MUTED", "RIGHT", "WHITE", "WRONG"),
+    *("axes_for", "check_target", "finish", "new_figure", "open_frame", "save_figure"),
+]
 
 # The colour-blind safe palette of Okabe and Ito, without its yellow, which is hard to see on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Text and lines beside the data, grids, and cells without data.
+MUTED, FAINT, EMPTY = "#595959", "#dddddd", "#f2f2f2"
+# For text on a coloured cell, which keeps its colour on a dark page; plain black and white change places there.
+BLACK, WHITE = "#020202", "#fdfdfd"
+# Colours of an SVG on a dark page. The other colours of data stand out from light and from dark paper.
+_DARK = {"#000000": "#e8e8e8", "#ffffff": "#16191d", MUTED: "#a8a8a8", FAINT: "#3b4046", EMPTY: "#24282d"}
+_DARK |= {COLORS[0]: "#3f9fdc"}
 # Colour and line style of frames around right and wrong images.
 RIGHT, WRONG = (COLORS[0], "solid"), (COLORS[1], "dashed")
 
@@ -52,6 +62,12 @@ def check_target(path: str | Path | None, ax: Any | None = None) -> None:
         _format_of(path)
 
 
+def open_frame(axes: Any) -> None:
+    """Draw a grid, and leave the frame open at the top and on the right."""
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def finish(figure: Any, path: str | Path | None, title: str | None, ax: Any | None = None) -> Any:
     """Add the title and write the plot; returns the path, or the figure if there is no path.
 
@@ -75,7 +91,8 @@ def _format_of(path: str | Path) -> str:
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure in the format of the file's suffix; an existing file is replaced in one step.
 
-    The same figure gives the same bytes: an SVG contains neither the time nor random names.
+    An SVG follows the reader's choice of a light or a dark page, and paints its own paper. The same figure gives the
+    same bytes: an SVG contains neither the time nor random names.
 
     Raises:
         InvalidValueError: a name that does not end in `.png` or `.svg`.
@@ -86,4 +103,15 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     payload = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "comcat_hf"}):
         figure.savefig(payload, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return write_bytes_atomic(path, payload.getvalue())
+    content = payload.getvalue()
+    return write_bytes_atomic(path, _themed(content) if kind == "svg" else content)
+
+
+def _themed(svg: bytes) -> bytes:
+    """An SVG of matplotlib with its colours on a dark page; programs that ignore the rule show the light ones."""
+    # What has no colour of its own, such as black text, takes the root's.
+    rules = [f"svg {{fill: {_DARK['#000000']}}}"]
+    for light, dark in _DARK.items():
+        rules += [f'[style*="{what}: {light}"] {{{what}: {dark} !important}}' for what in ("fill", "stroke")]
+    style = "@media (prefers-color-scheme: dark) {" + " ".join(rules) + "}"
+    return svg.replace(b"</style>", style.encode() + b"</style>", 1)

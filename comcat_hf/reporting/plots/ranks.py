@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ...configs import RankPlan
-from .figures import axes_for, check_target, finish, new_figure
+from ...errors import InvalidValueError
+from .figures import BLACK, EMPTY, WHITE, axes_for, check_target, finish, new_figure, open_frame
 from .tables import PAIRS, RankTable, head_spectra, rank_table
 
 
-__all__ = ["plot_compression", "plot_ranks"]
+__all__ = ["plot_compression", "plot_ranks", "plot_spectra"]
 
-_TALL = 12  # layers
-_FLOOR = 1e-3  # of the largest singular value; smaller values are drawn at this height
+# Singular values as shares of the largest. Smaller ones leave the frame, unless a kept rank lies there.
+_SHOWN, _LEAST = 1e-3, 1e-9
+# Inches of a row of panels.
+_ROW = (9.8, 3.8)
+# Layers from the first to the last: blue to orange, which no colour vision mixes up, on light and on dark paper.
+_FIRST_TO_LAST = ("#2b7fd4", "#8d68b8", "#cf5c2a")
 
 
 def plot_compression(
@@ -27,7 +32,7 @@ def plot_compression(
     statistics: Mapping[str, Any] | None = None,
     title: str | None = None,
 ) -> Any:
-    """Plot a rank map (layers × sites) and the attention spectra with the kept ranks marked, as PNG or SVG.
+    """Plot a rank map (layers × sites) and, below it, the attention spectra with the kept ranks marked, as PNG or SVG.
 
     Args:
         dense: the model that the plan is for, not compressed.
@@ -46,23 +51,46 @@ def plot_compression(
     """
     check_target(path)
     table, spectra = rank_table(dense, plan), head_spectra(dense, statistics)
-    rows = len({row for row, column in table if column})
-    # For a deep model, the two spectra are stacked beside the tall map.
-    tall = rows > _TALL
-    pairs = [pair for pair in PAIRS if any(pair in spectra[name] for name in spectra)]
-    layout = [["ranks", pair] for pair in pairs] if tall and pairs else [["ranks", *pairs]]
-    figure = new_figure(*((10, 1.7 + 0.3 * rows) if tall else (13, 2.6 + 0.36 * rows)))
-    axes = figure.subplot_mosaic(layout, width_ratios=[1.2] + [1] * (len(layout[0]) - 1))
-    _draw_ranks(axes["ranks"], table)
-    panels = [axes[pair] for pair in pairs]
-    lowest = min((values.min().item() for pairs in spectra.values() for values in pairs.values()), default=1.0)
-    for panel, pair in zip(panels, pairs, strict=True):
-        _draw_spectra(panel, pair, {name: found[pair] for name, found in spectra.items() if pair in found}, plan)
-        panel.set_ylim(max(_FLOOR, min(lowest, 0.1)) * 0.9, 1.15)
-        panel.set_title(
-            f"{PAIRS[pair]}: singular values" + ("" if statistics is None else " seen by the data"), fontsize=10
-        )
-    _add_layer_bar(figure, panels, len(spectra))
+    heights = [1.2 + 0.3 * len({row for row, column in table if column}), *([_ROW[1]] if spectra else [])]
+    figure = new_figure(_ROW[0], sum(heights))
+    above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_ranks(above.subplots(), table)
+    for part in below:
+        _draw_spectra(part, spectra, plan, statistics is not None)
+    return finish(figure, path, title)
+
+
+def plot_spectra(
+    dense: nn.Module,
+    plan: RankPlan,
+    path: str | Path | None = None,
+    *,
+    statistics: Mapping[str, Any] | None = None,
+    title: str | None = None,
+) -> Any:
+    """Plot the attention spectra alone, with the kept ranks marked, as PNG or SVG.
+
+    Args:
+        dense: the model that the plan is for, not compressed.
+        plan: its ranks.
+        path: file to write, in the format of its suffix; an existing file is replaced in one step. Without a path
+            nothing is written.
+        statistics: moments by module path, which weight the spectra by the data.
+        title: a line above the panels.
+
+    Returns:
+        the path, or without a path the matplotlib figure, which a notebook shows.
+
+    Raises:
+        InvalidValueError: a model without known attention, or a name that does not end in `.png` or `.svg`.
+        ComCATError: matplotlib is not installed.
+    """
+    check_target(path)
+    spectra = head_spectra(dense, statistics)
+    if not spectra:
+        raise InvalidValueError(f"{type(dense).__name__}: expected attention modules to draw spectra of, found none.")
+    figure = new_figure(*_ROW)
+    _draw_spectra(figure, spectra, plan, statistics is not None)
     return finish(figure, path, title)
 
 
@@ -108,10 +136,10 @@ def _draw_ranks(axes: Any, table: RankTable) -> None:
         if (row, column) in table:
             rank, full = table[row, column]
             shares[i, j] = 1.0 if rank is None else rank / full
-            color = "black" if shares[i, j] > 0.55 else "white"
+            color = BLACK if shares[i, j] > 0.55 else WHITE
             axes.text(j, i, _cell(rank, full), ha="center", va="center", fontsize=8, color=color)
     image = axes.imshow(shares.tolist(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axes.set_facecolor("#f2f2f2")
+    axes.set_facecolor(EMPTY)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.set_xticks([j + 0.5 for j in range(len(columns) - 1)], minor=True)
@@ -129,40 +157,57 @@ def _cell(rank: int | None, full: int) -> str:
     return "dense" if rank is None else f"{rank}/{full}"
 
 
-def _draw_spectra(axes: Any, pair: str, spectra: Mapping[str, Tensor], plan: RankPlan) -> None:
+def _draw_spectra(figure: Any, spectra: Mapping[str, Mapping[str, Tensor]], plan: RankPlan, by_data: bool) -> None:
+    """A panel for each pair on one row of a figure, with a bar that names the layers."""
+    pairs = [pair for pair in PAIRS if any(pair in found for found in spectra.values())]
+    panels = figure.subplots(1, len(pairs), squeeze=False, sharey=True)[0]
     colors = _layer_colors(len(spectra))
-    for color, (name, values) in zip(colors, spectra.items(), strict=True):
+    lowest = _SHOWN
+    for panel, pair in zip(panels, pairs, strict=True):
+        found = {name: values[pair] for name, values in spectra.items() if pair in values}
+        lowest = min(lowest, _draw_pair(panel, pair, found, dict(zip(spectra, colors, strict=True)), plan))
+        panel.set_title(f"{PAIRS[pair]}: singular values{' seen by the data' if by_data else ''}", fontsize=10)
+    panels[0].set_ylabel("share of the largest, mean over heads")
+    panels[0].set_ylim(lowest / 1.6, 1.6)
+    _add_layer_bar(figure, list(panels), colors)
+
+
+def _draw_pair(
+    axes: Any, pair: str, spectra: Mapping[str, Tensor], colors: Mapping[str, Any], plan: RankPlan
+) -> float:
+    """The curves of one pair; returns the lowest value at a kept rank."""
+    kept = []
+    for name, values in spectra.items():
         # On a logarithmic axis, the geometric mean over heads is the middle of their curves.
-        mean = values.float().clamp(min=_FLOOR).log().mean(0).exp().tolist()
-        axes.plot(range(1, len(mean) + 1), mean, color=color, linewidth=1.6)
+        mean = values.float().clamp(min=_LEAST).log().mean(0).exp().tolist()
+        axes.plot(range(1, len(mean) + 1), mean, color=colors[name], linewidth=1.6)
         entry = plan.ranks.get(name)
         rank = entry.get(pair) if isinstance(entry, Mapping) else None
         if rank is not None:
-            axes.plot(rank, mean[rank - 1], "o", color=color, markersize=7, markeredgecolor="black", zorder=3)
-    width = max((values.shape[-1] for values in spectra.values()), default=1)
+            axes.plot(rank, mean[rank - 1], "o", color=colors[name], markersize=7, markeredgecolor="black", zorder=3)
+            kept.append(mean[rank - 1])
+    width = max(values.shape[-1] for values in spectra.values())
     axes.set_yscale("log")
-    axes.set_xlim(0.5, width + 0.5)
+    axes.set_xlim(0.5 - 0.02 * width, width + 0.5 + 0.02 * width)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("singular value of a head (dot: rank kept)")
-    axes.set_ylabel("share of the largest, mean over heads")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)
+    return min(kept, default=1.0)
 
 
 def _layer_colors(count: int) -> list[Any]:
-    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
 
-    # Without the end of the colour map: its yellow is hard to see on white.
-    return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
+    ramp = LinearSegmentedColormap.from_list("layers", _FIRST_TO_LAST)
+    return [ramp(i / max(count - 1, 1)) for i in range(count)]
 
 
-def _add_layer_bar(figure: Any, panels: list[Any], count: int) -> None:
+def _add_layer_bar(figure: Any, panels: list[Any], colors: list[Any]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    if count == 0:
-        return
+    count = len(colors)
     norm = BoundaryNorm([i - 0.5 for i in range(count + 1)], count)
-    mapping = ScalarMappable(norm, ListedColormap(_layer_colors(count)))
+    mapping = ScalarMappable(norm, ListedColormap(colors))
     step = -(-count // 12)
     figure.colorbar(mapping, ax=panels, fraction=0.03, pad=0.01, label="attention layer", ticks=range(0, count, step))

@@ -77,6 +77,11 @@ class ImagePreparation:
         """What the image processor makes of a Pillow image in RGB: `(3, H, W)`, float32."""
         return process_image(self.processor, image)[0].to(torch.float32)
 
+    def restore(self, inputs: Tensor) -> Tensor:
+        """Pixels between 0 and 1 of a model's input `(3, H, W)`, in the order of the image's channels."""
+        pixels = ((inputs.cpu() - self.offset) / self.scale).clamp(0, 1)
+        return pixels[[self.channels.index(channel) for channel in range(len(self.channels))]]
+
     def check(self, model: nn.Module, source: str) -> None:
         """See whether a model takes these inputs.
 

@@ -1,6 +1,6 @@
 """Accuracy of an image classifier over a split, by one process or many."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ def evaluate_classifier(
     *,
     progress: str | None = None,
     broken: _Counter | None = None,
+    watch: Callable[[Mapping[str, Any], Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy and the loss of a classifier; all processes call it together.
 
@@ -42,6 +43,7 @@ def evaluate_classifier(
         accelerator: whose processes they are.
         progress: what a bar on the main process says; `None` shows none.
         broken: its `count` says how many images this process could not read so far.
+        watch: called with each batch of this process and the classes `(B,)` that the model gives.
 
     Returns:
         the same on every process: `"top1"` and `"top5"`, shares of the images from 0 to 1 (top-5 is of all classes
@@ -64,10 +66,12 @@ def evaluate_classifier(
             logits = model(pixel_values=batch["pixel_values"].to(accelerator.device, weight.dtype)).logits.float()
             classes = logits.shape[-1]
             counts.append(_counts(logits, labels, valid))
+            if watch is not None:
+                watch(batch, logits.argmax(-1))
     unread = 0 if broken is None else broken.count - before
-    samples, first, among, lost, unread = _totals(torch.stack(counts), unread, classes, accelerator)
+    samples, first, among, lost, broken_ones = _totals(torch.stack(counts), unread, classes, accelerator)
     shares = {"top1": first / samples, "top5": among / samples, "loss": lost / samples}
-    return {**shares, "samples": int(samples), "broken": int(unread)}
+    return {**shares, "samples": int(samples), "broken": int(broken_ones)}
 
 
 def _counts(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -15,8 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...compression.budget.timing import device_name
-from ...compression.clock import for_seconds, in_turns
-from ...compression.counting import count_macs, count_parameters, example_inputs
+from ...compression.counting import count_macs, count_parameters
 from ...errors import InvalidValueError, UnsupportedModuleError, brief
 from ...hub import write_json_atomic
 from ...reporting.cards import shown_base
@@ -28,13 +26,13 @@ from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
 from .models import load_classifier, load_image_processor
 from .settings import ALTERNATIVES, CompressSettings
+from .speed import measure_speed
 from .stream import ImageReader
 
 
 __all__ = ["EvaluateSettings", "EvaluationReport", "evaluate_models", "parse_evaluate_settings"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_FEWEST, _MOST = 3, 100
 _MODEL, _DENSE = "model", "dense"
 
 
@@ -286,7 +284,6 @@ def _macs(model: nn.Module, source: str, say: Callable[[str], None]) -> int | No
         return None
 
 
-@torch.inference_mode()
 def _throughput(
     models: Mapping[str, nn.Module], settings: EvaluateSettings, device: torch.device
 ) -> tuple[Mapping[str, Any], ...]:
@@ -300,24 +297,12 @@ def _throughput(
             if dtype != made:
                 copies = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
                 made = dtype
-            calls = {name: _call(model, size, dtype, device) for name, model in copies.items()}
             try:
-                taken = in_turns(calls, device, for_seconds(settings.throughput_seconds, _FEWEST, _MOST))
+                row = measure_speed(copies, device, size, settings.throughput_seconds)
             except RuntimeError as error:
                 raise InvalidValueError(
                     f"A batch of {size} in {named} cannot be run on {device}: {error}. Give other --batch_sizes or "
                     "--dtypes."
                 ) from error
-            speeds = {name: size / statistics.median(seconds) for name, seconds in taken.items()}
-            row = {"batch_size": size, "dtype": named, "rounds": len(taken[_MODEL]), "images_per_second": speeds}
-            if _DENSE in calls:
-                pairs = zip(taken[_DENSE], taken[_MODEL], strict=True)
-                row["faster"] = statistics.median(dense / model for dense, model in pairs)
-            rows.append(row)
+            rows.append(row | {"dtype": named})
     return tuple(rows)
-
-
-def _call(model: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
-    shape = example_inputs(model)["pixel_values"].shape[1:]
-    pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return lambda: model(pixel_values=pixels)

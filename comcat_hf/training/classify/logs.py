@@ -98,7 +98,7 @@ class LossMeter:
         return self._before
 
 
-def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+def read_log(path: Path, step: float = math.inf) -> list[dict[str, Any]]:
     """The lines of a log up to a step, without those that were cut short."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return [line for text in lines if (line := _parse(text)) and line["step"] <= step]

@@ -2,7 +2,8 @@
 
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,21 +12,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compression.budget.timing import device_name
+from ...hub import readable_size
 from ...reporting import Section, write_report
 from ...reporting.cards import shown_base
-from ...reporting.plots import plot_compression, plot_reductions, rank_table
+from ...reporting.plots import (
+    head_spectra,
+    plot_compression,
+    plot_ranks,
+    plot_reductions,
+    plot_shares,
+    plot_spectra,
+    plot_training,
+    rank_table,
+)
 from ...version import __version__
 from .artefacts import Artefacts
+from .augmentation import ImagePreparation
+from .changes import Changes
+from .labels import model_labels
 from .planning import CompressPlan
 from .sweep import SweepPoint
 
 
-__all__ = ["NAMES", "comparison", "draw_ranks", "write_run_report"]
+__all__ = ["NAMES", "Findings", "comparison", "draw_ranks", "write_run_report"]
 
 Metrics = Mapping[str, Mapping[str, float]]
 
 NAMES = {"dense": "dense", "initial": "compressed, before fine-tuning", "final": "compressed"}
-_SPECTRA = "Ranks and widths kept, and the singular values of the attention products with the kept ranks marked"
+_METRICS = {"params": "parameters", "macs": "MACs"}
+_RANKS = "Ranks of heads and layers, and widths of MLPs: kept of all"
+_SPECTRA = "Singular values of the attention products, with the kept ranks marked"
 
 
 def comparison(plan: CompressPlan, metrics: Metrics) -> list[tuple[str, ...]]:
@@ -57,21 +74,47 @@ def draw_ranks(dense: nn.Module, plan: CompressPlan, statistics: Mapping[str, An
     return plot_compression(dense, plan.plan, path, statistics=statistics, title=title)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a run measured, for the report.
+
+    Attributes:
+        metrics: of `"dense"`, `"initial"` and `"final"`, as [`evaluate_classifier`] returns them.
+        statistics: moments by module path, which weight the spectra.
+        points: other reductions.
+        log: lines of the training log.
+        speed: rows of [`measure_speed`] for `"dense"` and `"compressed"`.
+        device: where the speed was measured.
+        changes: the classes that changed; `None` leaves the section out.
+        preparation: turns inputs of the models back into images.
+    """
+
+    metrics: Metrics
+    statistics: Mapping[str, Any] | None
+    points: Sequence[SweepPoint]
+    log: Sequence[Mapping[str, Any]]
+    speed: Sequence[Mapping[str, Any]]
+    device: torch.device
+    changes: Changes | None
+    preparation: ImagePreparation
+
+
 def write_run_report(
-    artefacts: Artefacts,
-    dense: nn.Module,
-    plan: CompressPlan,
-    metrics: Metrics,
-    statistics: Mapping[str, Any] | None,
-    points: Sequence[SweepPoint],
+    artefacts: Artefacts, dense: nn.Module, small: nn.Module, plan: CompressPlan, found: Findings
 ) -> Path:
     """Write `report.html`: one file with the tables and, where matplotlib is installed, the pictures of a run."""
     before, after = plan.parameters
     base = shown_base(plan.settings.model_name_or_path)
-    with tempfile.TemporaryDirectory() as folder:
-        sections = [
-            Section("Result", table=comparison(plan, metrics)),
-            *_pictures(Path(folder), dense, plan, metrics, statistics, points),
+    drawing = find_spec("matplotlib") is not None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sections = [Section("Result", table=comparison(plan, found.metrics))]
+        sections.append(_sizes(folder, drawing, plan, (_bytes(dense), _bytes(small)), found))
+        if drawing:
+            sections += _pictures(folder, dense, plan, found)
+        if found.changes is not None and found.changes.compared:
+            sections.append(_changed(folder, dense, found.changes, found.preparation))
+        sections += [
             Section("Every layer", "Ranks are per head for attention.", table=_layers(dense, plan)),
             Section("How it was made", code=f"{plan.describe()}\n\n{_versions()}"),
         ]
@@ -79,30 +122,73 @@ def write_run_report(
         return write_report(artefacts.report, f"{base}, compressed", summary, sections)
 
 
-def _pictures(
-    folder: Path,
-    dense: nn.Module,
-    plan: CompressPlan,
-    metrics: Metrics,
-    statistics: Mapping[str, Any] | None,
-    points: Sequence[SweepPoint],
-) -> list[Section]:
-    ranks = draw_ranks(dense, plan, statistics, folder / "ranks.svg")
-    if ranks is None:
-        return []
-    sections = [Section("Ranks and spectra", pictures=[(_SPECTRA, ranks)])]
+def _sizes(folder: Path, drawing: bool, plan: CompressPlan, weights: tuple[int, int], found: Findings) -> Section:
+    """Sizes and, where they were measured, times beside the dense model's."""
+    rows = {"parameters": (*plan.parameters, "{:,}".format), "MACs": (*plan.macs, "{:,}".format)}
+    rows["weights on disk"] = (*weights, readable_size)
+    for row in found.speed:
+        count, speeds = row["batch_size"], row["images_per_second"]
+        times = [1e3 * count / speeds[name] for name in ("dense", "compressed")]
+        rows[f"time of {count} image{'s' if count > 1 else ''}"] = (*times, "{:.3g} ms".format)
+    table = [("", "dense", "compressed", "left")]
+    table += [(name, show(large), show(small), f"{small / large:.1%}") for name, (large, small, show) in rows.items()]
+    hardware = f"{device_name(found.device)} with torch's threads set to {torch.get_num_threads()}"
+    text = f"Times are medians, measured in turns on {hardware}." if found.speed else ""
+    pictures = []
+    if drawing:
+        shares = {name: small / large for name, (large, small, _) in rows.items()}
+        pictures = [("What is left of the dense model", plot_shares(shares, folder / "sizes.svg"))]
+    return Section("Size and speed", text, table, pictures)
+
+
+def _bytes(model: nn.Module) -> int:
+    """What the tensors of a saved model take."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+
+
+def _pictures(folder: Path, dense: nn.Module, plan: CompressPlan, found: Findings) -> Iterator[Section]:
+    metrics = found.metrics
+    top1 = metrics["dense"]["top1"] if metrics else None
     if metrics:
         reached = plan.plan.reached if plan.plan.reached is not None else 1 - plan.parameters[1] / plan.parameters[0]
-        curves = {"not fine-tuned": [(point.reached, point.top1) for point in points]}
+        curves = {"not fine-tuned": [(point.reached, point.top1) for point in found.points]}
         curves["not fine-tuned"].append((reached, metrics["initial"]["top1"]))
         if metrics["final"] != metrics["initial"]:
             curves["fine-tuned"] = [(reached, metrics["final"]["top1"])]
-        drawn = plot_reductions(
-            curves, folder / "reductions.svg", dense=metrics["dense"]["top1"], quality="top-1 accuracy"
-        )
-        caption = f"Top-1 accuracy against the share of the {plan.plan.metric} removed"
-        sections.append(Section("Accuracy against reduction", pictures=[(caption, drawn)], table=_points(points)))
-    return sections
+        drawn = plot_reductions(curves, folder / "reductions.svg", dense=top1, quality="top-1 accuracy")
+        what = _METRICS.get(plan.plan.metric, plan.plan.metric)
+        caption = f"Top-1 accuracy against the share of the {what} removed"
+        yield Section("Accuracy against reduction", table=_points(found.points), pictures=[(caption, drawn)])
+    losses, evaluations = (
+        [(line["step"], line[key]) for line in found.log if line.get(key) is not None] for key in ("loss", "eval_top1")
+    )
+    if losses:
+        given = {"dense": top1, "quality": "top-1 accuracy"}
+        drawn = plot_training(losses, evaluations, folder / "training.svg", **given)
+        caption = "Loss of the fine-tuning" + (", and top-1 accuracy on the validation images" if evaluations else "")
+        yield Section("Fine-tuning", pictures=[(caption, drawn)])
+    yield Section("Ranks", pictures=[(_RANKS, plot_ranks(dense, plan.plan, folder / "ranks.svg"))])
+    if head_spectra(dense):
+        drawn = plot_spectra(dense, plan.plan, folder / "spectra.svg", statistics=found.statistics)
+        yield Section("Spectra", pictures=[(_SPECTRA, drawn)])
+
+
+def _changed(folder: Path, dense: nn.Module, changes: Changes, preparation: ImagePreparation) -> Section:
+    """Images to which the models give different classes."""
+    from PIL import Image
+
+    names, _ = model_labels(dense.config, "The dense model")
+    gallery = []
+    for number, image in enumerate(changes.images):
+        pixels = (preparation.restore(image.inputs) * 255).round().byte().movedim(0, -1)
+        file = folder / f"changed-{number}.png"
+        Image.fromarray(pixels.numpy()).save(file)
+        classes = {"dense": image.dense, "compressed": image.compressed, "label": image.label}
+        gallery.append(("\n".join(f"{who}: {names[place]}" for who, place in classes.items()), file))
+    text = f"The compressed model gives {changes.changed:,} of {changes.compared:,} images another class."
+    if len(gallery) < changes.changed:
+        text += f" The first {len(gallery)} of them:"
+    return Section("Images whose class changed", text, gallery=gallery)
 
 
 def _points(points: Sequence[SweepPoint]) -> list[tuple[str, ...]]:

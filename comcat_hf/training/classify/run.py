@@ -19,15 +19,18 @@ from ..machine import make_accelerator
 from ..seeds import choose_seed
 from .artefacts import Artefacts, digest_of
 from .augmentation import ImagePreparation, Mixing
+from .changes import Changes, Watch
 from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
+from .logs import LOG, read_log
 from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor, load_teacher
 from .outputs import push_model, read_results, save_model, write_model_card, write_results
 from .planning import CompressPlan, Steps, describe_run, plan_steps
-from .reporting import draw_ranks, write_run_report
+from .reporting import Findings, draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
+from .speed import compare_speed
 from .stages import Setting, allocate, calibrate, initialize
 from .stream import Batches
 from .sweep import SweepPoint, measure_sweep, read_sweep
@@ -267,6 +270,7 @@ def _conclude(
 ) -> CompressResult:
     names, folder = run.settings.stage_names, run.artefacts.folder
     metrics: dict[str, Mapping[str, float]] = {}
+    changes = Changes()
     if "evaluate" not in names:
         measured = run.artefacts.results, run.artefacts.sweep_results
         metrics, points = on_main(run.accelerator, lambda: (read_results(measured[0]), read_sweep(measured[1])))
@@ -277,29 +281,50 @@ def _conclude(
         for name, load in models.items():
             # Without fine-tuning the initial model is the final one.
             same = next((metrics[other] for other in metrics if models[other] is load), None)
-            metrics[name] = _evaluate(run, load(), name) if same is None else same
+            metrics[name] = _evaluate(run, load(), name, changes.watch(name == "dense")) if same is None else same
         on_main(run.accelerator, lambda: write_results(run.artefacts.results, metrics))
         for name, found in metrics.items():
             run.say(f"{name:8} top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['samples']:,} images")
         _warn_if_worse(run, metrics)
     result = replace(result, metrics=metrics)
     if "export" in names:
-
-        def export() -> None:
-            if not run.artefacts.was_done("finetune"):
-                save_model(models["final"]().cpu(), run.processor, folder)
-            dense = models["dense"]().cpu()
-            picture = draw_ranks(dense, result.plan, statistics, run.artefacts.picture)
-            write_run_report(run.artefacts, dense, result.plan, metrics, statistics, result.sweep)
-            write_model_card(folder, run.settings, result.plan, metrics, picture)
-
-        run.on_main(export)
+        run.on_main(lambda: _export(run, result, models, statistics, changes))
     if "push" in names:
         result = replace(result, commit=run.on_main(lambda: push_model(folder, run.settings)))
     # Wrapped models go first: freed behind their process group, they may wait for that for ever.
     run.accelerator.free_memory()
     run.accelerator.end_training()
     return result
+
+
+def _export(
+    run: Setting,
+    result: CompressResult,
+    models: Mapping[str, Callable[[], nn.Module]],
+    statistics: Statistics | None,
+    changes: Changes,
+) -> None:
+    folder, plan, metrics = run.artefacts.folder, result.plan, result.metrics
+    dense, small = models["dense"](), models["final"]()
+    speed = compare_speed(dense, small, run.accelerator.device) if metrics else []
+    dense, small = dense.cpu(), small.cpu()
+    trained = run.artefacts.was_done("finetune")
+    if not trained:
+        save_model(small, run.processor, folder)
+    picture = draw_ranks(dense, plan, statistics, run.artefacts.picture)
+    found = Findings(
+        metrics=metrics,
+        statistics=statistics,
+        points=result.sweep,
+        log=read_log(folder / LOG) if trained else (),
+        speed=speed,
+        device=run.accelerator.device,
+        # Images of a data set do not go onto the Hub unasked.
+        changes=None if "push" in run.settings.stage_names else changes,
+        preparation=run.preparation,
+    )
+    write_run_report(run.artefacts, dense, small, plan, found)
+    write_model_card(folder, run.settings, plan, metrics, picture)
 
 
 def _warn_if_worse(run: Setting, metrics: Mapping[str, Mapping[str, float]]) -> None:
@@ -319,11 +344,12 @@ def _keep(run: Setting, model: nn.Module) -> None:
     run.finish("finetune")
 
 
-def _evaluate(run: Setting, model: nn.Module, name: str | None = None) -> dict[str, float]:
+def _evaluate(run: Setting, model: nn.Module, name: str | None = None, watch: Watch | None = None) -> dict[str, float]:
     split, accelerator = run.splits.validation, run.accelerator
     batches = run.reader(split, BrokenImages.of(run.settings, split)).evaluate()
     asking = Batches(lambda: until_stopped(batches, accelerator, run.interruption), batches.count)
-    return evaluate_classifier(model, asking, accelerator, progress=name and f"Evaluating {name}")
+    progress = name and f"Evaluating {name}"
+    return evaluate_classifier(model, asking, accelerator, progress=progress, watch=watch)
 
 
 def _steps(run: Setting) -> Steps:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -51,7 +52,7 @@ def measure_sweep(
     try:
         for reduction in run.settings.sweep_reductions:
             run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
-            reached = run.on_main(lambda share=reduction: _make(run, share, statistics))
+            reached = run.on_main(partial(_make, run, reduction, statistics))
             small = load_classifier(run.artefacts.sweep, "--output_dir")
             found = evaluate(small, f"{reduction:.0%} less")
             points.append(SweepPoint(reduction, reached, found["top1"], found["top5"]))

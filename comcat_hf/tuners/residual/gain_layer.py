@@ -21,18 +21,19 @@ class _Entry:
     """A forward pre-hook of a feed-forward's last layer, which multiplies the hidden units by `1 + sum t g`.
 
     The feed-forward and its layers keep their classes and names, so adapters of other methods go into them as ever.
-    A hook without gains changes nothing.
+    It keeps no state of a call: several threads may run the model.
     """
 
-    def __init__(self) -> None:
-        self.gains: list[tuple[Gains, Tensor]] = []
+    def __init__(self, layer: "GainLayer") -> None:
+        self.layer = layer
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not self.gains:
+        gains = [] if self.layer.disable_adapters else self.layer.active()
+        if not gains:
             return None
         states, *rest = args
         # What is added is rounded, and not the sum with 1, of which half precision would leave three digits.
-        return (torch.addcmul(states, states, joined_gains(self.gains, states)), *rest)
+        return (torch.addcmul(states, states, joined_gains(gains, states)), *rest)
 
 
 class GainLayer(ResidualLayer):
@@ -45,7 +46,7 @@ class GainLayer(ResidualLayer):
 
     def __init__(self, view: FeedForwardView) -> None:
         super().__init__(view)
-        self._entry = _Entry()
+        self._entry = _Entry(self)
         self.__dict__["_entered"] = None
 
     def settle(self) -> None:
@@ -77,11 +78,7 @@ class GainLayer(ResidualLayer):
             self.__dict__["_entered"] = None
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        self._entry.gains = self.active()
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            self._entry.gains = []
+        return self.base_layer(*args, **kwargs)
 
     def check_mergeable(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> list[str]:
         names = super().check_mergeable(safe_merge, adapter_names)
@@ -106,6 +103,10 @@ class GainLayer(ResidualLayer):
         """The dense module, which stays alone."""
         self._leave()
         return self.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        self._leave()
+        return super().get_base_layer()
 
 
 def _clear(output: nn.Module) -> None:

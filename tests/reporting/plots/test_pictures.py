@@ -1,6 +1,7 @@
 """The pictures: what they show, as numbers, and that real PNGs and SVGs come out."""
 
 import builtins
+import re
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 
@@ -20,6 +21,9 @@ from comcat_hf.reporting.plots import (
     plot_image_grid,
     plot_ranks,
     plot_reductions,
+    plot_shares,
+    plot_spectra,
+    plot_training,
     rank_table,
 )
 from tests.helpers import small_clip, small_vit
@@ -171,6 +175,9 @@ DRAW = {
     "plot_compression": lambda path: plot_compression(*vit_and_plan(), path),
     "plot_ranks": lambda path: plot_ranks(*vit_and_plan(), path),
     "plot_reductions": lambda path: plot_reductions(CURVES, path, dense=0.99, title="A title"),
+    "plot_spectra": lambda path: plot_spectra(*vit_and_plan(), path),
+    "plot_training": lambda path: plot_training([(1, 0.9), (2, 0.7)], [(2, 0.5)], path, dense=0.6),
+    "plot_shares": lambda path: plot_shares({"parameters": 0.5, "time of 1 image": 1.2}, path),
     "plot_image_grid": lambda path: plot_image_grid(grid_of("ab"), path, columns="xyz"),
 }
 
@@ -190,7 +197,7 @@ def test_every_picture_is_a_png_or_an_svg_by_its_name(tmp_path, name):
     assert len(list(root.iter())) > 30
     again = DRAW[name](tmp_path / "PICTURE.SVG").read_bytes()
     # Singular values may differ in their last digits from one run to the next.
-    assert again == once or (name == "plot_compression" and len(again) == len(once))
+    assert again == once or (name in ("plot_compression", "plot_spectra") and len(again) == len(once))
     with pytest.raises(InvalidValueError, match=r"picture.jpg: expected a file name that ends in .png or .svg"):
         DRAW[name](tmp_path / "picture.jpg")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["PICTURE.SVG", "picture.png", "picture.svg"]
@@ -200,6 +207,68 @@ def test_a_rank_map_needs_no_weights(tmp_path):
     model, plan = vit_and_plan()
     real = plot_ranks(model, plan, tmp_path / "real.svg").read_bytes()
     assert plot_ranks(meta_copy(model), plan, tmp_path / "meta.svg").read_bytes() == real
+
+
+def test_curves_leave_the_frame_and_kept_ranks_stay_inside():
+    model, _ = small_vit()
+    with torch.no_grad():
+        # Singular values that fall by more than the frame holds.
+        model.vit.layers[0].attention.q_proj.weight *= torch.logspace(0, -5, 16).repeat(3)[:, None]
+    figure = plot_spectra(model, RankPlan({"vit.layers.0.attention": {"qk": 13, "vo": 4}}))
+    panel = figure.axes[0]
+    curves = [line.get_ydata() for line in panel.lines if len(line.get_ydata()) > 1]
+    bottom, top = panel.get_ylim()
+    assert min(map(min, curves)) < bottom and max(map(max, curves)) < top
+    assert all(min(abs(value / edge - 1) for edge in (bottom, top)) > 1e-3 for curve in curves for value in curve)
+    assert all(bottom < line.get_ydata()[0] < top for line in panel.lines if len(line.get_ydata()) == 1)
+
+
+def test_a_map_and_spectra_have_a_row_of_their_own():
+    ranks, qk, vo = (axes for axes in plot_compression(*vit_and_plan()).axes if axes.get_title())
+    figure = ranks.figure.figure
+    figure.draw_without_rendering()
+    places = [axes.get_window_extent() for axes in (ranks, qk, vo)]
+    assert places[0].y0 > places[1].y1 and places[1].y0 == places[2].y0 and places[1].x1 < places[2].x0
+    assert places[0].width > 0.7 * figure.bbox.width
+
+
+@pytest.mark.parametrize("scene", ["light", "dark"])
+def test_every_colour_of_an_svg_stands_out_from_its_paper(tmp_path, scene):
+    """A contrast of 3 for lines, as matplotlib writes them, and of 4.5 for text beside the data."""
+    for name in ("plot_spectra", "plot_training", "plot_reductions", "plot_shares"):
+        text = DRAW[name](tmp_path / f"{name}.svg").read_text()
+        rules = dict(re.findall(r'\[style\*="(?:fill|stroke): (#\w+)"\] \{(?:fill|stroke): (#\w+)', text))
+        drawn = set(re.findall(r'style="[^"]*stroke: (#\w{6})', text.partition("</style>")[2]))
+        seen = {rules.get(color, color) if scene == "dark" else color for color in drawn}
+        paper = rules["#ffffff"] if scene == "dark" else "#ffffff"
+        grid, muted = (rules.get(color, color) if scene == "dark" else color for color in ("#dddddd", "#595959"))
+        assert {color: contrast(color, paper) for color in seen - {paper, grid} if contrast(color, paper) < 3} == {}
+        assert contrast(muted, paper) > 4.5
+
+
+def contrast(color, other):
+    """As the accessibility guidelines of the web define it."""
+    lights = []
+    for code in (color, other):
+        parts = [int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda path: plot_training([], path=path), "needs losses, found none"),
+        (lambda path: plot_shares({}, path), "needs shares above 0, found {}"),
+        (lambda path: plot_shares({"a": 0.0}, path), "needs shares above 0"),
+        (lambda path: plot_spectra(torch.nn.Linear(2, 2), RankPlan({}), path), "Linear: expected attention modules"),
+    ],
+)
+def test_pictures_of_nothing_are_refused(tmp_path, draw, message):
+    with pytest.raises(InvalidValueError, match=message):
+        draw(tmp_path / "picture.svg")
+    assert not list(tmp_path.iterdir())
 
 
 def test_curves_are_told_apart_without_colour_and_drawn_in_order(tmp_path, monkeypatch):
@@ -247,11 +316,12 @@ def drawings():
     return {
         "ranks": partial(plot_ranks, model, plan),
         "reductions": partial(plot_reductions, {"one": [(0.1, 0.9), (0.5, 0.7)]}),
+        "shares": partial(plot_shares, {"parameters": 0.5}),
         "images": partial(plot_image_grid, {"row": torch.rand(2, 4, 4)}, columns=["a", "b"]),
     }
 
 
-@pytest.mark.parametrize("name", ["ranks", "reductions", "images"])
+@pytest.mark.parametrize("name", ["ranks", "reductions", "shares", "images"])
 def test_a_notebook_gets_a_figure_or_draws_on_axes_of_its_own(name, tmp_path):
     draw = drawings()[name]
     figure = draw(title="A title")

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from comcat_hf.errors import CheckpointError, InvalidValueError
-from comcat_hf.reporting import Section, write_report
+from comcat_hf.reporting import Section, has_gallery, write_report
+from comcat_hf.reporting.plots import plot_shares
 
 
 class Reader(HTMLParser):
@@ -49,6 +50,26 @@ def test_everything_stands_in_one_file(tmp_path):
     assert "a:  1\nb: 22" in text
     assert len(page.named("tr")) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.PNG", "map.svg", "report.html"]
+
+
+def test_small_pictures_stand_side_by_side(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"\x89PNG")
+    page = Reader(report(tmp_path, Section("Images", gallery=[("dense: cat\nlabel: dog", tmp_path / "one.png")])))
+    assert [found["class"] for found in page.named("div") if found["class"] == "gallery"] == ["gallery"]
+    assert page.named("img")[0]["src"].startswith("data:image/png") and "dense: cat\nlabel: dog" in page.text
+    assert has_gallery(tmp_path / "report.html")
+    report(tmp_path, Section("Images", pictures=[("dense: cat", tmp_path / "one.png")]))
+    assert not has_gallery(tmp_path / "report.html")
+
+
+def test_a_dark_page_has_the_paper_and_the_ink_of_dark_pictures(tmp_path):
+    plot_shares({"parameters": 0.5}, tmp_path / "sizes.svg")
+    page = report(tmp_path, Section("Sizes", pictures=[("Sizes", tmp_path / "sizes.svg")]))
+    dark = page.partition("(prefers-color-scheme: dark)")[2]
+    rules = (tmp_path / "sizes.svg").read_text().partition("(prefers-color-scheme: dark)")[2].partition("</style>")[0]
+    for name, light in (("ink", "#000000"), ("paper", "#ffffff")):
+        color = re.search(rf"--{name}: (#\w+)", dark)[1]
+        assert f'[style*="fill: {light}"] {{fill: {color} !important}}' in rules
 
 
 def test_nothing_is_fetched_and_nothing_runs(tmp_path):

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +28,7 @@ import comcat_hf
 from comcat_hf.compression.counting import count_parameters
 from comcat_hf.configs import RankPlan
 from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
+from comcat_hf.training.classify.outputs import uploaded_files
 from comcat_hf.training.classify.run import CompressResult, compress_vit
 from comcat_hf.training.classify.settings import CompressSettings, parse_compress_settings
 from comcat_hf.training.locks import locked
@@ -218,10 +221,39 @@ class TestAWholeRun:
         dense, small = result.plan.parameters
         for text in (f"{dense:,}", f"{small:,}", f"{result.metrics['final']['top1']:.2%}", "classifier"):
             assert text in page
-        assert page.count("data:image/svg+xml;base64,") == 2
+        # Sizes, accuracy against reduction, fine-tuning, ranks and spectra.
+        assert page.count("data:image/svg+xml;base64,") == 5
         with Images.open(folder / "ranks.png") as picture:
             assert picture.format == "PNG"
         assert "](ranks.png)" in (folder / "README.md").read_text()
+
+    def test_shows_images_whose_class_changed(self, base, tmp_path, caplog):
+        data = Dataset.from_parquet(str(base / "validation.parquet"))
+        processor = AutoImageProcessor.from_pretrained(base / "vit", backend="pil")
+        given = processor(list(data["image"]), return_tensors="pt")
+        dense = AutoModelForImageClassification.from_pretrained(base / "vit")
+        with torch.no_grad():
+            # Random weights give all images one class; this model tells them apart.
+            dense.classifier.bias -= dense(**given).logits.mean(0)
+        for saved in (dense, processor):
+            saved.save_pretrained(tmp_path / "vit")
+        how = {"stages": "calibrate,allocate,initialize,evaluate,export", "strategy": "uniform"}
+        folder = tmp_path / "out"
+        run(base, folder, model_name_or_path=str(tmp_path / "vit"), **how)
+        small = AutoModelForImageClassification.from_pretrained(folder)
+        dense, small = (model(**given).logits.argmax(-1).tolist() for model in (dense, small))
+        changed = [i for i in range(48) if dense[i] != small[i]]
+        page = (folder / "report.html").read_text()
+        assert f"gives {len(changed)} of 48 images another class" in page and len(changed) > 3
+        shown = re.findall(r'png;base64,([^"]+)" alt=""><figcaption>dense: (\d)\ncompressed: (\d)\nlabel: (\d)<', page)
+        expected = [(str(dense[i]), str(small[i]), str(data["label"][i])) for i in changed[:12]]
+        assert [tuple(classes) for _, *classes in shown] == expected
+        for (png, *_), index in zip(shown, changed, strict=False):
+            with Images.open(BytesIO(b64decode(png))) as image:
+                assert image.tobytes() == data["image"][index].tobytes()
+        # Images of a data set do not go onto the Hub unasked.
+        assert "report.html" not in uploaded_files(folder) and "report.html shows images" in caplog.text
+        assert {"model.safetensors", "comcat_ranks.json", "README.md", "ranks.png"} <= set(uploaded_files(folder))
 
     def test_leaves_nothing_half_written(self, whole):
         assert [path.name for path in whole[0].rglob("*.tmp")] == []
