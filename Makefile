@@ -1,7 +1,8 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
 PYTHON ?= python3
 ARGS ?=
-BENCH ?= $(filter-out _% train_%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+# gpu.sh needs a GPU, imagenet.py the images, and train_ makes models.
+BENCH ?= $(filter-out _% train_% gpu imagenet,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 BIN := .venv/bin
 STAMP := .venv/.installed
