@@ -1,19 +1,21 @@
 # Every target sets up what it needs: a virtual environment in .venv, from constraints.txt.
 PYTHON ?= python3
 ARGS ?=
-BENCH ?= $(filter-out _% train_%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+# gpu.sh needs a GPU, imagenet.py the images, and train_ makes models.
+BENCH ?= $(filter-out _% train_% gpu imagenet,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo demo-customize test quality bench figures clean
+.PHONY: help demo demo-customize test quality docs bench figures clean
 
 help:
 	@echo "make demo     run the demo (ARGS='--help' shows its options)"
 	@echo "make demo-customize"
 	@echo "              teach a small Stable Diffusion a digit it has not seen (ARGS as above)"
 	@echo "make test     run the tests (ARGS='tests/hub/test_local.py -k json' picks some)"
-	@echo "make quality  check the code's style"
+	@echo "make quality  check the code's style and its types"
+	@echo "make docs     build the API reference into build/reference"
 	@echo "make bench    run the benchmarks into benchmarks/results (BENCH=name picks one, ARGS go to it)"
 	@echo "make figures  draw the figures of README.md and docs/ from benchmarks/results"
 	@echo "make clean    remove caches and build files (not .venv)"
@@ -23,7 +25,7 @@ help:
 $(STAMP): setup.cfg setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e ".[all,test,quality]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all,test,quality,docs]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --upgrade --target .venv/torchao torchao
 	touch $@
 
@@ -40,6 +42,10 @@ test: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/reference.py build/reference
 
 bench: $(STAMP)
 	@mkdir -p benchmarks/results
@@ -52,5 +58,5 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/_figures.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

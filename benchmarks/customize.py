@@ -67,6 +67,20 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+# For a dry run.
+TINY = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+UNETS = {"sd15": SD15, "tiny": TINY}
 # Tokens and width of SD 1.5's attention at 64×64 latents, and how many transformer blocks have it.
 SHAPES = ((4096, 320, 5), (1024, 640, 5), (256, 1280, 5), (64, 1280, 1))
 HEADS, TEXT_TOKENS, TEXT_WIDTH = 8, 77, 768
@@ -307,13 +321,14 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
 def build(args: argparse.Namespace) -> UNet2DConditionModel:
     torch.manual_seed(0)
     with torch.device(args.device):
-        return UNet2DConditionModel(**SD15).to(args.dtype).eval()
+        return UNet2DConditionModel(**UNETS[args.unet]).to(args.dtype).eval()
 
 
 def unet_inputs(args: argparse.Namespace) -> dict[str, Tensor]:
     torch.manual_seed(1)
+    side = UNETS[args.unet]["sample_size"]
     return {
-        "sample": torch.randn(args.batch_size, 4, 64, 64).to(args.device, args.dtype),
+        "sample": torch.randn(args.batch_size, 4, side, side).to(args.device, args.dtype),
         "timestep": torch.full((args.batch_size,), 500, device=args.device),
         "encoder_hidden_states": torch.randn(args.batch_size, TEXT_TOKENS, TEXT_WIDTH).to(args.device, args.dtype),
     }
@@ -359,6 +374,7 @@ PARTS = {"attention": attention, "inference": inference, "training": training, "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--unet", choices=UNETS, default="sd15", help="of inference and training")
     parser.add_argument("--rank", type=int, default=2, help="of full adapters, per head")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", default="cpu")

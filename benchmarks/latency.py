@@ -8,7 +8,7 @@ that the built model removes what the table predicts, to 0.05 of the dense laten
 reach is a row without figures.
 
 On a GPU (`--device cuda`) a small batch in half precision may take less time to run than to launch. With `--graph`
-both sides are also replayed as CUDA graphs, which leaves launching out.
+both sides are also replayed as CUDA graphs, which leaves launching out, and with `--compile` compiled.
 
 Both sides run with an allocator that keeps freed memory, as jemalloc and tcmalloc do: glibc returns a layer's large
 buffers to the kernel after every use, and the page faults to get them back cost both sides the same milliseconds,
@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,14 @@ import comcat_hf
 MODELS = {
     "deit-small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
     "deit-base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    # For a dry run.
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "intermediate_size": 128,
+        "image_size": 32,
+    },
 }
 ALLOWED = 1.15
 # Of the dense latency, between what is predicted and what is measured.
@@ -64,12 +72,19 @@ def build(name: str) -> DeiTForImageClassification:
 
 
 @torch.inference_mode()
-def interleave(models: list[torch.nn.Module], dtype: str, args: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Seconds of every model by round, of each way to run them."""
-    images = torch.randn(args.batch_size, 3, 224, 224).to(args.device, getattr(torch, dtype))
+def interleave(
+    models: list[torch.nn.Module], dtype: str, size: int, args: argparse.Namespace
+) -> dict[str, list[list[float]]]:
+    """Seconds of every model by round, of each way to run them on a batch of some size."""
+    side = models[0].config.image_size
+    images = torch.randn(size, 3, side, side).to(args.device, getattr(torch, dtype))
     ways = {"launched": [partial(model.to(images), pixel_values=images) for model in models]}
     if args.graph:
         ways["graph"] = [captured(call) for call in ways["launched"]]
+    if args.compile:
+        ways["compiled"] = [
+            partial(torch.compile(model, backend=args.compile), pixel_values=images) for model in models
+        ]
     rounds = {way: [] for way in ways}
     for index in range(args.warmup + args.repeats):
         for way, calls in ways.items():
@@ -86,21 +101,21 @@ def ratio_of(rounds: list[list[float]], side: int) -> float:
     return statistics.median(taken[side] / taken[0] for taken in rounds)
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict]:
+def measure(name: str, args: argparse.Namespace) -> Iterator[dict]:
     """A metric that is counted: the ratio of latencies against that of multiply-accumulates."""
     dense = build(name)
     reductions = args.reduction or REDUCTIONS[args.metric]
     models = [dense, *(comcat_hf.compress(dense, r, metric=args.metric, mlp=args.mlp) for r in reductions)]
     macs = [comcat_hf.count_macs(model) for model in models]
     parameters = [comcat_hf.count_parameters(model) for model in models]
-    found = [(dtype, way, rounds) for dtype in args.dtype for way, rounds in interleave(models, dtype, args).items()]
-    rows = []
-    for (dtype, way, rounds), (side, reduction) in itertools.product(found, enumerate(reductions, start=1)):
-        ratio, mac_ratio = ratio_of(rounds, side), macs[side] / macs[0]
-        rows.append(
-            {
+    for dtype, size in itertools.product(args.dtype, args.batch_size):
+        found = interleave(models, dtype, size, args).items()
+        for (way, rounds), (side, reduction) in itertools.product(found, enumerate(reductions, start=1)):
+            ratio, mac_ratio = ratio_of(rounds, side), macs[side] / macs[0]
+            yield {
                 "model": name,
                 "dtype": dtype,
+                "batch_size": size,
                 "way": way,
                 "reduction": reduction,
                 "dense_ms": 1000 * statistics.median(taken[0] for taken in rounds),
@@ -111,20 +126,20 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
                 "latency_over_macs": ratio / mac_ratio,
                 "holds": ratio <= ALLOWED * mac_ratio,
             }
-        )
-    return rows
 
 
-def measure_predicted(name: str, args: argparse.Namespace) -> list[dict]:
+def measure_predicted(name: str, args: argparse.Namespace) -> Iterator[dict]:
     """The latency that a table predicts against that of the built models."""
-    return [row for dtype in args.dtype for row in measure_predicted_in(name, dtype, args)]
+    for dtype, size in itertools.product(args.dtype, args.batch_size):
+        yield from measure_predicted_in(name, dtype, size, args)
 
 
-def measure_predicted_in(name: str, dtype: str, args: argparse.Namespace) -> list[dict]:
+def measure_predicted_in(name: str, dtype: str, size: int, args: argparse.Namespace) -> list[dict]:
     dense = build(name).to(args.device, getattr(torch, dtype))
-    table = comcat_hf.measure_latency(dense, batch_size=args.batch_size, repeats=args.repeats, progress=True)
+    table = comcat_hf.measure_latency(dense, batch_size=size, repeats=args.repeats, progress=True)
     asked = args.reduction or REDUCTIONS["latency"]
-    rows = [{"model": name, "dtype": dtype, "way": "launched", "reduction": reduction} for reduction in asked]
+    about = {"model": name, "dtype": dtype, "batch_size": size, "way": "launched"}
+    rows = [about | {"reduction": reduction} for reduction in asked]
     models = [dense]
     for row in rows:
         try:
@@ -134,7 +149,7 @@ def measure_predicted_in(name: str, dtype: str, args: argparse.Namespace) -> lis
             continue
         models.append(small)
         row |= {"predicted": comcat_hf.plan_of(small).reached, "side": len(models) - 1}
-    rounds = interleave(models, dtype, args)["launched"]
+    rounds = interleave(models, dtype, size, args)["launched"]
     for row in rows:
         row["dense_ms"] = 1000 * statistics.median(taken[0] for taken in rounds)
         row["table_dense_ms"] = table.total / 1e6
@@ -151,7 +166,7 @@ def show(rows: list[dict]) -> None:
     _report.print_table(
         [
             [
-                *(row[key] for key in ("model", "dtype", "way")),
+                *(row[key] for key in ABOUT[:4]),
                 f"{row['reduction']:.2f}",
                 milliseconds(row["dense_ms"]),
                 milliseconds(row["compressed_ms"]),
@@ -170,7 +185,7 @@ def show_predicted(rows: list[dict]) -> None:
     _report.print_table(
         [
             [
-                *(row[key] for key in ("model", "dtype", "way")),
+                *(row[key] for key in ABOUT[:4]),
                 f"{row['reduction']:.2f}",
                 milliseconds(row["dense_ms"]),
                 milliseconds(row["compressed_ms"]) if "compressed_ms" in row else "-",
@@ -190,7 +205,7 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-ABOUT = ("model", "dtype", "way", "asked", "dense ms", "compressed ms")
+ABOUT = ("model", "dtype", "batch_size", "way", "asked", "dense ms", "compressed ms")
 PREDICTED = ("mac_ratio", "predicted", "measured")
 # How a metric is measured, and how it is shown.
 WAYS = {"params": (measure, show), "macs": (measure, show), "latency": (measure_predicted, show_predicted)}
@@ -198,17 +213,18 @@ WAYS = {"params": (measure, show), "macs": (measure, show), "latency": (measure_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["deit-small", "deit-base"])
     parser.add_argument("--reduction", type=float, nargs="+", help="0.5 by default, 0.3 and 0.5 of latency")
     parser.add_argument("--metric", choices=WAYS, default="params")
     parser.add_argument("--mlp", choices=("rank", "width"), default="rank")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--graph", action="store_true", help="also as CUDA graphs")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="also compiled")
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -216,13 +232,14 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     torch.set_num_threads(args.threads)
     run, tell = WAYS[args.metric]
-    rows = [row for name in args.models for row in run(name, args)]
-    tell(rows)
-    if args.output:
-        settings = {key: value for key, value in vars(args).items() if key != "output"}
-        _report.write_json(
-            args.output, {"environment": _report.environment(args.device), "settings": settings, "rows": rows}
-        )
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    content = {"environment": _report.environment(args.device), "settings": settings, "rows": []}
+    for row in itertools.chain.from_iterable(run(name, args) for name in args.models):
+        content["rows"].append(row)
+        # Each at once: who stops the program keeps what was measured.
+        if args.output:
+            _report.write_json(args.output, content)
+    tell(content["rows"])
 
 
 if __name__ == "__main__":

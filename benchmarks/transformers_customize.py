@@ -33,7 +33,6 @@ from comcat_hf.modeling import attention_views
 from comcat_hf.tuners import ComCATLayer
 
 
-DIM, IMAGE, TEXT = 768, 1024, 128
 ALLOWED = {
     "full": ("forward", "base", 1.15),
     "full, merged": ("forward", "base", 1.08),
@@ -93,23 +92,25 @@ def block(args: argparse.Namespace) -> dict[str, Any]:
 
 def block_sides(width: int, args: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
     """What to call by side, and the numbers that each adapter trains."""
-    heads = DIM // width
+    dim, image, text = args.dim, args.image_tokens, args.text_tokens
+    heads = dim // width
     torch.manual_seed(0)
-    base = FluxTransformerBlock(DIM, heads, width).requires_grad_(False).to(args.device)
+    with torch.device(args.device):
+        base = FluxTransformerBlock(dim, heads, width).requires_grad_(False).to(args.dtype)
     inputs = {
-        "hidden_states": torch.randn(1, IMAGE, DIM),
-        "encoder_hidden_states": torch.randn(1, TEXT, DIM),
-        "temb": torch.randn(1, DIM),
+        "hidden_states": torch.randn(1, image, dim),
+        "encoder_hidden_states": torch.randn(1, text, dim),
+        "temb": torch.randn(1, dim),
     }
-    inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    tables = get_1d_rotary_pos_embed(width, torch.arange(IMAGE + TEXT), use_real=True, repeat_interleave_real=True)
+    inputs = {name: tensor.to(args.device, args.dtype) for name, tensor in inputs.items()}
+    tables = get_1d_rotary_pos_embed(width, torch.arange(image + text), use_real=True, repeat_interleave_real=True)
     inputs["image_rotary_emb"] = tuple(table.to(args.device) for table in tables)
     full = ComCATConfig(mode="customize", qk_rank=args.rank, vo_rank=args.rank, init_weights=False)
     core = ComCATConfig(mode="customize", vo_rank=8, core=True, init_weights=False)
     # Per stream four projections: LoRA trains 8 d R numbers in them, full factors 4 d H r.
     lora = LoraConfig(r=heads * args.rank // 2, target_modules=PROJECTIONS, init_lora_weights=False)
     made = {
-        name: inject_adapter_in_model(config, copy.deepcopy(base)).to(args.device)
+        name: inject_adapter_in_model(config, copy.deepcopy(base)).to(args.device, args.dtype)
         for name, config in {"full": full, "core": core, "lora": lora}.items()
     }
     counts = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in made.items()}
@@ -205,7 +206,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rank", type=int, default=4, help="of full adapters, per head")
+    parser.add_argument("--dim", type=int, default=768, help="of the block; FLUX.1 has 3072")
+    parser.add_argument("--image-tokens", type=int, default=1024)
+    parser.add_argument("--text-tokens", type=int, default=128)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)

@@ -324,14 +324,19 @@ def compressed(family: str = "vit", qk: int = 5, vo: int = 12, linear: int | Non
     return model, inputs
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def in_processes(work: Callable[..., None], *arguments: Any, count: int = 2) -> None:
     """Run a function in processes of one group on the CPU; forked, since to import the libraries anew takes longer.
 
     The function leaves the group as it is: a wrapped model that is freed behind its group may wait for that for ever.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     fork = multiprocessing.get_context("fork").Process
     running = [fork(target=_in_group, args=(rank, count, port, work, arguments)) for rank in range(count)]
     try:

@@ -36,7 +36,7 @@ FLOORS = {
 }
 GROUND_FLOOR_LIBRARIES = {"torch", "huggingface_hub"}
 MAX_LINES = 400
-TEXT_FOLDERS = ("comcat_hf", "scripts", "benchmarks", "tests", "docs", ".ci")
+TEXT_FOLDERS = ("comcat_hf", "scripts", "benchmarks", "tests", "docs", "space", "notebooks", ".ci")
 OUTSIDE = b"../" + b"shared"
 
 

@@ -23,7 +23,7 @@ from tests.helpers import assert_close, compressed, full_ranks, small_vit
 
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: these are its kernels and its memory"),
+    pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`"),
 ]
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -47,7 +47,7 @@ def test_every_file_of_the_package_is_there(installed):
     wanted = {
         path.relative_to(ROOT)
         for path in (ROOT / "comcat_hf").rglob("*.*")
-        if path.suffix in (".py", ".yaml", ".html")
+        if path.suffix in (".py", ".typed", ".yaml", ".html")
     }
     missing = [str(path) for path in sorted(wanted) if not (installed / path).is_file()]
     assert not missing

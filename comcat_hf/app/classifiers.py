@@ -168,10 +168,11 @@ def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int
     with torch.inference_mode():
         logits = [_logits(classifier, run) for classifier, run in zip(both, runs, strict=True)]
         taken = in_turns(dict(enumerate(runs)), inputs[0].device, range(repeats))
-    return tuple(
+    dense, compressed = (
         Answer(_most_probable(classifier.model, scores), median(seconds))
         for classifier, scores, seconds in zip(both, logits, taken.values(), strict=True)
     )
+    return dense, compressed
 
 
 def _inputs(classifier: Classifier, image: "Image") -> Tensor:

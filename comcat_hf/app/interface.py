@@ -291,7 +291,7 @@ def _loaded(pair: Pair | None) -> str:
 def _table(pair: Pair, answers: tuple[Answer, Answer]) -> str:
     """Sizes and times in Markdown."""
     sides = (pair.dense, pair.compressed)
-    rows = {
+    rows: dict[str, tuple[list[Any], Callable[[Any], str]]] = {
         "latency": ([answer.latency for answer in answers], lambda seconds: f"{seconds * 1e3:.2f} ms"),
         "parameters": ([side.parameters for side in sides], lambda count: f"{count:,}"),
         "MACs": ([side.macs for side in sides], lambda count: f"{count:,}"),

@@ -69,7 +69,7 @@ def compress(
     from ..native import class_name, is_image_classifier
 
     name = class_name(model, subfolder=subfolder)
-    how = {"scope": scope, "metric": metric, "layout": layout}
+    how: dict[str, Any] = {"scope": scope, "metric": metric, "layout": layout}
     if subfolder is not None or (name is not None and not is_image_classifier(name)):
         of_images = {"--data": data, "--sweep": sweep, "--epochs": epochs, "--eval-samples": eval_samples}
         of_images |= {"--refine": refine}
@@ -126,10 +126,10 @@ def _compress_classifier(out: Path, epochs: float, **fields: Any) -> None:
 
     stages = [name for name in STAGES if name != "push" and (name != "finetune" or epochs > 0)]
     fields |= {"output_dir": str(out), "stages": ",".join(stages), "report_to": "none"}
+    if epochs > 0:
+        fields["num_train_epochs"] = epochs
     try:
-        result = compress_vit(
-            CompressSettings(**fields, **({"num_train_epochs": epochs} if epochs > 0 else {})), report=typer.echo
-        )
+        result = compress_vit(CompressSettings(**fields), report=typer.echo)
     except ComCATError as error:
         raise ComCATError(_as_typed(str(error))) from error
     if result.interrupted is not None:

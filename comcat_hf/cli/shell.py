@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -23,8 +23,8 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         # typer keeps its usage errors in a private module.
         except Exception as error:
-            if isinstance(getattr(error, "message", None), str):
-                error.message = without_secrets(error.message)
+            if isinstance(message := getattr(error, "message", None), str):
+                error.message = without_secrets(message)  # type: ignore[attr-defined]
             raise
 
 
@@ -92,7 +92,7 @@ def _run_package() -> None:
         package.__spec__.loader.exec_module(package)
 
 
-def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     """Columns of text, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
 

@@ -17,7 +17,7 @@ of the weights; the squared tail of a spectrum beyond r is the (regularised) err
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ class AttentionMoments:
     vo_curvature: Curvature | None = None
 
 
-_Bias = Tensor | None
-_Moments = AttentionMoments | None
+_Bias: TypeAlias = Tensor | None
+_Moments: TypeAlias = AttentionMoments | None
 
 # Share of the curvature in the mixture with the statistics (docs/benchmarks.md).
 QK_SHARE = 0.7

@@ -207,7 +207,8 @@ def _pivot(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _greedy(schur: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Exactly greedy picks within a pool: local indices and gains; `missing` by its products alone."""
     schur, products = schur.clone(), missing @ missing.mT
-    picks, gains = [], []
+    picks: list[int] = []
+    gains: list[Tensor] = []
     for _ in range(count):
         score = products.diagonal().clamp(min=0) / schur.diagonal().clamp(min=torch.finfo(schur.dtype).tiny)
         score[picks] = -1.0

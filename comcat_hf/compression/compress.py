@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
@@ -31,7 +31,45 @@ __all__ = ["compress"]
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=nn.Module)
 
+
+@overload
+def compress(
+    model: Model,
+    reduction: float | None = None,
+    *,
+    plan: RankPlan | None = None,
+    batches: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    scope: str = "model",
+    metric: str = "params",
+    strategy: str | None = None,
+    mlp: str | None = None,
+    compensate: bool | None = None,
+    refine: int = 0,
+    layout: str = "free",
+    elastic: None = None,
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
+    sensitivities: Sensitivities | None = None,
+    latency: LatencyTable | None = None,
+    step: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Model: ...
+@overload
+def compress(
+    model: nn.Module,
+    *,
+    elastic: tuple[float, float],
+    batches: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    scope: str = "model",
+    metric: str = "params",
+    layout: str = "free",
+    progress: bool | None = None,
+) -> Elastic: ...
 def compress(
     model: nn.Module,
     reduction: float | None = None,

@@ -1,7 +1,7 @@
 """A plain fine-tuning loop on accelerate, with or without a teacher."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from ..errors import ComCATError, InvalidValueError
 from ..progress import progress_bar
@@ -27,7 +28,7 @@ _PARTS = tuple(field.name for field in fields(LossParts))
 def finetune(
     student: nn.Module,
     teacher: nn.Module | None,
-    loader: Iterable[Mapping[str, Any]],
+    loader: DataLoader | Sequence[Mapping[str, Any]],
     epochs: int,
     learning_rate: float,
     *,

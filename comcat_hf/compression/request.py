@@ -80,7 +80,7 @@ class Request:
         cls, model: nn.Module, target_modules: Any, exclude_modules: Any, data: Mapping[str, Any] = {}, **how: Any
     ) -> "Request":
         """A request with this data, by name; raises InvalidValueError for modules that the model does not have."""
-        given = {name: value is not None for name, value in data.items()}
+        given: dict[str, Any] = {name: value is not None for name, value in data.items()}
         given["curvature"] = getattr(data.get("statistics"), "has_curvature", False)
         return cls(targets=Targets.of(model, target_modules, exclude_modules).check(model), **given, **how)
 

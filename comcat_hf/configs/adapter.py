@@ -111,11 +111,11 @@ class ComCATConfig(PeftConfig):
         return any(getattr(self, name) is not None for name in _SIZES) or bool(self.rank_pattern)
 
     def _check_mode(self) -> None:
-        others = {
+        others: dict[str, dict[str, Any]] = {
             "compress": {"core": self.core, "gains": self.gains, "scale": self.scale != 1},
             "customize": {"linear_rank": self.linear_rank, "mlp_width": self.mlp_width},
-        }[self.mode]
-        for name, given in others.items():
+        }
+        for name, given in others[self.mode].items():
             if given:
                 raise InvalidValueError(
                     f"ComCATConfig.{name} has no meaning in mode {self.mode!r}, got {getattr(self, name)!r}. Leave it "

@@ -1,6 +1,7 @@
 """`RankPlan`: the rank of every attention and linear layer and the width of every MLP, and the rank file."""
 
 import copy
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -130,7 +131,7 @@ class RankPlan:
         Raises:
             RankPlanError: another format, a newer version, unknown fields, invalid ranks.
         """
-        known = {"required": ("ranks",), "error": RankPlanError, "edits": True}
+        known: dict[str, Any] = {"required": ("ranks",), "error": RankPlanError, "edits": True}
         return cls(**open_document(content, RANKS_FORMAT, _FORMAT_VERSION, _FIELDS, source, **known), _source=source)
 
     def check_model(self, model: object) -> None:
@@ -151,7 +152,7 @@ class RankPlan:
                 "a plan that was made for this model."
             )
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write the rank file into a folder, which is created if missing; an existing file is replaced in one step."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -205,8 +205,8 @@ def _aligned(layer: CustomizeLayer, full: Mapping[str, Tensor], dense: Mapping[s
             move = torch.linalg.pinv(kept.mT) @ wanted.mT
             rows[first] = torch.cat([move.mT @ kept, dense[first][..., wanted.shape[-1] :]], -1)
             further = torch.linalg.pinv(move) @ rows[second]
-            columns = further.shape[-1] if second == "output" else _width_in(view, second)
-            rows[second] = torch.cat([further[..., :columns], dense[second][..., columns:]], -1)
+            width = further.shape[-1] if second == "output" else _width_in(view, second)
+            rows[second] = torch.cat([further[..., :width], dense[second][..., width:]], -1)
     return rows
 
 

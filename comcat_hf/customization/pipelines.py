@@ -154,7 +154,7 @@ def load_comcat_weights(
         InvalidValueError: the name is in use (without `hotswap`) or unknown (with it), or the adapter is for another
             base.
     """
-    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    where = dict[str, Any](revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     prefix = f"{subfolder}/" if subfolder else ""
 
     def fetch(filename: str, part: str | None = None) -> Path:
@@ -379,7 +379,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def _offloading_paused(pipeline: Pipeline) -> Iterator[None]:
+def _offloading_paused(pipeline: Any) -> Iterator[None]:
     """Remove accelerate's offloading hooks for a while, so that they include the new modules afterwards."""
     pause = getattr(pipeline, "_optionally_disable_offloading", None)
     if pause is None:

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -174,7 +174,7 @@ def _download(
     return Path(snapshot_download(repo_id, revision=commit, **where))
 
 
-def _check_names(repo_id: str, names: Sequence[str]) -> None:
+def _check_names(repo_id: str, names: Iterable[str]) -> None:
     """Refuse file names that lead out of the repository's folder or into `.git`."""
     for name in names:
         parts = name.split("/")

@@ -14,7 +14,7 @@ from .wrappers import base_module
 
 __all__ = ["AttentionFamily", "Form", "MLPFamily", "Registry", "Stream", "at_path"]
 
-Family = TypeVar("Family")
+Family = TypeVar("Family", "AttentionFamily", "MLPFamily")
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,8 @@ class Registry(Generic[Family]):
     """
 
     def __init__(self, what: str, rows: Callable[[], Iterable[Family]]) -> None:
-        self._what, self._rows = what, rows
+        self._what = what
+        self._rows: Callable[[], Iterable[Family]] = rows
         self._families: dict[str, Family] | None = None
 
     @property

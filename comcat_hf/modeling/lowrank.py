@@ -7,7 +7,7 @@ package therefore stops on a size mismatch when it loads such a checkpoint, wher
 import functools
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class LowRankAttention(nn.Module):
             view: the dense module.
             qk_rank, vo_rank: ranks per head; `None` leaves that pair as it is, sharing the dense projections.
         """
-        cls = _low_rank_class(type(view.module), view.family)
+        cls = _low_rank_class(type(view.module), view.family)  # type: ignore[arg-type]
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.__dict__.update({k: v for k, v in view.module.__dict__.items() if k not in _NOT_SETTINGS})
@@ -95,7 +95,7 @@ class LowRankAttention(nn.Module):
         return self
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -150,7 +150,7 @@ class LowRankAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self._family.heads_of(self)}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The class is made at run time, so pickle could not find it by name.
         return _rebuild, (type(self)._host, self._family), self.__dict__
 
@@ -351,7 +351,7 @@ def _low_rank_class(host: type[nn.Module], family: AttentionFamily) -> type[LowR
 
 
 def _rebuild(host: type[nn.Module], family: AttentionFamily) -> LowRankAttention:
-    cls = _low_rank_class(host, family)
+    cls = _low_rank_class(host, family)  # type: ignore[arg-type]
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     return module

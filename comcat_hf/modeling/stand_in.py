@@ -48,6 +48,8 @@ class StandIn(nn.Module):
     processor, of hooks and of the mode.
     """
 
+    _size: tuple[int, int, int | None] | None
+
     @staticmethod
     def of(
         host: nn.Module,
@@ -65,7 +67,7 @@ class StandIn(nn.Module):
             cls: the host's class whose `forward` is run, by default that of `host`.
             further: what it projects further streams with, and `norm_query` and `norm_key` of each.
         """
-        cls = _stand_in_class(cls or type(host))
+        cls = _stand_in_class(cls or type(host))  # type: ignore[arg-type]
         stand_in = cls.__new__(cls)
         own = stand_in.__dict__
         own["_host"], own["_family"], own["_size"] = host, family, None
@@ -73,9 +75,9 @@ class StandIn(nn.Module):
         for stream, with_it in zip(streams, (projections, *further), strict=False):
             _replace(own, host, stream, with_it)
         if family.scale_of is not None:
-            for name, (with_it, roles) in _FUSED.items():
-                if with_it <= len(further):
-                    given = (projections, *further)[with_it]
+            for name, (index, roles) in _FUSED.items():
+                if index <= len(further):
+                    given = (projections, *further)[index]
                     own[name] = functools.partial(_side_by_side, tuple(getattr(given, role) for role in roles))
         return stand_in
 

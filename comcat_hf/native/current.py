@@ -24,7 +24,7 @@ QUANT_METHODS = ("comcat_hf", "comcat")
 
 
 @functools.cache
-def teach_saving(cls: type, save: Callable[..., Any]) -> None:
+def teach_saving(cls: Any, save: Callable[..., Any]) -> None:
     """Let a library's models save themselves with their plan: also one into which a compressed part was put.
 
     Args:

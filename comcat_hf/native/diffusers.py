@@ -160,7 +160,7 @@ class _OnImport(MetaPathFinder):
             execute(module)
             _add_to(module)
 
-        spec.loader.exec_module = execute_and_add
+        spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
         return spec
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from inspect import isclass
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +102,22 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype, variant: str | None
     import diffusers
 
     where = {key: value for key, value in how.items() if key in ("cache_dir", "revision") and value is not None}
-    libraries = {"diffusers": diffusers, "transformers": transformers}
+    libraries: dict[Any, Any] = {"diffusers": diffusers, "transformers": transformers}
     parts = {}
     for name, entry in diffusers.DiffusionPipeline.load_config(source, **where).items():
         library, cls = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
         known = getattr(libraries.get(library), str(cls), None)
-        if name in how or not (isinstance(known, type) and issubclass(known, nn.Module)):
+        if name in how or not (isclass(known) and issubclass(known, nn.Module)):
             continue
+        load: Any = known.from_pretrained  # type: ignore[attr-defined]
         asked = {**where, "subfolder": name, "dtype": dtype, "output_loading_info": True}
         try:
-            parts[name], loading = known.from_pretrained(source, variant=variant, **asked)
+            parts[name], loading = load(source, variant=variant, **asked)
         except OSError:
             # As in diffusers, a model without the variant has its own files.
             if variant is None:
                 raise
-            parts[name], loading = known.from_pretrained(source, **asked)
+            parts[name], loading = load(source, **asked)
         check_whole(parts[name], loading, f"{source}, {name}")
     return diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variant, **(parts | how))
 

@@ -67,7 +67,8 @@ def _of_transformers(fields: Mapping[str, Any], architecture: str | None) -> nn.
     if kind not in transformers.CONFIG_MAPPING or not isinstance(cls, type):
         return None
     config = transformers.CONFIG_MAPPING[kind].from_dict(dict(fields))
-    return cls(config) if isinstance(config, cls.config_class or ()) else None
+    of_class: Any = cls
+    return of_class(config) if isinstance(config, of_class.config_class or ()) else None
 
 
 def _of_diffusers(fields: Mapping[str, Any], architecture: str | None) -> nn.Module | None:

@@ -58,7 +58,7 @@ class ComCATQuantizationConfig(QuantizationConfigMixin):
         weights = {} if self.weights is None else {"weights": self.weights}
         return {"quant_method": self.quant_method, **weights, **self.plan.to_dict()}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
 
@@ -131,7 +131,11 @@ def attach(model: PreTrainedModel, plan: RankPlan | None) -> None:
     ranks = {} if plan is None else plan.ranks
     for path, part in _towers(model):
         own = {name.removeprefix(f"{path}."): entry for name, entry in ranks.items() if name.startswith(f"{path}.")}
-        facts = {"architecture": type(model.get_submodule(path)).__name__, "reached": None, "target_modules": None}
+        facts: dict[str, Any] = {
+            "architecture": type(model.get_submodule(path)).__name__,
+            "reached": None,
+            "target_modules": None,
+        }
         _note(part, replace(plan, ranks=own, **facts) if own else None)
 
 

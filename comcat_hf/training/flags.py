@@ -72,7 +72,7 @@ def flag(default: Any, help: str, decides: tuple[str, ...], check: Rule | None =
     return field(default=default, metadata={"help": help, FLAG: Flag(decides, check, fixed)})
 
 
-def flag_of(cls: type, name: str) -> Flag:
+def flag_of(cls: Any, name: str) -> Flag:
     """What a field of a settings class says."""
     return cls.__dataclass_fields__[name].metadata[FLAG]
 

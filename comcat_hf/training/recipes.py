@@ -33,7 +33,7 @@ def parse_settings(
     description: str,
     nullable: Sequence[str] = (),
     joint: Mapping[str, Sequence[str]] | None = None,
-    alternatives: Mapping[Sequence[str], Sequence[str]] | None = None,
+    alternatives: Mapping[Any, Sequence[str]] | None = None,
 ) -> Settings:
     """Read the command line of a script.
 
@@ -59,7 +59,7 @@ def parse_settings(
     joint = joint or {}
     for name, members in joint.items():
         parser.add_argument(f"--{name}", help=f"Sets {' and '.join(f'--{member}' for member in members)}.")
-    known = [*(field.name for field in fields(cls)), *joint]
+    known = [*(field.name for field in fields(cls)), *joint]  # type: ignore[arg-type]
     # Through the same parser as the flags, so that one rule says what a value may be.
     given = [] if recipe is None else _as_flags(recipe, _read_recipe(recipe, kind), known, nullable)
     gone = _displaced(flags, alternatives or {})
@@ -149,14 +149,18 @@ def _read_recipe(name: str, kind: str) -> list[tuple[Any, Any]]:
 def _problem(error: Exception) -> str:
     """What is wrong with a recipe and where, without its lines, which may hold a token."""
     mark = getattr(error, "problem_mark", None)
-    return str(error) if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return (
+        str(error)
+        if mark is None
+        else f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
+    )
 
 
 def _name_of(flag: str) -> str:
     return flag.removeprefix("--").split("=")[0].replace("-", "_")
 
 
-def _displaced(flags: Sequence[str], alternatives: Mapping[Sequence[str], Sequence[str]]) -> set[str]:
+def _displaced(flags: Sequence[str], alternatives: Mapping[Any, Sequence[str]]) -> set[str]:
     given = {_name_of(flag) for flag in flags if flag.startswith("--")}
     return {
         name for names, further in alternatives.items() if given.intersection(names) for name in (*names, *further)

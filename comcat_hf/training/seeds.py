@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -56,7 +56,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
     """The states of this process's global generators: numbers, strings and tensors only."""
     import numpy
 
-    kind, keys, *rest = numpy.random.get_state()
+    kind, keys, *rest = cast("tuple[Any, ...]", numpy.random.get_state())
     states = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..configs.adapter import ComCATConfig
 from ..errors import InvalidValueError
-from ..modeling import Site, known_sites, named_base_modules, read_ranks, replace_module, unwrapped
+from ..modeling import known_sites, named_base_modules, read_ranks, replace_module, unwrapped
 from ..modeling.filling import fill, warn_not_finite
 from ..native import attach_plan, is_native, plan_of, watch_saving
 from .layer import ComCATLayer, CompressLayer
@@ -54,6 +54,8 @@ class ComCATModel(BaseTuner):
     prefix = "comcat_"
     tuner_layer_cls = (CompressLayer, Adapters, Deletion)
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    _sites: tuple[str, ...]
+    _pending: dict[str, tuple[Any, dict[str, nn.Module]]]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; an error leaves the model as it was."""
@@ -101,7 +103,7 @@ class ComCATModel(BaseTuner):
     def _prepare_model(self, peft_config: ComCATConfig, model: nn.Module) -> None:
         # A site may stand for several modules (the layers of an MLP; attention, and its output projection in a
         # sibling); PEFT asks for each.
-        self._pending: dict[str, tuple[Site, dict[str, nn.Module]]] = {}
+        self._pending = {}
         targets = targets_of(peft_config, model)
         self._sites = tuple(targets)
         for site, ranks in targets.values():

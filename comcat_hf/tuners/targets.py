@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -33,20 +33,21 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
     """
     meant = meant_by(config, model)
     refuse = partial(_may_refuse, config, meant)
+    # Sites of customize adapters have what is asked of sites here.
     sites: Mapping[str, Site] = {}
     if config.mode == "compress":
         sites = known_sites(model, width=True, refuse=refuse)
     elif config.has_ranks:
-        sites = find_residual_sites(model, config.core, refuse)
+        sites = cast("Mapping[str, Site]", find_residual_sites(model, config.core, refuse))
     entries = _pattern_entries(config, sites, model)
-    targets = {}
+    targets: dict[str, tuple[Site, Any]] = {}
     for name, site in sites.items():
         if meant.takes_site(site):
             ranks = site.ranks(entries[name]) if name in entries else _default_ranks(config, site, sites, entries)
             if any(rank is not None for rank in ranks.values()):
                 targets[name] = (site, ranks)
     if config.gains:
-        gained = _with_gains(config, meant, model)
+        gained = cast("Mapping[str, Site]", _with_gains(config, meant, model))
         sites, targets = {**sites, **gained}, targets | {name: (site, site.choices) for name, site in gained.items()}
     if not targets:
         if not sites:

@@ -414,7 +414,7 @@ def test_parameters_and_autocast_do_not_change_the_result():
     assert not any(tensor.requires_grad for tensor in factorize_qk(*parameters, 4))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_results_stay_on_the_device_and_agree_with_the_cpu():
     w = attention_weights(2, p=4, d=8)
     gpu = {name: weight.cuda() for name, weight in w.items()}

@@ -416,7 +416,7 @@ def test_what_cannot_be_measured_is_refused():
         measure_latency(small_vit()[0], {"pixel_values": images()[:, :1]}, repeats=1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="times on a GPU, where kernels run while the CPU goes on")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_the_table_is_of_the_gpu(dtype):
     model, inputs = small_vit()

@@ -133,7 +133,7 @@ def allocate(
     budget, count = find_budget(model, sites, reduction, measure, request, inputs)
     if isinstance(data["statistics"], Statistics) and request.informed:
         data["statistics"].check_model(model, sites_of(budget.options), found)
-    how = {"collect": partial(gather, sites=sites.values(), scope=request.scope, progress=progress)}
+    how: dict[str, Any] = {"collect": partial(gather, sites=sites.values(), scope=request.scope, progress=progress)}
     if groups is not None:
         how["solver"] = solver_of(groups, request.metric)
     chosen = STRATEGIES[request.strategy](budget, model=model, progress=progress, **how, **data)

@@ -57,13 +57,12 @@ Saved = Callable[[int | None], int]
 
 
 class Metric(Protocol):
-    """What a budget is asked in: a row of `METRICS`, or what a table of times says (`latency.py`).
+    """What a budget is asked in: a row of `METRICS`, or what a table of times says (`latency.py`)."""
 
-    Attributes:
-        name: as plans have it.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """As plans have it."""
+        ...
 
     def __call__(
         self, model: nn.Module, names: tuple[str, ...] | None = None, inputs: Mapping[str, Any] | None = None

@@ -147,7 +147,7 @@ def measure(
     """
     ranks = {option: _measured_ranks(option, step) for option in options}
     count = sum(map(len, ranks.values()))
-    result: Sensitivities = {(option.site.name, option.choice): {} for option in options}
+    result: dict[tuple[str, str], dict[int, float]] = {(option.site.name, option.choice): {} for option in options}
     with measuring(model), progress_bar(total=count, desc="Sensitivity", progress=progress) as bar:
         start = time.perf_counter()
         meter = _Meter(model, batches)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ __all__ = [
     "several",
 ]
 
-Batch = Mapping[str, Any] | Tensor
+Batch: TypeAlias = Mapping[str, Any] | Tensor
 
 
 def run_batch(model: nn.Module, inputs: Mapping[str, Any], index: int) -> Any:

@@ -96,13 +96,13 @@ def gather(
 ) -> Statistics:
     """[`collect_statistics`] at the sites given."""
     # Of an MLP and its output layer the MLP: what it gathers serves both.
-    sites = list(sites)
-    sites = {site.moments_path: site for site in (*sites, *(site for site in sites if site.kind == "mlp"))}
+    given = list(sites)
+    places = {site.moments_path: site for site in (*given, *(site for site in given if site.kind == "mlp"))}
     samples, error = 0, None
     with ExitStack() as stack:
         stack.enter_context(measuring(model))
         mask = stack.enter_context(token_mask(model))
-        collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in sites.items()}
+        collectors = {name: stack.enter_context(collecting(site, mask)) for name, site in places.items()}
         try:
             for index, batch in enumerate(progress_bar(several(batches), desc="Statistics", progress=progress)):
                 samples += _run(model, batch, index)
@@ -323,7 +323,7 @@ def _of_mlp(site: MLPSite, mask: TokenMask) -> _LinearCollector:
     return _LinearCollector(site.view.output, "input", mask)
 
 
-_COLLECTORS: Mapping[type, Callable[..., _Collector]] = {
+_COLLECTORS: Mapping[type, Callable[..., Any]] = {
     AttentionSite: _AttentionCollector,
     LinearSite: _of_linear,
     MLPSite: _of_mlp,

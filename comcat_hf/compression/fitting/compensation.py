@@ -7,7 +7,7 @@ gradients.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -155,7 +155,8 @@ class _Block:
         self.path, self.module = path, model.get_submodule(path)
         self.mask = TokenMask()
         # The running batch, and how often modules whose outputs are kept were called on it.
-        self.index, self.called = 0, Counter()
+        self.index = 0
+        self.called: Counter[str] = Counter()
 
     def compress(self, sites: Mapping[str, Site], ranks: Mapping[str, Any]) -> list[str]:
         """Compress these sites of the block; returns those whose weights the batches give no finite values."""
@@ -191,7 +192,8 @@ class _Block:
     @contextmanager
     def _kept(self, path: str) -> Iterator[None]:
         """Within it a module is run once a batch, and gives the same again: what it takes changes no more."""
-        module, kept = self.model.get_submodule(path), {}
+        module = self.model.get_submodule(path)
+        kept: dict[tuple[int, int], Any] = {}
         forward, own = module.forward, "forward" in vars(module)
 
         def once(*args: Any, **kwargs: Any) -> Any:
@@ -299,10 +301,10 @@ def blocks_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
     return [name for name in names if name in order]
 
 
-def record_calls(model: nn.Module, paths: list[str], inputs: list[dict[str, Any]]) -> dict[str, Calls]:
+def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> dict[str, Calls]:
     """Run the dense model and keep what its blocks are called with."""
     calls = {path: Calls() for path in paths}
-    running: dict[str, Any] = {}
+    running: Mapping[str, Any] = {}
     gave: dict[str, Tensor] = {}
 
     def before(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:

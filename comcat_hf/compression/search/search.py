@@ -234,7 +234,7 @@ def search_ranks(
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
     model = unwrapped(model)
-    asked = {"scope": scope, "metric": metric, "strategy": "search", "step": step}
+    asked: dict[str, Any] = {"scope": scope, "metric": metric, "strategy": "search", "step": step}
     request = Request.of(model, target_modules, exclude_modules, **asked)
     sites = sites_by_way(request.find_sites(model), request.mlp)
     budget, count = find_budget(model, sites, reduction, METRICS[metric], request, inputs)

@@ -114,7 +114,12 @@ def _unknown(name: str, processors: Mapping[str, Form]) -> UnsupportedModuleErro
 
 def _family(path: str, processors: Mapping[str, Form], **settings: Any) -> AttentionFamily:
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out.0", "num_heads": "heads"}
-    given = {"head_dim": "head_dim", "scaling": "scale", "dropout": None, "norms": ("norm_q", "norm_k")}
+    given: dict[str, Any] = {
+        "head_dim": "head_dim",
+        "scaling": "scale",
+        "dropout": None,
+        "norms": ("norm_q", "norm_k"),
+    }
     given |= {"sizes": (("inner_dim",), ("inner_kv_dim",)), "scale_of": _Scale(processors)}
     return AttentionFamily(f"diffusers.models.{path}", processors=processors, **(names | given | settings))
 

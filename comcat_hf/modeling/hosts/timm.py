@@ -1,13 +1,15 @@
 """The attention and MLP classes of timm that we know; its models are also found within transformers' `TimmWrapper`."""
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from ..families import AttentionFamily, MLPFamily
 
 
-_FUSED = {"query": "qkv", "key": "qkv", "value": "qkv", "output": "proj", "num_heads": "num_heads", "dropout": None}
+_LAYERS = {"query": "qkv", "key": "qkv", "value": "qkv", "output": "proj"}
+_FUSED: dict[str, Any] = {**_LAYERS, "num_heads": "num_heads", "dropout": None}
 
 
 def _is_there(module: nn.Module, name: str) -> bool:

@@ -45,7 +45,7 @@ class AttentionSite(Site):
     replacement: ClassVar[type[nn.Module]] = LowRankAttention
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.view.name
 
     @property

@@ -25,7 +25,7 @@ class MLPSite(Site):
     replacement: ClassVar[type[nn.Module]] = NarrowLinear
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.view.name
 
     @property

@@ -100,7 +100,8 @@ class Artefacts:
         self._write("begun", stage, facts)
 
     def note(self, stage: str, facts: Mapping[str, Any]) -> None:
-        """Write down that a stage is finished."""
+        """Write down that a stage is finished; figures of the models before are removed."""
+        self.results.unlink(missing_ok=True)
         self._write("stages", stage, facts)
 
     def clear(self) -> None:

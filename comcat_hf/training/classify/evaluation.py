@@ -69,9 +69,9 @@ def evaluate_classifier(
             if watch is not None:
                 watch(batch, logits.argmax(-1))
     unread = 0 if broken is None else broken.count - before
-    samples, first, among, lost, unread = _totals(torch.stack(counts), unread, classes, accelerator)
+    samples, first, among, lost, broken_ones = _totals(torch.stack(counts), unread, classes, accelerator)
     shares = {"top1": first / samples, "top5": among / samples, "loss": lost / samples}
-    return {**shares, "samples": int(samples), "broken": int(unread)}
+    return {**shares, "samples": int(samples), "broken": int(broken_ones)}
 
 
 def _counts(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:

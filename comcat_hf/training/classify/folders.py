@@ -1,6 +1,7 @@
 """Models of any kind made smaller from folder to folder: factors from the weights alone, and a card."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,9 @@ def _processor(source: str, subfolder: str | None) -> Any:
 
 def _rows(dense: nn.Module, small: nn.Module) -> tuple[tuple[str, ...], ...]:
     models = {"dense": dense, "compressed": small}
-    try:
+    macs: dict[str, tuple[str, ...]] = dict.fromkeys(models, ())
+    with suppress(ComCATError):
         macs = {name: (f"{count_macs(model):,}",) for name, model in models.items()}
-    except ComCATError:
-        macs = dict.fromkeys(models, ())
     head = ("model", "parameters", *(["MACs"] if macs["dense"] else []))
     return (head, *((name, f"{count_parameters(model):,}", *macs[name]) for name, model in models.items()))
 

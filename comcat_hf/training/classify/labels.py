@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import InvalidValueError
@@ -12,6 +13,8 @@ __all__ = ["LabelTable", "Vocabulary", "match_labels", "model_labels", "read_voc
 _SHOWN = 5
 _SINGLE = "single_label_classification"
 _NEARLY_ALL = 0.9
+# Folders of ImageNet have WordNet ids for names; their order is that of its models' labels, told by these three.
+_WORDNET_IDS = MappingProxyType({"n01440764": "tench", "n02123045": "tabby", "n15075141": "toilet tissue"})
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def match_labels(
         known = _enumerated(vocabulary)
     elif _are_numbers(vocabulary.names) and not set(vocabulary.names) & set(names):
         known = _numbered(vocabulary, len(names))
+    elif _are_imagenets(vocabulary.names, names):
+        known = _ranked(vocabulary)
     elif chosen or set(vocabulary.names) <= set(names):
         known = _named(vocabulary, names)
     elif len(vocabulary.names) == len(names):
@@ -167,10 +172,16 @@ def _check_found(
     lacking = [value for value in occurring if value not in known]
     if lacking:
         lacked = sorted((_shown(vocabulary, value) for value in lacking), key=str)
+        ids = all(_is_wordnet_id(str(name)) for name in lacked)
+        why = (
+            " WordNet ids are matched by their order, where folders and model have all of ImageNet's classes."
+            if ids
+            else ""
+        )
         raise InvalidValueError(
             f"{place}: expected labels of the model ({len(names)}: {shown(names)}) in --label_column_name {column!r}, "
-            f"found {len(lacking)} that it lacks: {shown(lacked)}. Give the data set that the model was trained for, "
-            "or a model trained for these labels."
+            f"found {len(lacking)} that it lacks: {shown(lacked)}.{why} Give the data set that the model was trained "
+            "for, or a model trained for these labels."
         )
 
 
@@ -179,9 +190,32 @@ def _shown(vocabulary: Vocabulary, value: Any) -> Any:
     return vocabulary.names[value] if named and 0 <= value < len(vocabulary.names) else value
 
 
-def _enumerated(vocabulary: Vocabulary) -> dict[Any, int]:
+def _values(vocabulary: Vocabulary) -> list[tuple[str, Any]]:
+    """Every name, with what the rows hold for it."""
     names = vocabulary.names or ()
-    return {number if vocabulary.numbered else name: number for number, name in enumerate(names)}
+    return [(name, number if vocabulary.numbered else name) for number, name in enumerate(names)]
+
+
+def _enumerated(vocabulary: Vocabulary) -> dict[Any, int]:
+    return {value: number for number, (_, value) in enumerate(_values(vocabulary))}
+
+
+def _is_wordnet_id(name: str) -> bool:
+    return len(name) == 9 and name[0] == "n" and name[1:].isdecimal()
+
+
+def _are_imagenets(ids: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Whether ids of WordNet and a model's labels are the same classes in the same order."""
+    places = {name: number for number, name in enumerate(sorted(ids))}
+    return len(ids) == len(names) and all(
+        one in places and word in names[places[one]].casefold() for one, word in _WORDNET_IDS.items()
+    )
+
+
+def _ranked(vocabulary: Vocabulary) -> dict[Any, int]:
+    """Numbers by the order of the names."""
+    ranks = {name: number for number, name in enumerate(sorted(vocabulary.names or ()))}
+    return {value: ranks[name] for name, value in _values(vocabulary)}
 
 
 def _are_numbers(names: tuple[str, ...]) -> bool:
@@ -190,19 +224,17 @@ def _are_numbers(names: tuple[str, ...]) -> bool:
 
 def _numbered(vocabulary: Vocabulary, count: int) -> dict[Any, int]:
     """Names that are numbers, as folders called 0, 1, 10, 2 are: not by their place in the alphabet."""
-    names = vocabulary.names or ()
-    pairs = ((number if vocabulary.numbered else name, int(name)) for number, name in enumerate(names))
-    return {value: number for value, number in pairs if number < count}
+    return {value: int(name) for name, value in _values(vocabulary) if int(name) < count}
 
 
 def _named(vocabulary: Vocabulary, names: tuple[str, ...]) -> dict[Any, int]:
     """By name; names that differ in case, spaces or hyphens only are the same where that is unambiguous."""
     exact, folded = _by_name(names), _by_name(tuple(map(_fold, names)))
     known = {}
-    for number, name in enumerate(vocabulary.names or ()):
+    for name, value in _values(vocabulary):
         match = exact.get(name, folded.get(_fold(name)))
         if match is not None:
-            known[number if vocabulary.numbered else name] = match
+            known[value] = match
     return known | _at_the_same_place(vocabulary, names, known)
 
 

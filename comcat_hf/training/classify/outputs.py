@@ -2,20 +2,30 @@
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ...hub import push_folder, write_json_atomic
+from ...errors import CheckpointError
+from ...hub import push_folder, read_json, write_json_atomic
 from ...reporting import has_gallery
 from ...reporting.cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
 from .planning import CompressPlan
-from .reporting import Metrics, comparison
+from .reporting import NAMES, Metrics, comparison
 from .settings import CompressSettings
 
 
-__all__ = ["ORDINARY", "push_model", "save_model", "uploaded_files", "write_model_card", "write_results"]
+__all__ = [
+    "ORDINARY",
+    "push_model",
+    "read_results",
+    "save_model",
+    "uploaded_files",
+    "write_model_card",
+    "write_results",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +36,7 @@ classify = pipeline("image-classification", {repository})
 """
 ORDINARY = "An ordinary model of its library: it loads without comcat_hf and needs no rank file."
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
+_MEASURED = {"top1", "top5", "samples"}
 _PUSHED = (".safetensors", ".json", ".md", ".png", ".html")
 _RANKS = "Ranks and widths kept of every layer, and the spectra of the attention products"
 
@@ -47,6 +58,25 @@ def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
 def write_results(path: Path, metrics: Metrics) -> None:
     """Write what was measured."""
     write_json_atomic(path, {name: dict(values) for name, values in metrics.items()})
+
+
+def read_results(path: Path) -> Metrics:
+    """What [`write_results`] wrote; nothing where nothing was measured.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if not NAMES.keys() <= found.keys() or not all(
+        isinstance(values, Mapping) and values.keys() >= _MEASURED for values in found.values()
+    ):
+        raise CheckpointError(
+            f"{path}: expected {', '.join(sorted(_MEASURED))} of {', '.join(NAMES)}, found something else. Run the "
+            "stage evaluate again."
+        )
+    return found
 
 
 def write_model_card(

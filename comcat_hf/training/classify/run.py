@@ -25,7 +25,7 @@ from .evaluation import evaluate_classifier
 from .logs import LOG, read_log
 from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor, load_teacher
-from .outputs import push_model, save_model, write_model_card, write_results
+from .outputs import push_model, read_results, save_model, write_model_card, write_results
 from .planning import CompressPlan, Steps, describe_run, plan_steps
 from .reporting import Findings, draw_ranks, write_run_report
 from .routes import Student, finished, make_student
@@ -33,7 +33,7 @@ from .settings import CompressSettings
 from .speed import compare_speed
 from .stages import Setting, allocate, calibrate, initialize
 from .stream import Batches
-from .sweep import SweepPoint, measure_sweep
+from .sweep import SweepPoint, measure_sweep, read_sweep
 
 
 __all__ = ["CompressResult", "compress_vit"]
@@ -271,9 +271,13 @@ def _conclude(
     names, folder = run.settings.stage_names, run.artefacts.folder
     metrics: dict[str, Mapping[str, float]] = {}
     changes = Changes()
-    if "evaluate" in names and run.splits.validation is None:
+    if "evaluate" not in names:
+        measured = run.artefacts.results, run.artefacts.sweep_results
+        metrics, points = on_main(run.accelerator, lambda: (read_results(measured[0]), read_sweep(measured[1])))
+        result = replace(result, sweep=points)
+    elif run.splits.validation is None:
         run.say("Stage evaluate: left out, as there are no validation images.")
-    elif "evaluate" in names:
+    else:
         for name, load in models.items():
             # Without fine-tuning the initial model is the final one.
             same = next((metrics[other] for other in metrics if models[other] is load), None)

@@ -143,11 +143,12 @@ def _open_folders(settings: CompressSettings) -> Opened:
     }
     # One numbering for both, also where one of them lacks a class.
     names = sorted({name for classes in listed.values() for name in classes})
+    numbers = {name: number for number, name in enumerate(names)}
     image, label = settings.image_column_name, settings.label_column_name
     features = Features({image: Image(decode=False), label: ClassLabel(names=names)})
     opened = {}
     for role, classes in listed.items():
-        files = [(str(file), names.index(name)) for name, found in classes.items() for file in found]
+        files = [(str(file), numbers[name]) for name, found in classes.items() for file in found]
         columns = {image: [file for file, _ in files], label: [number for _, number in files]}
         opened[role] = (f"--{role}_dir {folders[role]}", Dataset.from_dict(columns, features=features))
     return opened

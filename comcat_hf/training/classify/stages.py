@@ -206,7 +206,7 @@ def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> N
 def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
     """A small model as the settings make it, on the CPU; by this process alone."""
     request = request_of(run.settings)
-    how = {"compensate": request.compensate, "refine": request.refine, "statistics": statistics}
+    how: dict[str, Any] = {"compensate": request.compensate, "refine": request.refine, "statistics": statistics}
     how["layout"] = request.layout
     batches = run.calibration_batches if request.compensate or request.refine else None
     return compress(run.dense.to(run.accelerator.device), plan=plan, batches=batches, **how, progress=True).cpu()
@@ -218,7 +218,7 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
     run.dense.to(run.accelerator.device)
     # One reduction measures what it needs by itself; several share it.
     measured = settings.strategy == "sensitivity" and settings.sweep_reductions
-    shared = {"sensitivities": run.sensitivities(statistics)} if measured else {}
+    shared: dict[str, Any] = {"sensitivities": run.sensitivities(statistics)} if measured else {}
     if settings.metric == "latency":
         shared["latency"] = run.latency
     return allocate_ranks(

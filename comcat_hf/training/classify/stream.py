@@ -99,7 +99,9 @@ class ImageReader:
         settings, order = self.settings, _Order(self.split, self.seed)
         share = settings.per_device_train_batch_size, start, count, self.process, self.processes
         # Rows of a stream are read here, once for all workers.
-        wanted = ([(p, order.window(p // settings.repeated_augmentation)) for p in own] for own in positions(*share))
+        wanted: Iterable[list[Wanted]] = (
+            [(p, order.window(p // settings.repeated_augmentation)) for p in own] for own in positions(*share)
+        )
         for (first, *_), items in zip(positions(*share), self._load(wanted), strict=True):
             if not bool(items["valid"].all()):
                 raise InvalidValueError(

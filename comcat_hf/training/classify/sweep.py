@@ -3,18 +3,21 @@
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 from torch import nn
 
 from ...compression.calibration.statistics import Statistics
-from ...hub import write_json_atomic
+from ...errors import CheckpointError
+from ...hub import read_json, write_json_atomic
 from ..interruption import on_main
 from .artefacts import whole_folder
 from .models import load_classifier
 from .stages import Setting, allocated, factorised
 
 
-__all__ = ["SweepPoint", "measure_sweep"]
+__all__ = ["SweepPoint", "measure_sweep", "read_sweep"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def measure_sweep(
     try:
         for reduction in run.settings.sweep_reductions:
             run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
-            reached = run.on_main(lambda share=reduction: _make(run, share, statistics))
+            reached = run.on_main(partial(_make, run, reduction, statistics))
             small = load_classifier(run.artefacts.sweep, "--output_dir")
             found = evaluate(small, f"{reduction:.0%} less")
             points.append(SweepPoint(reduction, reached, found["top1"], found["top5"]))
@@ -60,6 +63,22 @@ def measure_sweep(
     written = {"points": [asdict(point) for point in points]}
     on_main(run.accelerator, lambda: write_json_atomic(run.artefacts.sweep_results, written))
     return tuple(points)
+
+
+def read_sweep(path: Path) -> tuple[SweepPoint, ...]:
+    """What [`measure_sweep`] wrote; nothing where nothing was measured.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(SweepPoint(**point) for point in read_json(path)["points"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected points of a sweep, found something else. Run the stage evaluate with --sweep again."
+        ) from error
 
 
 def _make(run: Setting, reduction: float, statistics: Statistics | None) -> float:

@@ -86,7 +86,7 @@ class DistillationTrainer(Trainer):
         found = (one for one in self.callback_handler.callbacks if isinstance(one, WeightAverageCallback))
         return next(found, None)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
         """Train; with `resume_from_checkpoint=True` from the last whole checkpoint, or from the start without one.
 
         Raises:

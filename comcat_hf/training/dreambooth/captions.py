@@ -192,7 +192,8 @@ class _Finder:
         Raises:
             InvalidValueError: two captions of one image differ.
         """
-        assigned, unmatched = {}, []
+        assigned: dict[Path, _Caption] = {}
+        unmatched: list[_Caption] = []
         for caption in captions:
             image = self.find(caption.name, caption.place)
             if image is None:

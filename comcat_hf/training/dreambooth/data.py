@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def prepare_image(
     return Prepared(pixels, (height, width, top, left, high, wide))
 
 
-def digest(examples: list[Example]) -> str:
+def digest(examples: Iterable[Example]) -> str:
     """A short name for a list of examples: the same names and prompts in the same order give the same."""
     listed = [(Path(example.name).name, example.prompt) for example in examples]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]

@@ -216,5 +216,6 @@ class Denoiser(nn.Module):
         time_ids: Tensor | None = None,
     ) -> Tensor:
         """The prediction from noisy latents."""
-        given = self.family.encode(self.encoders, tokens) if text is None else text
+        # Text encoders are trained with UNets alone.
+        given = self.family.encode(self.encoders, tokens) if text is None else text  # type: ignore[union-attr]
         return self.family.predict(self.denoiser, noisy, timesteps, given, self.guidance, time_ids)

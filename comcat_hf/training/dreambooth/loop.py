@@ -20,7 +20,7 @@ from ..seeds import choose_seed, seeded
 from ..trackers import start_trackers
 from .captions import BESIDE, TABLES, warn_of_unread_captions
 from .checkpoints import restore, save_checkpoint
-from .data import class_examples, instance_examples
+from .data import Example, class_examples, instance_examples
 from .families import Denoiser, load_pipeline
 from .losses import DiffusionLoss, FlowLoss, Loss
 from .optimizers import check_extras, make_optimizer, make_scheduler
@@ -111,7 +111,7 @@ def customize(
 def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack: ExitStack) -> PreparedRun:
     """Read what the training needs. The output folder is locked before it is looked at, and keeps nothing of that."""
     images = tuple(instance_examples(settings))
-    classes = ()
+    classes: tuple[Example, ...] = ()
     if settings.with_prior_preservation:
         folder = Path(settings.class_data_dir).expanduser()
         warn_of_unread_captions(folder, (*BESIDE, *TABLES), "all class images get the --class_prompt")

@@ -104,7 +104,8 @@ def _table(path: Path, cells: Any) -> Iterator[list[str]]:
 
 
 def _csv_rows(path: Path, header: Sequence[str], cells: Any) -> dict[str, Mapping[str, Any]]:
-    rows, line = {}, cells.line_num + 1
+    rows: dict[str, Mapping[str, Any]] = {}
+    line = cells.line_num + 1
     for row in _table(path, cells):
         if len(row) > len(header):
             raise InvalidValueError(

@@ -45,7 +45,7 @@ class CustomizePlan:
     def describe(self) -> str:
         """The plan in lines of text."""
         settings, total = self.settings, sum(self.parameters.values())
-        rank = {None: "none"}
+        rank: dict[Any, str] = {None: "none"}
         kind = "core matrices" if settings.core else "full factors"
         base = shown_base(settings.pretrained_model_name_or_path)
         lines = {

@@ -201,8 +201,9 @@ class CustomizeSettings:
         """The configuration of the adapter that is trained."""
         return ComCATConfig(
             mode="customize",
-            qk_rank=self.qk_rank,
-            vo_rank=self.vo_rank,
+            # Numbers, since they were checked.
+            qk_rank=self.qk_rank,  # type: ignore[arg-type]
+            vo_rank=self.vo_rank,  # type: ignore[arg-type]
             core=self.core,
             gains=self.gains,
             base_model_name_or_path=self.pretrained_model_name_or_path,

@@ -87,7 +87,8 @@ class Texts:
             found = [self.kept[prompt] for prompt in prompts]
             return {"text": {name: _padded([f[name] for f in found]).to(self.device) for name in found[0]}}
         if self.trained:
-            return {"tokens": to_device(self.family.tokenize(self.pipeline, prompts), self.device)}
+            tokens = self.family.tokenize(self.pipeline, prompts)  # type: ignore[union-attr]
+            return {"tokens": to_device(tokens, self.device)}
         return {"text": self.family.texts(self.pipeline, prompts, self.device)}
 
 

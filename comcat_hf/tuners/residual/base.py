@@ -17,7 +17,8 @@ __all__ = ["ResidualLayer"]
 class View(Protocol):
     """A dense module and the linear layers that adapters change."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def projections(self) -> dict[str, nn.Module]: ...
 

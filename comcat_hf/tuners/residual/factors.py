@@ -122,8 +122,8 @@ class Residual(Factors):
             None if self.query is None else self.query.out_features // self.num_heads,
             None if self.output is None else self.output.in_features // self.num_heads,
         )
-        cores = (None if core is None else core.rank for core in (self.qk_core, self.vo_core))
-        return tuple(core or rank for core, rank in zip(cores, full, strict=True))
+        qk, vo = (None if core is None else core.rank for core in (self.qk_core, self.vo_core))
+        return qk or full[0], vo or full[1]
 
     def start(self) -> None:
         super().start()

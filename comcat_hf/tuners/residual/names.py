@@ -2,7 +2,7 @@
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -96,7 +96,8 @@ class Deletion(nn.Module, BaseTunerLayer):
     PEFT deletes from tuner layers that do not have the prefix of the method in their names, as [`Adapters`] has.
     """
 
-    lora_A = lora_B = r = MappingProxyType({})
+    lora_A: Mapping[str, Any] = MappingProxyType({})
+    lora_B = r = lora_A
 
     def __init__(self, adapters: Adapters) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class _Shown(nn.Module):
 
     @staticmethod
     def of(dense: nn.Module) -> "_Shown":
-        cls = _shown_class(type(dense))
+        cls = _shown_class(type(dense))  # type: ignore[arg-type]
         shown = cls.__new__(cls)
         nn.Module.__init__(shown)
         shown.__dict__["dense"] = dense

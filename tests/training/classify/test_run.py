@@ -276,11 +276,19 @@ class TestAWholeRun:
 
 class TestStages:
     def test_one_after_the_other(self, base, whole, tmp_path):
-        for stages in ("calibrate", "allocate", "initialize", "finetune", "evaluate,export"):
+        for stages in ("calibrate", "allocate", "initialize", "evaluate", "finetune", "export"):
             # A stage that is not asked for is not asked which settings it had.
-            result = run(base, tmp_path / "out", stages=stages)
+            result = run(base, tmp_path / "out", stages=stages, sweep="0.2")
         assert same(tmp_path / "out", whole[0])
-        assert result.metrics == whole[1].metrics
+        # What was measured before the fine-tuning is not the final model's.
+        assert result.metrics == {} and "top-1" not in (tmp_path / "out" / "README.md").read_text()
+        measured = run(base, tmp_path / "out", stages="evaluate", sweep="0.2")
+        result = run(base, tmp_path / "out", stages="export")
+        assert result.metrics == measured.metrics == whole[1].metrics and result.sweep == measured.sweep != ()
+        assert "top-1" in (tmp_path / "out" / "README.md").read_text()
+        (tmp_path / "out" / "eval_results.json").write_text('{"dense": {"top1": 1}}')
+        with pytest.raises(CheckpointError, match=r"eval_results.json: expected .*Run the stage evaluate again"):
+            run(base, tmp_path / "out", stages="export")
 
     def test_the_initial_model_is_refined_on_the_calibration_images(self, base, whole, tmp_path):
         settings = {"stages": "calibrate,allocate,initialize,export", "compensate": False}

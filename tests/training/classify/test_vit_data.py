@@ -299,6 +299,36 @@ def test_names_that_occur_twice_are_told_by_their_place(given, tmp_path):
         labels_read(given, tmp_path, [png(0)] * 2, [0, 1], few, model_config(("crane", "crane", "ant")))
 
 
+IDS = ("n01440764", "n02123045", "n02124075", "n15075141")
+IMAGENET = ("tench, Tinca tinca", "tabby, tabby cat", "Egyptian cat", "toilet tissue, toilet paper")
+
+
+@pytest.mark.parametrize("flag", ["train_dir", "dataset_name"])
+def test_folders_of_imagenet_are_numbered_as_its_models_are(given, tmp_path, flag):
+    """Such folders have WordNet ids for names, in the order of the model's labels, which are words."""
+    write_folders(tmp_path / "images" / "train", reversed(IDS), count=1)
+    folder = tmp_path / "images" / ("train" if flag == "train_dir" else "")
+    splits = open_splits(given(train_file=None, **{flag: str(folder)}), model_config(IMAGENET), 0)
+    (batch,) = evaluate(splits.train, 4)[0]
+    assert dict(zip(values(batch["pixel_values"]), batch["labels"].tolist(), strict=True)) == {
+        30: 0,
+        20: 1,
+        10: 2,
+        0: 3,
+    }
+    assert splits.labels == IMAGENET
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"), [(IDS[:3], IMAGENET), (IDS, tuple(reversed(IMAGENET))), (IDS, ("a", "b", "c", "d"))]
+)
+def test_wordnet_ids_are_not_numbered_by_guessing(given, tmp_path, ids, names):
+    write_folders(tmp_path / "images", ids, count=1)
+    settings = given(train_file=None, train_dir=str(tmp_path / "images"))
+    with pytest.raises(InvalidValueError, match=r"lacks: n01440764.*WordNet ids.*all of ImageNet's classes"):
+        open_splits(settings, model_config(names), 0)
+
+
 def test_names_that_are_numbers_are_numbers(given, tmp_path):
     """Sorted as names they would be 0, 1, 10, 11, 2."""
     names = [str(number) for number in range(12)]
