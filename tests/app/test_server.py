@@ -122,7 +122,7 @@ def test_an_elastic_model_gets_another_reduction(client, elastic, image, tmp_pat
     )
     assert re.search(r"60\.[0-5]% of its parameters removed", about)
     assert dense["confidences"] != compressed["confidences"] and "| parameters |" in table
-    assert "a share from 0.2 to 0.6" in refused(client, 0.9, None, 1, api_name="/set_reduction")
+    assert "maximum value 0.6" in refused(client, 0.9, None, 1, api_name="/set_reduction")
 
 
 def test_images_reach_the_classifiers_as_they_were_uploaded(client, tmp_path):
