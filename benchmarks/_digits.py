@@ -244,13 +244,17 @@ class Studio:
         noise = torch.randn(len(captions), 4, 4, 4, generator=torch.Generator().manual_seed(seed))
         return self.kind.denoise(guided, noise, self.pipeline, self.kind.settings.sampling_steps)
 
+    def draw(self, model: nn.Module, captions: Sequence[int], seed: int) -> Tensor:
+        """Images `(n, 3, 32, 32)` from -1 to 1 of captions by number, the last of which is the new one."""
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            images = vae.decode(self._draw(model, captions, seed) / vae.config.scaling_factor).sample
+        return images.clamp(-1, 1)
+
     def judged(self, model: nn.Module, seed: int) -> tuple[float, float]:
         """Shares of new and of old digits that the judge reads as meant, in images that hang on the seed alone."""
         count, each = self.kind.settings.samples, self.kind.settings.caption_samples
         captions = [len(OLD)] * count + [i for i in range(len(OLD)) for _ in range(each)]
         wanted = torch.tensor([HELD_OUT] * count + [digit for digit in _OLD_DIGITS for _ in range(each)])
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            images = vae.decode(self._draw(model, captions, seed) / vae.config.scaling_factor).sample
-        right = (self.judge.read(images.clamp(-1, 1)) == wanted).double()
+        right = (self.judge.read(self.draw(model, captions, seed)) == wanted).double()
         return right[:count].mean().item(), right[count:].mean().item()

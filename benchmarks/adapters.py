@@ -44,15 +44,18 @@ from transformers.utils import logging
 
 from comcat_hf import ComCATConfig
 from comcat_hf.demos.compress import load_digits
+from comcat_hf.demos.customize.base import HELD_OUT, OLD
 from comcat_hf.demos.customize.judge import train_judge
 from comcat_hf.errors import ComCATError
 from comcat_hf.hub import read_json, write_json_atomic
+from comcat_hf.reporting.plots import plot_image_grid
 from comcat_hf.reporting.plots.figures import COLORS, finish, new_figure
 
 
 REFERENCE, UNTOUCHED, OURS, GAINS = "LoRA 1", "base", "ComCAT", "gains"
 NEAR, LOW = 0.6, 0.3
 VALIDATION = 100  # a seed
+SHOWN = 6  # images of the new digit in the picture
 _GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 _KEYS_AND_VALUES = ("to_k", "to_v", "add_k_proj", "add_v_proj")
 _HIDDEN_UNITS = ("net.2", "linear_out")  # the layers of feed-forwards that read them
@@ -327,6 +330,23 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     finish(figure, path, None)
 
 
+def picture(results: Results, studio: Studio, model: str, methods: list[str], path: Path) -> None:
+    """What the base draws, and adapters on it: the new digit, and each old one; a frame says what the judge read."""
+    captions = [len(OLD)] * SHOWN + list(range(len(OLD)))
+    old = [digit for digit in range(10) if digit != HELD_OUT]
+    wanted = torch.tensor([HELD_OUT] * SHOWN + old)
+    drawn = {"before": studio.draw(studio.base, captions, 0)}
+    for method in methods:
+        taught = studio.teach(METHODS[method][0], results.of(model, method)["rate"], 0)
+        drawn[f"{method}, {taught.size / 1e3:.0f} kB"] = studio.draw(taught.model, captions, 0)
+    plot_image_grid(
+        {name: (images.mean(dim=1) + 1) / 2 for name, images in drawn.items()},
+        path,
+        columns=["V*"] * SHOWN + [str(digit) for digit in old],
+        right={name: (studio.judge.read(images) == wanted).tolist() for name, images in drawn.items()},
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is missing, print the table and the verdicts, and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -336,6 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="of adapters, on each base")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--picture", type=Path, help="images of the first model's first base by --methods")
     parser.add_argument("--cache", type=Path, help="a folder for trained bases, which a later run loads")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -361,6 +382,9 @@ def main(arguments: list[str] | None = None) -> None:
     print_report(results.found)
     if given.plot:
         plot(results.found, given.plot)
+    if given.picture:
+        model = given.models[0]
+        picture(results, studio(model, 0), model, given.methods, given.picture)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,18 @@ def visit():
         blocks.close()
 
 
+def field(page, label):
+    """The text field with a label; the label's element holds the explanation, too."""
+    return page.locator("label").filter(has=page.get_by_text(label, exact=True)).locator("input, textarea")
+
+
 def test_a_prompt_of_the_card_is_drawn_without_and_with_the_adapter(visit, base, adapters):
     with open_page() as page:
         visit(page, pipeline=str(base))
-        page.get_by_label("Adapter", exact=True).fill(str(adapters["dog"]))
+        field(page, "Adapter").fill(str(adapters["dog"]))
         page.get_by_role("button", name="Add the adapter").click()
         page.get_by_text("a sks dog on a beach").click()
-        prompt = page.get_by_label("Prompt", exact=True)
+        prompt = field(page, "Prompt")
         page.wait_for_function("field => field.value == 'a sks dog on a beach'", arg=prompt.element_handle())
         page.get_by_label("number input for Steps").fill("2")
         page.get_by_role("button", name="Draw").click()
@@ -52,7 +57,7 @@ def test_an_elastic_model_follows_its_slider(visit, elastic, image, tmp_path):
         page.get_by_role("tab", name="Compress").click()
         number = page.get_by_label("number input for Reduction: the share removed")
         assert not number.is_visible()
-        page.get_by_label("Compressed model").fill(str(elastic))
+        field(page, "Compressed model").fill(str(elastic))
         page.get_by_role("button", name="Load both").click()
         page.get_by_text(re.compile(r"4\d\.\d% of its parameters removed")).wait_for()
         assert float(number.input_value()) == 0.4
@@ -72,7 +77,7 @@ def test_an_error_is_shown_and_changes_nothing(visit, classifiers, tmp_path):
     with open_page() as page:
         visit(page, dense=str(classifiers["dense"]), compressed=str(classifiers["compressed"]))
         page.get_by_role("tab", name="Compress").click()
-        page.get_by_label("Compressed model").fill(str(tmp_path / "nowhere"))
+        field(page, "Compressed model").fill(str(tmp_path / "nowhere"))
         page.get_by_role("button", name="Load both").click()
         page.get_by_text("expected a folder or Hub id of an image classifier").wait_for()
         assert page.get_by_text("% of its parameters removed").is_visible()

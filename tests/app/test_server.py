@@ -1,6 +1,7 @@
 """The page over HTTP: what its events give, errors as messages, what is kept to this machine; and the command."""
 
 import json
+import re
 import socket
 import sys
 
@@ -107,8 +108,21 @@ def test_an_image_is_classified_by_both(classifiers, client, image, tmp_path):
         assert sum(entry["confidence"] for entry in answer["confidences"]) == pytest.approx(1)
     for words in ("| latency |", "| parameters |", "| MACs |", " ms |"):
         assert words in table
-    about = client.predict(*map(str, classifiers.values()), api_name="/load_classifiers")
-    assert "of its parameters removed" in about
+    about, reduction = client.predict(*map(str, classifiers.values()), api_name="/load_classifiers")
+    assert "of its parameters removed" in about and not reduction["visible"]
+
+
+def test_an_elastic_model_gets_another_reduction(client, elastic, image, tmp_path):
+    image.save(tmp_path / "image.png")
+    _, reduction = client.predict("", str(elastic), api_name="/load_classifiers")
+    known = {name: reduction[name] for name in ("visible", "minimum", "maximum", "value")}
+    assert known == {"visible": True, "minimum": 0.2, "maximum": 0.6, "value": 0.4}
+    about, dense, compressed, table = client.predict(
+        0.6, handle_file(tmp_path / "image.png"), 1, api_name="/set_reduction"
+    )
+    assert re.search(r"60\.[0-5]% of its parameters removed", about)
+    assert dense["confidences"] != compressed["confidences"] and "| parameters |" in table
+    assert "maximum value 0.6" in refused(client, 0.9, None, 1, api_name="/set_reduction")
 
 
 def test_images_reach_the_classifiers_as_they_were_uploaded(client, tmp_path):

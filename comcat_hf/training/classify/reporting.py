@@ -2,7 +2,7 @@
 
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -124,6 +124,7 @@ def write_run_report(
 
 def _sizes(folder: Path, drawing: bool, plan: CompressPlan, weights: tuple[int, int], found: Findings) -> Section:
     """Sizes and, where they were measured, times beside the dense model's."""
+    rows: dict[str, tuple[float, float, Callable[..., str]]]
     rows = {"parameters": (*plan.parameters, "{:,}".format), "MACs": (*plan.macs, "{:,}".format)}
     rows["weights on disk"] = (*weights, readable_size)
     for row in found.speed:
@@ -163,8 +164,7 @@ def _pictures(folder: Path, dense: nn.Module, plan: CompressPlan, found: Finding
         [(line["step"], line[key]) for line in found.log if line.get(key) is not None] for key in ("loss", "eval_top1")
     )
     if losses:
-        given = {"dense": top1, "quality": "top-1 accuracy"}
-        drawn = plot_training(losses, evaluations, folder / "training.svg", **given)
+        drawn = plot_training(losses, evaluations, folder / "training.svg", dense=top1, quality="top-1 accuracy")
         caption = "Loss of the fine-tuning" + (", and top-1 accuracy on the validation images" if evaluations else "")
         yield Section("Fine-tuning", pictures=[(caption, drawn)])
     yield Section("Ranks", pictures=[(_RANKS, plot_ranks(dense, plan.plan, folder / "ranks.svg"))])
