@@ -26,11 +26,11 @@ METHODS = {
     "original": ("original release", MUTED, "v", "dotted"),
 }
 QUALITY = (
-    *("quality", "quality-minilm", "quality-minilm-both"),
+    *("quality", "quality-cifar10", "quality-minilm", "quality-minilm-both"),
     *("quality-curvature-vits", "quality-curvature-attention", "quality-curvature-both"),
 )
 # The case and the scope of the first figure.
-OVERVIEW = ("minilm", "attention+mlp")
+OVERVIEW = ("cifar10", "model")
 NAMES = {"cosine": "cosine to the dense embeddings", "accuracy": "accuracy"}
 CASES = {"minilm": "sentence encoder", "digits": "ViT on digits", "cifar10": "ViT on CIFAR-10"}
 SCOPES = {"attention": "attention alone", "mlp": "MLPs alone"}
@@ -125,13 +125,11 @@ def overview() -> Any:
     """One message: half of the parameters, nearly the same answers, nearly half of the time."""
     figure = new_figure(_WIDTH, 3.9)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    ours = {"sensitivity + compensation": ("ours", BLUE, "o", "solid")}
+    ours = {"curvature + compensation": ("ours", BLUE, "o", "solid")}
     draw_quality(left, *OVERVIEW, ours | {name: METHODS[name] for name in ("whitened", "weights-only", "original")})
     draw_times(right)
-    titles = {
-        left: ("Answers stay close to the dense model's", "pretrained MiniLM, held-out sentences, not fine-tuned")
-    }
-    titles |= {right: ("and take little more than half of the time", "DeiT, float32, measured in turns")}
+    titles = {left: ("The accuracy stays", "a ViT on CIFAR-10, 5,000 images held out, not fine-tuned")}
+    titles |= {right: ("and the time falls with the size", "DeiT, float32, measured in turns")}
     for axes, (title, below) in titles.items():
         axes.set_title(f"{title}\n", fontsize=11, loc="left")
         axes.annotate(below, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=9, color=MUTED)
@@ -164,50 +162,50 @@ def quality_figure(*parts: tuple[str, str]) -> Callable[[], Any]:
 
 
 def rows_of_runs(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of the runs in adapters.json: model, method, bytes, and the share of new digits right with its error."""
+    """Of the runs in adapters.json: model, method, trained parameters, share of new digits right with its error."""
     rows = []
     for model, methods in models.items():
         for method, known in methods.items():
             if known.get("parameters") and known["runs"]:
                 right = [new for new, *_ in known["runs"].values()]
                 error = statistics.stdev(right) / len(right) ** 0.5 if len(right) > 1 else 0.0
-                row = {"model": model, "method": method, "bytes": known["bytes"]}
+                row = {"model": model, "method": method, "parameters": known["parameters"]}
                 rows.append(row | {"new": statistics.mean(right), "new_error": error})
     return rows
 
 
 def transformers_digits() -> Any:
     """Adapters of a small SD3 and a small FLUX.2, by trained parameters."""
-    return adapters_figure([row for row in read("transformers-digits")["rows"] if row["parameters"]], "parameters")
+    return adapters_figure([row for row in read("transformers-digits")["rows"] if row["parameters"]])
 
 
 def adapters() -> Any:
-    """Adapters of bases trained on digits, by bytes."""
-    return adapters_figure(rows_of_runs(read("adapters")["models"]), "bytes")
+    """Adapters of bases trained on digits, by trained parameters."""
+    return adapters_figure(rows_of_runs(read("adapters")["models"]))
 
 
-def adapters_figure(rows: list[dict[str, Any]], size: str) -> Any:
+def adapters_figure(rows: list[dict[str, Any]]) -> Any:
     """New digits right against the adapter's size; names where there is room, else at the best of their size."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = new_figure(_WIDTH, 4.2)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        own = sorted((row for row in rows if row["model"] == model), key=lambda row: row[size])
+        own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["parameters"])
         best = 0.0
         for row in own:
             ours = row["method"].startswith("ComCAT")
             color = BLUE if ours else ORANGE
             bar = {"fmt": "o" if ours else "D", "color": color, "markersize": 6, "linewidth": 1, "capsize": 2}
-            axes.errorbar(row[size], row["new"], row["new_error"], **bar)
+            axes.errorbar(row["parameters"], row["new"], row["new_error"], **bar)
             if len(own) <= 8 or row["new"] > best:
                 name = row["method"].replace("ComCAT,", "ours:").replace("ComCAT", "ours:")
                 place = {"textcoords": "offset points", "xytext": (6, -11)}
-                axes.annotate(name, (row[size], row["new"]), fontsize=8.5, color=color, **place)
+                axes.annotate(name, (row["parameters"], row["new"]), fontsize=8.5, color=color, **place)
             best = max(best, row["new"])
-        axes.set_xlabel({"bytes": "bytes of the adapter", "parameters": "trained parameters"}[size])
+        axes.set_xlabel("trained parameters")
         axes.set_ylabel("share of new digits right")
         axes.set_title(model, fontsize=10, loc="left")
         axes.margins(0.2, 0.12)
-        if own[-1][size] > 8 * own[0][size]:
+        if own[-1]["parameters"] > 8 * own[0]["parameters"]:
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         open_frame(axes)

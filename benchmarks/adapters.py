@@ -134,7 +134,7 @@ METHODS: Mapping[str, tuple[Attach, float]] = {
     "LoKr 4": (_peft(LoKrConfig, r=4, alpha=4), 3e-2),
     "OFT 2": (_peft(OFTConfig, oft_block_size=2), 1e-1),
     "OFT 8": (_peft(OFTConfig, oft_block_size=8), 1e-1),
-    "FourierFT 25": (_peft(FourierFTConfig, n_frequency=25), 3e-1),
+    "FourierFT 25": (_peft(FourierFTConfig, n_frequency=25), 1e-2),
     "TinyLoRA 50": (_tiny(8, 50), 3e-2),
     "ComCAT core 6": (_cores(6), 3e-1),
     "ComCAT full VO 1": (_ours(None, 1), 3e-2),

@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import datasets
 import pytest
 import torch
 import typer.main
+from datasets import ClassLabel, Dataset, Features
 from diffusers import UNet2DConditionModel
-from transformers import ViTConfig, ViTForImageClassification
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from typer.testing import CliRunner
 
 import comcat_hf
 from comcat_hf import cli
 from comcat_hf.original import convert_original_adapter
+from comcat_hf.training.classify.settings import CompressSettings
 from tests.customization.flow_pipelines import tiny_flux
 from tests.customization.pipelines import tiny_sd
 from tests.helpers import small_clip
@@ -49,7 +54,7 @@ def blocks(page: Path) -> list[Block]:
             section = heading
         elif language == "text":
             last = found.pop()
-            assert last.language == "python", f"{page.name}: output that no Python stands above: {text}"
+            assert last.language in ("python", "bash"), f"{page.name}: output that nothing stands above: {text}"
             found.append(Block(last.section, last.language, last.text, text))
         else:
             found.append(Block(section, language, text))
@@ -94,7 +99,11 @@ def prepare(page, folder):
     """What a page takes for granted: models by their Hub ids, images, an adapter of somebody's."""
 
     dense = folder / "facebook" / "deit-small-patch16-224"
-    deit_small(**({} if page.stem == "README" else SHORT)).save_pretrained(dense)
+    deit_small(**SHORT).save_pretrained(dense)
+    ViTImageProcessorPil(size={"height": SHORT["image_size"], "width": SHORT["image_size"]}).save_pretrained(dense)
+    for index, image in enumerate(pictures(4, 40)):
+        (folder / "photos").mkdir(exist_ok=True)
+        image.save(folder / "photos" / f"{index}.png")
     tiny_flux(folder / "black-forest-labs" / "FLUX.1-dev")
     small_clip()[0].save_pretrained(folder / "openai" / "clip-vit-base-patch32")
     unet = UNet2DConditionModel.from_pretrained(SD, subfolder="unet")
@@ -107,6 +116,13 @@ def prepare(page, folder):
     )
     unet.add_adapter(comcat_hf.ComCATConfig(mode="customize", qk_rank=1, vo_rank=1), adapter_name="style")
     comcat_hf.save_comcat_weights({"unet": unet}, folder / "user" / "watercolour", "style")
+
+
+def pictures(count, size):
+    torch.manual_seed(2)
+    return [
+        Image.fromarray(pixels.numpy()) for pixels in torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
+    ]
 
 
 def given():
@@ -136,7 +152,33 @@ def test_python_runs_and_prints_what_the_page_says(page, hub):
 
 
 def test_the_readme_shows_what_is_printed():
-    assert any(block.printed for block in blocks(ROOT / "README.md"))
+    shown = {block.language for block in blocks(ROOT / "README.md") if block.printed}
+    assert shown == {"python", "bash"}
+
+
+def shape(text):
+    """A command's output without its figures, which other weights change."""
+    return re.sub(r"[-\d.,]*\d", "#", re.sub(r" +", " ", text)).strip()
+
+
+def test_the_shell_prints_what_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks(ROOT / "README.md") if block.language == "bash" and block.printed)
+    labels = ClassLabel(names=[f"class {number}" for number in range(10)])
+    features = Features({"image": datasets.Image(), "label": labels})
+    for split in ("train", "validation"):
+        images = Dataset.from_dict({"image": pictures(20, 32), "label": [*range(10)] * 2}, features=features)
+        images.to_parquet(tmp_path / "cifar10" / f"{split}.parquet")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128}
+    model = deit_small(**sizes, image_size=32, patch_size=8, num_labels=10)
+    model.config.id2label = dict(enumerate(labels.names))
+    model.save_pretrained(tmp_path / "vit-cifar10")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit-cifar10")
+    result = CliRunner().invoke(cli.app, shlex.split(block.text)[1:])
+    assert result.exit_code == 0, result.output
+    # The page leaves lines out, where it says so.
+    expected = re.escape(shape(block.printed)).replace("…", ".*")
+    assert re.fullmatch(expected, shape(result.stdout), flags=re.DOTALL), shape(result.stdout)
 
 
 def test_every_example_says_what_it_is():
@@ -151,6 +193,12 @@ def test_commands_are_there_and_take_these_options():
             parse(words[1:])
         elif words[:2] == ["accelerate", "launch"]:
             assert wrong_flags(line) == set(), f"{page}: {line}"
+        elif words[0] in ("bash", "python"):
+            program = (ROOT / words[1]).read_text(encoding="utf-8")
+            options = [word for word in words[2:] if word.startswith("--")]
+            # Some programs hand the flags of a training on.
+            handed = {f"--{name}" for name in CompressSettings.__dataclass_fields__}
+            assert all(f'"{option}"' in program or option in handed for option in options), f"{page}: {line}"
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
         else:
