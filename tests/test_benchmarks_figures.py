@@ -58,11 +58,11 @@ def test_every_figure_stands_on_a_page(figures):
 
 def test_single_runs_of_adapters_become_points(figures):
     runs = {"base 0, seed 0": [0.9, 1.0, 0.1], "base 0, seed 1": [0.7, 1.0, 0.1]}
-    known = {"LoRA 1": {"runs": runs, "parameters": 10, "bytes": 40}, "base": {"runs": runs}, "none": {"runs": {}}}
+    known = {"LoRA 1": {"runs": runs, "parameters": 10}, "base": {"runs": runs}, "none": {"runs": {}}}
     (row,) = figures.rows_of_runs({"UNet": known})
-    assert (row["model"], row["method"], row["bytes"]) == ("UNet", "LoRA 1", 40)
+    assert (row["model"], row["method"], row["parameters"]) == ("UNet", "LoRA 1", 10)
     assert (row["new"], row["new_error"]) == pytest.approx((0.8, 0.1))
-    figure, _ = figures.adapters_figure([row], "bytes")
+    figure, _ = figures.adapters_figure([row])
     assert figure.axes[0].get_title("left") == "UNet"
 
 

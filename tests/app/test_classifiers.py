@@ -61,7 +61,7 @@ def test_the_base_is_read_from_the_compressed_model(classifiers, tmp_path, monke
     assert pair.compressed.processor is pair.dense.processor
     with pytest.raises(InvalidValueError, match="give the dense model too"):
         load_pair("", str(tmp_path / "orphan"))
-    with pytest.raises(InvalidValueError, match="no low-rank modules"):
+    with pytest.raises(InvalidValueError, match="expected the name of its base in the compressed model, found none"):
         load_pair("", str(classifiers["dense"]))
 
 
