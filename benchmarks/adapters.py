@@ -115,10 +115,7 @@ METHODS: Mapping[str, tuple[Attach, float]] = {
     "ComCAT gains": (_ours(gains=True), 1e-1),
     "ComCAT core 4": (_cores(4), 3e-1),
     "ComCAT core 8": (_cores(8), 1e-1),
-    "LoRA 1, V alone": (
-        lambda m: LoraConfig(r=1, lora_alpha=1, target_modules=_linears(m, "to_v", "add_v_proj")),
-        3e-2,
-    ),
+    "LoRA 1, V alone": (_lora_of_values, 3e-2),
     "LoRA-XS 5": (_xs(5), 1e-1),
     "LoRA-XS 7": (_xs(7), 1e-1),
     "TinyLoRA 25": (_tiny(8, 25), 3e-2),

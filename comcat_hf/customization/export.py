@@ -180,9 +180,13 @@ def no_form(layer: CustomizeLayer) -> UnsupportedModuleError:
 
 def check_form(layer: CustomizeLayer) -> None:
     """Refuse to cut full factors back to the dense width where the dense class has no place for their product."""
-    view = layer.view
-    if view.form.compress is not None or view.form.rotary is not None or len(view.streams) > 1:
+    if not has_plain_products(layer.view):
         raise no_form(layer)
+
+
+def has_plain_products(view: AttentionView) -> bool:
+    """Whether scores and outputs are products of the projections of one stream, without norms or rotations between."""
+    return view.form.compress is None and view.form.rotary is None and len(view.streams) == 1
 
 
 def share_lost(

@@ -19,7 +19,7 @@ from ..hub import resolve_file
 from ..modeling.views import AttentionView, attention_views
 from ..modeling.wrappers import is_tuner_layer
 from ..tuners.residual.factors import rows_in, rows_out
-from .export import PAIRS, errors_of, weights_of
+from .export import PAIRS, errors_of, has_plain_products, weights_of
 from .lora import LORA_NAME
 
 
@@ -151,15 +151,15 @@ def _added_rows(name: str, part: nn.Module) -> dict[str, dict[str, Tensor]]:
     layers = {p: m for p, m in part.named_modules() if is_tuner_layer(m) and _SOURCE in getattr(m, "lora_A", ())}
     if not layers:
         return {}
+    places = {layer: place for place, layer in layers.items()}
     rows: dict[str, dict[str, Tensor]] = {}
     for path, view in attention_views(part, whole=False).items():
         stream = view.family.stream
         roles = {role: view.projection(role, stream) for role in ("query", "key", "value", "output")}
         for role, linear in roles.items():
-            own = next((place for place, layer in layers.items() if layer is linear), None)
-            if own is not None:
+            if linear in places:
                 _check_form(name, view)
-                rows.setdefault(path, {})[role] = _added(view, role, layers.pop(own))
+                rows.setdefault(path, {})[role] = _added(view, role, layers.pop(places.pop(linear)))
     if layers:
         raise UnsupportedModuleError(
             f"{name}: expected a LoRA on projections of attention alone, found one on {len(layers)} other layers, "
@@ -169,8 +169,12 @@ def _added_rows(name: str, part: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def _check_form(name: str, view: AttentionView) -> None:
-    simple = view.form.compress is None and view.form.rotary is None and len(view.streams) == 1
-    if not simple or view.family.fused or view.sibling is not None or view.num_kv_heads != view.num_heads:
+    if (
+        not has_plain_products(view)
+        or view.family.fused
+        or view.sibling is not None
+        or view.num_kv_heads != view.num_heads
+    ):
         raise UnsupportedModuleError(
             f"{name}.{view.name}: expected attention whose scores and outputs are products of the projections, found "
             f"a {type(view.module).__name__} with norms, rotations, several streams or shared heads, where a LoRA "
