@@ -10,6 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from tqdm.std import TqdmDefaultWriteLock
+
+
+# Processes forked from one share this lock, which one that is killed in a progress bar would hold for ever.
+TqdmDefaultWriteLock.mp_lock = None
 
 
 def pytest_collection_finish():

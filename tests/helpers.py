@@ -4,18 +4,13 @@ Every parameter is random: biases, class tokens and norms would else start at va
 """
 
 import copy
-import faulthandler
 import importlib
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -322,43 +317,6 @@ def compressed(family: str = "vit", qk: int = 5, vo: int = 12, linear: int | Non
         ranks |= dict.fromkeys(find_sites(model, "mlp"), linear)
     apply_ranks(model, ranks)
     return model, inputs
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def in_processes(work: Callable[..., None], *arguments: Any, count: int = 2) -> None:
-    """Run a function in processes of one group on the CPU; forked, since to import the libraries anew takes longer.
-
-    The function leaves the group as it is: a wrapped model that is freed behind its group may wait for that for ever.
-    """
-    port = str(free_port())
-    fork = multiprocessing.get_context("fork").Process
-    running = [fork(target=_in_group, args=(rank, count, port, work, arguments)) for rank in range(count)]
-    try:
-        for process in running:
-            process.start()
-        for process in running:
-            process.join(180)
-        codes = [process.exitcode for process in running]
-        # The error or, of a process that hangs, the stack stands in the output of the test.
-        assert codes == [0] * count, f"the processes ended with {codes}; None is one that did not end"
-    finally:
-        for process in running:
-            process.kill()
-
-
-def _in_group(rank: int, count: int, port: str, work: Callable[..., None], arguments: tuple) -> None:
-    group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    faulthandler.enable()
-    faulthandler.dump_traceback_later(150)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    work(*arguments)
 
 
 def _sides(linear: nn.Linear) -> tuple[int, int]:

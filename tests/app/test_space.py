@@ -13,7 +13,7 @@ import pytest
 import yaml
 from gradio_client import Client, handle_file
 
-from tests.helpers import free_port
+from tests.processes import free_port
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,8 @@ from comcat_hf.compression.calibration.statistics import collecting, token_mask
 from comcat_hf.errors import CheckpointError, InvalidValueError
 from comcat_hf.modeling import apply_ranks, find_sites
 from tests.compression.test_statistics import assert_same
-from tests.helpers import MODELS, images, in_processes, small_bert, small_vit
+from tests.helpers import MODELS, images, small_bert, small_vit
+from tests.processes import in_processes
 
 
 def gathered():

@@ -12,6 +12,7 @@ import pytest
 
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.training.locks import locked
+from tests.processes import PATIENCE, forked
 
 
 def hold(folder: Path, pipe: Connection) -> None:
@@ -37,21 +38,20 @@ def test_it_leaves_nothing_behind(tmp_path: Path):
 
 def test_another_process_is_named_and_its_lock_gone_when_it_was_killed(tmp_path: Path):
     ours, theirs = multiprocessing.Pipe()
-    holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, theirs))
-    holder.start()
-    worker = ours.recv()
-    try:
-        wanted = rf"--output_dir {tmp_path}: expected a folder that no other run .* process {holder.pid} on "
-        with pytest.raises(InvalidValueError, match=wanted):
-            locked(tmp_path, "output_dir").__enter__()
-        holder.kill()
-        holder.join()
-        with locked(tmp_path, "output_dir"):
-            pass
-        assert not list(tmp_path.iterdir())
-    finally:
-        holder.kill()
-        os.kill(worker, signal.SIGKILL)
+    with forked(hold, tmp_path, theirs) as holder:
+        assert ours.poll(PATIENCE)
+        worker = ours.recv()
+        try:
+            wanted = rf"--output_dir {tmp_path}: expected a folder that no other run .* process {holder.pid} on "
+            with pytest.raises(InvalidValueError, match=wanted):
+                locked(tmp_path, "output_dir").__enter__()
+            holder.kill()
+            holder.join(PATIENCE)
+            with locked(tmp_path, "output_dir"):
+                pass
+            assert not list(tmp_path.iterdir())
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path):

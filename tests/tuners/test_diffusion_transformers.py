@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from comcat_hf import ComCATConfig
 from comcat_hf.errors import UnsupportedModuleError
 from comcat_hf.modeling.families import at_path
-from tests.helpers import assert_close, classes_of, in_processes, tensors_of
+from tests.helpers import assert_close, classes_of, tensors_of
+from tests.processes import in_processes
 from tests.tuners.cases import equal, layers_of
 from tests.tuners.diffusion import DIM, HEADS, TEXT, TRANSFORMERS, WIDTH
 from tests.tuners.formula import check_formula, record, run

@@ -18,7 +18,8 @@ from comcat_hf.training.checkpoints import list_checkpoints
 from comcat_hf.training.classify.earlier import readable
 from comcat_hf.training.classify.engines import blocks_of, prepare_engine
 from comcat_hf.training.classify.settings import CompressSettings
-from tests.helpers import MODELS, in_processes, small_deit, small_dinov2, small_vit
+from tests.helpers import MODELS, small_deit, small_dinov2, small_vit
+from tests.processes import in_processes
 from tests.training.classify.test_vit_loop import batch_at, train, weights
 
 

@@ -22,7 +22,8 @@ from comcat_hf.metrics import TOP_ACCURACY
 from comcat_hf.training.classify.evaluate import main
 from comcat_hf.training.classify.evaluation import evaluate_classifier
 from comcat_hf.training.classify.evaluation_report import EvaluateSettings, evaluate_models, parse_evaluate_settings
-from tests.helpers import in_processes, randomize, small_deit_distilled, small_vit
+from tests.helpers import randomize, small_deit_distilled, small_vit
+from tests.processes import in_processes
 
 
 CLASSES = ("red", "green", "blue", "grey", "white", "black", "pink")

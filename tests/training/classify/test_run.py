@@ -32,7 +32,8 @@ from comcat_hf.training.classify.outputs import uploaded_files
 from comcat_hf.training.classify.run import CompressResult, compress_vit
 from comcat_hf.training.classify.settings import CompressSettings, parse_compress_settings
 from comcat_hf.training.locks import locked
-from tests.helpers import in_processes, randomize
+from tests.helpers import randomize
+from tests.processes import in_processes
 
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -17,7 +17,7 @@ from comcat_hf.compression.distillation import DistillationLoss
 from comcat_hf.errors import CheckpointError, InvalidValueError
 from comcat_hf.training.classify.callbacks import JSONLogCallback, StopOnSignal, WeightAverageCallback
 from comcat_hf.training.interruption import Interruption
-from tests.helpers import in_processes
+from tests.processes import in_processes
 from tests.training.classify.conftest import CLASSES, SIZE, dense_vit
 from tests.training.classify.test_vit_loop import STEPS, lines, same, untimed
 

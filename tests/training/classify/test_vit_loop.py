@@ -4,13 +4,11 @@ import copy
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import MethodType
 
@@ -34,7 +32,7 @@ from comcat_hf.training.classify.routes import finished, make_student
 from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.interruption import Interruption
 from comcat_hf.training.trackers import tracker_of
-from tests.helpers import in_processes
+from tests.processes import forked, in_processes, until
 from tests.training.classify.conftest import CLASSES, SIZE
 from tests.training.conftest import Recorder
 
@@ -456,7 +454,7 @@ def test_dropout_goes_on_where_it_was(folder, tmp_path):
 
 
 def test_sigkill_loses_the_steps_since_the_last_checkpoint_only(folder, tmp_path):
-    how = {"ema_decay": 0.9, "checkpointing_steps": "2", "steps": 14, "logging_steps": 1}
+    how = {"ema_decay": 0.9, "checkpointing_steps": "2", "steps": 40, "logging_steps": 1}
     killed = tmp_path / "killed"
 
     def start():
@@ -465,18 +463,14 @@ def test_sigkill_loses_the_steps_since_the_last_checkpoint_only(folder, tmp_path
         save_file(weights(run), killed / "weights.safetensors")
 
     for goal in (2, 6, 10, None):
-        process = multiprocessing.get_context("fork").Process(target=start)
-        process.start()
-        while goal is not None and not (killed / f"checkpoint-{goal}").is_dir() and process.is_alive():
-            time.sleep(0.002)
-        # Anywhere behind it: in a step, or while the next checkpoint is being written.
-        process.join(random.Random(goal).random() * 0.05 if goal else 200)
-        process.kill()
-        process.join()
+        with forked(start) as process:
+            until(lambda goal=goal: goal is not None and (killed / f"checkpoint-{goal}").is_dir(), process)
+            # Anywhere behind it: in a step, or while the next checkpoint is being written.
+            process.join(random.Random(goal).random() * 0.05)
         assert (process.exitcode == 0) == (killed / "weights.safetensors").exists() == (goal is None)
     whole, _ = train(folder, tmp_path / "whole", **how)
     assert same(load_file(killed / "weights.safetensors"), weights(whole))
-    assert untimed(killed) == untimed(tmp_path / "whole") and len(lines(killed)) == 14
+    assert untimed(killed) == untimed(tmp_path / "whole") and len(lines(killed)) == 40
     assert not list(killed.glob(".*"))
 
 

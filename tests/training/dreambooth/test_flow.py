@@ -13,7 +13,7 @@ from comcat_hf.training.dreambooth.losses import FlowLoss
 from comcat_hf.training.dreambooth.sources import to_latents
 from tests.customization.flow_pipelines import FLOWS
 from tests.customization.pipelines import write_digits
-from tests.helpers import in_processes
+from tests.processes import in_processes
 from tests.training.dreambooth.test_training import same, settings, weights
 
 

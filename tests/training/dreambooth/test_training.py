@@ -1,12 +1,10 @@
 """DreamBooth training on real pipelines of tiny size, in this process and through the script."""
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from comcat_hf.training.locks import locked
 from comcat_hf.training.recipes import recipe_names
 from comcat_hf.training.seeds import choose_seed, seeded
 from tests.customization.pipelines import ddpm, tiny_sd, tiny_sdxl, write_digits
-from tests.helpers import in_processes
+from tests.processes import forked, in_processes, until
 from tests.training.conftest import Recorder
 
 
@@ -272,12 +270,10 @@ def test_sigterm_saves_and_the_rest_gives_the_same_bits(bases, tmp_path):
     given = {"max_train_steps": 24, "checkpointing_steps": 1000}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     arguments = [*flags(settings(bases, stopped, **given)), "--report_to=none", "--checkpointing_steps=5"]
-    process = multiprocessing.get_context("fork").Process(target=train_in_group, args=(arguments, tmp_path))
-    process.start()
-    while process.is_alive() and not (stopped / "checkpoint-5").exists():
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
+    with forked(train_in_group, arguments, tmp_path) as process:
+        until((stopped / "checkpoint-5").exists, process)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
     said = (tmp_path / "0.txt").read_text()
     assert process.exitcode == 0, said
     saved = sorted(int(path.name.split("-")[1]) for path in stopped.glob("checkpoint-*"))
