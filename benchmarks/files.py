@@ -75,7 +75,7 @@ def rows_of(case: Case, subject: Subject) -> Iterator[dict[str, Any]]:
             folder, row = Path(root, str(number)), {"form": name}
             try:
                 model = form(type(subject.model).from_pretrained(half).eval(), folder)
-            except (ImportError, NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
+            except ImportError as error:
                 yield row | {"refused": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
                 continue
             with torch.inference_mode():

@@ -37,7 +37,9 @@ def push(
     pull_request: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave out files that fit (*.png); repeat.")] = None,
 ) -> None:
-    """Upload a plan, an adapter or a model. Checkpoints, optimizer states and statistics stay here.
+    """Upload a plan, an adapter or a model.
+
+    Checkpoints, optimizer states, statistics and reports that show images of a data set stay here.
 
     The token is that of `hf auth login` or HF_TOKEN.
     """

@@ -1,6 +1,7 @@
 """Uploads a folder or files to the Hub in one commit, without the working files of a training run."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from .sources import shareable
 
 __all__ = ["NOT_UPLOADED", "push_folder"]
 
+logger = logging.getLogger(__name__)
+
 # Working files of a run beside its result: states to resume from, statistics of somebody's images, logs, local paths,
 # the model before fine-tuning.
 NOT_UPLOADED = (
@@ -37,6 +40,8 @@ NOT_UPLOADED = (
     *("*optim_states.pt", "*.distcp", "*rng_state*.pth", "*random_states_*", "*training_args.bin", "*.pkl"),
     *("*.tmp", "*.incomplete", "*__pycache__/*"),
 )
+# In a report: images of the data set that a model was tried on.
+_GALLERY = b'<div class="gallery">'
 _NO_TOKEN = "there is no token; run `hf auth login`, or pass `token=`"
 _UPLOAD_FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (HFValidationError, "it is not a repository name; a name reads `user/name`"),
@@ -71,7 +76,8 @@ def push_folder(
     Configurations and cards are uploaded without local folders as base models.
 
     Args:
-        source: folder or files to upload. Hidden files of a folder, and files that match [`NOT_UPLOADED`], are not.
+        source: folder or files to upload. Hidden files of a folder, files that match [`NOT_UPLOADED`], and reports
+            that show images of a data set are not.
         repo_id: `user/name`, or a name under the user who is logged in.
         private: create a private repository (default: the account's setting), and refuse an existing public one.
         revision: branch to commit to, created if it is missing, or a pull request (`refs/pr/1`); default: `main`.
@@ -154,6 +160,11 @@ def _files_to_upload(
         kept = filter_repo_objects(found, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         files = {name: found[name] for name in kept if not _is_hidden(name)}
         _check_links(root, files)
+        for name in [name for name, path in files.items() if _shows_images(path)]:
+            logger.warning(
+                "%s shows images of a data set and is not uploaded; to upload it, name the file.", root / name
+            )
+            del files[name]
     else:
         paths = [Path(item) for item in ([source] if isinstance(source, str | os.PathLike) else source)]
         files = {path.name: path for path in paths}
@@ -166,6 +177,10 @@ def _files_to_upload(
     if not files:
         raise InvalidValueError(f"{repo_id}: expected something to upload, found no file in {source}; save first")
     return files
+
+
+def _shows_images(path: Path) -> bool:
+    return path.suffix == ".html" and _GALLERY in path.read_bytes()
 
 
 def _check_links(root: Path, files: Mapping[str, Path]) -> None:

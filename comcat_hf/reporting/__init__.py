@@ -1,5 +1,4 @@
 """Reports: one HTML file with tables and pictures inside, which opens without a network."""
 
 from .page import Section as Section
-from .page import has_gallery as has_gallery
 from .page import write_report as write_report

@@ -10,7 +10,7 @@ from ..errors import CheckpointError, InvalidValueError
 from ..hub import write_text_atomic
 
 
-__all__ = ["Section", "has_gallery", "write_report"]
+__all__ = ["Section", "write_report"]
 
 _KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 
@@ -24,7 +24,8 @@ class Section:
         text: a paragraph.
         table: rows of cells; the first row is the head.
         pictures: captions, and PNG or SVG files to embed.
-        gallery: captions, which may have several lines, and small PNG or SVG files to embed side by side.
+        gallery: captions, which may have several lines, and small PNG or SVG files to embed side by side, such as
+            images of a data set: `push_folder` leaves a page that has one where it is.
         code: lines in a fixed-width font.
     """
 
@@ -60,18 +61,6 @@ def write_report(path: str | Path, title: str, summary: str, sections: Sequence[
     shown = [file for section in sections for _, file in (*section.pictures, *section.gallery)]
     pictures = {file: _embedded(file) for file in shown}
     return write_text_atomic(path, template.render(title=title, summary=summary, sections=sections, pictures=pictures))
-
-
-def has_gallery(path: Path) -> bool:
-    """Whether a report shows small pictures.
-
-    Args:
-        path: file of the report.
-
-    Returns:
-        whether one of its sections has a gallery.
-    """
-    return '<div class="gallery">' in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _embedded(file: Path) -> str:

