@@ -22,11 +22,11 @@ from tests.helpers import (
     assert_unchanged,
     classes_of,
     images,
-    in_processes,
     outputs,
     small_vit,
     state_of,
 )
+from tests.processes import in_processes
 
 
 RANKS = (4, 8, 12, HEAD_DIM)
