@@ -2,27 +2,21 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..checks import parse_json, shown
-from ..configs.adapter import ComCATConfig, read_config
 from ..configs.index import INDEX, read_index, write_index
 from ..errors import CheckpointError, InvalidValueError
 from ..hub import hub_id, push_folder, resolve_file, write_json_atomic
-from ..modeling import attention_views, replace_module
-from ..tensor_files import check_shapes, read_safetensors, write_safetensors
+from ..modeling import replace_module
+from ..tensor_files import write_safetensors
 from ..tuners.layer import ComCATLayer
-from ..tuners.model import remember
-from ..tuners.residual.base import ResidualLayer
-from ..tuners.residual.factors import rows_in
+from .parts import SavedPart, add_parts, check_left, configs_of, forget, query_sizes, state_of, swap_parts
 
 
 if TYPE_CHECKING:
@@ -32,9 +26,6 @@ __all__ = ["load_comcat_weights", "save_comcat_weights", "unload_comcat_weights"
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-
-# Largest relative difference of the sizes of query weights between a base and a model fine-tuned from it.
-_SAME_BASE = 0.05
 
 Pipeline = Union["DiffusionPipeline", Mapping[str, nn.Module]]
 
@@ -80,9 +71,9 @@ def save_comcat_weights(
             f"save_comcat_weights has no argument {', '.join(unknown)}; for an upload it takes private, "
             "commit_message, create_pr and token."
         )
-    adapted = {name: model for name, model in _parts(pipeline).items() if adapter_name in _configs(model)}
+    adapted = {name: model for name, model in _parts(pipeline).items() if adapter_name in configs_of(model)}
     if not adapted:
-        known = sorted({found for model in _parts(pipeline).values() for found in _configs(model)})
+        known = sorted({found for model in _parts(pipeline).values() for found in configs_of(model)})
         raise InvalidValueError(
             f"{_describe(pipeline)} has no ComCAT adapter {adapter_name!r} to save; "
             + (f"it has {', '.join(known)}." if known else "add one with unet.add_adapter(ComCATConfig(...)).")
@@ -95,12 +86,12 @@ def save_comcat_weights(
     # Remove the old index first: it must never describe a mix of two adapters.
     (folder / INDEX).unlink(missing_ok=True)
     for name, model in adapted.items():
-        fields = _configs(model)[adapter_name].to_dict() | origin | {"inference_mode": True}
+        fields = configs_of(model)[adapter_name].to_dict() | origin | {"inference_mode": True}
         fields = {key: _plain(value) for key, value in fields.items()}
         header = {"format": "pt", "comcat_config": json.dumps(fields)}
         write_safetensors(folder / name / WEIGHTS, weights[name], header)
         write_json_atomic(folder / name / CONFIG, fields)
-        index["parts"][name] = {"class": type(model).__name__, "base_sizes": _sizes(model)}
+        index["parts"][name] = {"class": type(model).__name__, "base_sizes": query_sizes(model)}
     write_index(folder / INDEX, index)
     if push_to_hub:
         # Other files in the folder do not belong to the adapter.
@@ -110,9 +101,10 @@ def save_comcat_weights(
 
 
 def _weights(part: str, model: nn.Module, adapter_name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    state = _state(model, adapter_name)
+    state = state_of(model, adapter_name)
     weights = {key: tensor.detach().to("cpu", dtype) for key, tensor in state.items()}
-    for key in (key for key, tensor in weights.items() if not tensor.isfinite().all()):
+    key = next((key for key, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if key is not None:
         cast = state[key].isfinite().all()
         raise InvalidValueError(
             f"{part}.{key}: expected finite weights of the adapter {adapter_name!r}, found infinite ones or NaN in "
@@ -165,21 +157,21 @@ def load_comcat_weights(
     index = read_index(fetch(INDEX))
     parts = _parts(pipeline)
     saved = []
-    for name, about in index["parts"].items():
+    for name in index["parts"]:
         if name not in parts:
             raise CheckpointError(
                 f"{source}: it adapts the part {name!r}, which {_describe(pipeline)} does not have; it has "
                 f"{', '.join(parts) or 'none'}. Load it into a pipeline of the kind that it was trained on."
             )
-        saved.append(_read_part(name, parts[name], fetch(CONFIG, name), fetch(WEIGHTS, name)))
+        saved.append(SavedPart.read(name, parts[name], fetch(CONFIG, name), fetch(WEIGHTS, name)))
         if check_base:
-            _check_base(source, name, parts[name], about, index)
+            saved[-1].check_base(source, index)
     for part in saved:
-        _check_name(part, adapter_name, hotswap)
+        part.check_name(adapter_name, hotswap)
     if hotswap:
-        _check_parts(saved, parts, adapter_name)
+        check_left(saved, parts, adapter_name)
     with _offloading_paused(pipeline):
-        (_swap if hotswap else _add)(saved, adapter_name)
+        (swap_parts if hotswap else add_parts)(saved, adapter_name)
 
 
 def unload_comcat_weights(pipeline: Pipeline) -> None:
@@ -194,7 +186,8 @@ def unload_comcat_weights(pipeline: Pipeline) -> None:
     parts = _parts(pipeline).items()
     layers = {name: [m for m in model.modules() if isinstance(m, ComCATLayer)] for name, model in parts}
     fused = {name: merged for name, found in layers.items() for layer in found if (merged := layer.merged_adapters)}
-    for name, merged in fused.items():
+    if fused:
+        name, merged = next(iter(fused.items()))
         raise InvalidValueError(
             f"The adapters {', '.join(merged)} are fused into {name}, so they cannot be unloaded. Call unfuse_lora() "
             "first."
@@ -203,133 +196,7 @@ def unload_comcat_weights(pipeline: Pipeline) -> None:
         for name, model in parts:
             for layer in layers[name]:
                 replace_module(model, layer, layer.released())
-            _forget(model, _configs(model))
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """One part of a saved adapter, read and checked on its own, not yet against the pipeline."""
-
-    name: str
-    model: nn.Module
-    config: ComCATConfig
-    weights: dict[str, Tensor]
-    file: Path
-
-
-def _read_part(name: str, model: nn.Module, config_file: Path, weights_file: Path) -> _Saved:
-    fields, config = read_config(config_file)
-    if config.mode != "customize":
-        raise CheckpointError(
-            f"{config_file}: expected a ComCAT adapter of mode 'customize', found mode {config.mode!r}. Load it with "
-            "PeftModel.from_pretrained."
-        )
-    reference = next(model.parameters())
-    device = "cpu" if reference.is_meta else str(reference.device)
-    weights, texts = read_safetensors(weights_file, "an adapter", "Download or save it again.", device)
-    header = parse_json(texts.get("comcat_config", "null"), f"{weights_file}: comcat_config")
-    if header is not None and (not isinstance(header, dict) or header != fields):
-        said = header if isinstance(header, dict) else {}
-        key = next((key for key in {**fields, **said} if said.get(key) != fields.get(key)), "its fields")
-        raise CheckpointError(
-            f"{weights_file}: it was saved with {key}={shown(said.get(key))}, but {config_file.name} beside it says "
-            f"{shown(fields.get(key))}. The files do not belong together; download or save the adapter again."
-        )
-    return _Saved(name, model, config, weights, weights_file)
-
-
-def _check_base(source: str, name: str, model: nn.Module, about: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    recorded, found = about["base_sizes"], _sizes(model)
-    if not found or not recorded:
-        return
-    said = f"{source}: the adapter was made for {index['base_model_name_or_path'] or 'another model'}"
-    if recorded.keys() != found.keys():
-        other = next(iter(recorded.keys() ^ found.keys()))
-        raise InvalidValueError(
-            f"{said}, whose {name} has other attention modules than this pipeline's ({other} is in one of the two "
-            "only). Load it into a pipeline of that base."
-        )
-    far = {path: size for path, size in found.items() if abs(size - recorded[path]) > _SAME_BASE * recorded[path]}
-    if far:
-        path, size = next(iter(far.items()))
-        raise InvalidValueError(
-            f"{said}, whose {name} has other weights than this pipeline's ({path}: queries of size "
-            f"{recorded[path]}, found {size}). Load it into a pipeline of that base, or pass check_base=False."
-        )
-
-
-def _check_name(part: _Saved, adapter_name: str, hotswap: bool) -> None:
-    if hotswap and adapter_name not in _configs(part.model):
-        raise InvalidValueError(
-            f"{part.name} has no ComCAT adapter {adapter_name!r} to swap values of. Load it without hotswap."
-        )
-    if not hotswap and adapter_name in getattr(part.model, "peft_config", {}):
-        raise InvalidValueError(
-            f"{part.name} has an adapter {adapter_name!r} already. Choose another adapter_name, delete that one "
-            "(pipe.delete_adapters), or swap its values (hotswap=True)."
-        )
-
-
-def _check_parts(saved: list[_Saved], parts: Mapping[str, nn.Module], adapter_name: str) -> None:
-    own = {part.name for part in saved}
-    left = [name for name, model in parts.items() if adapter_name in _configs(model) and name not in own]
-    if left:
-        raise InvalidValueError(
-            f"The adapter {adapter_name!r} also adapts {', '.join(left)}, for which the saved one has no values. "
-            "Delete it and load the saved one without hotswap."
-        )
-
-
-def _add(saved: list[_Saved], adapter_name: str) -> None:
-    restores = [remember(part.model) for part in saved]
-    try:
-        for part in saved:
-            model = part.model
-            inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=True)
-            _check_fits(part, adapter_name)
-            made = _state(model, adapter_name)
-            weights = {key: tensor.to(made[key].dtype) for key, tensor in part.weights.items()}
-            set_peft_model_state_dict(model, weights, adapter_name, low_cpu_mem_usage=True)
-            model._hf_peft_config_loaded = True
-        for part in saved:
-            part.model.set_adapter(adapter_name)
-    except BaseException:
-        for part, restore in zip(saved, restores, strict=True):
-            for layer in part.model.modules():
-                if isinstance(layer, ComCATLayer):
-                    layer.delete_adapter(adapter_name)
-            restore()
-            _forget(part.model, [adapter_name])
-        raise
-
-
-def _forget(model: nn.Module, adapters: Iterable[str]) -> None:
-    known = getattr(model, "peft_config", None)
-    for adapter in adapters if known else ():
-        known.pop(adapter, None)
-    if known == {}:
-        del model.peft_config
-        model._hf_peft_config_loaded = False
-
-
-@torch.no_grad()
-def _swap(saved: list[_Saved], adapter_name: str) -> None:
-    for part in saved:
-        if any(adapter_name in m.merged_adapters for m in part.model.modules() if isinstance(m, ComCATLayer)):
-            raise InvalidValueError(f"The adapter {adapter_name} is fused into {part.name}. Call unfuse_lora() first.")
-        _check_fits(part, adapter_name)
-    for part in saved:
-        for key, tensor in _state(part.model, adapter_name).items():
-            tensor.copy_(part.weights[key])
-        _configs(part.model)[adapter_name].scale = part.config.scale
-        for layer in part.model.modules():
-            if isinstance(layer, ResidualLayer):
-                layer.set_initial_scale(adapter_name, part.config.scale)
-
-
-def _check_fits(part: _Saved, adapter_name: str) -> None:
-    fix = f"By the adapter's configuration {part.name} needs it so: the file is for another base or other ranks."
-    check_shapes(part.weights, _state(part.model, adapter_name), part.file, fix)
+            forget(model, configs_of(model))
 
 
 def _parts(pipeline: Pipeline) -> dict[str, nn.Module]:
@@ -340,27 +207,6 @@ def _parts(pipeline: Pipeline) -> dict[str, nn.Module]:
             'pass {"unet": unet}.'
         )
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-
-
-def _state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-
-
-def _configs(model: nn.Module) -> dict[str, ComCATConfig]:
-    configs = getattr(model, "peft_config", None) or {}
-    return {name: config for name, config in configs.items() if isinstance(config, ComCATConfig)}
-
-
-def _sizes(model: nn.Module) -> dict[str, float]:
-    """Root mean square of the query weights by attention module, to four digits; `{}` on the meta device."""
-    if next(model.parameters()).is_meta and not hasattr(model, "_hf_hook"):
-        return {}
-    # What cannot be adapted says nothing about what is.
-    views = attention_views(model, whole=False, refuse=lambda path: False)
-    return {
-        name: float(f"{rows_in(view.query, view.num_heads).double().square().mean().sqrt().item():.4g}")
-        for name, view in views.items()
-    }
 
 
 def _source(pipeline: Pipeline) -> str | None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+import comcat_hf.customization.parts as parts
 import comcat_hf.customization.pipelines as pipelines
 from comcat_hf import ComCATConfig, load_comcat_weights, save_comcat_weights, unload_comcat_weights
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
@@ -547,7 +548,7 @@ class TestBadInput:
         if beside:
             adapt(pipe, "other", parts=("unet", "text_encoder"), seed=6, **CORE)
         before = Unchanged(pipe)
-        run, calls = getattr(pipelines, where), []
+        run, calls = getattr(parts, where), []
 
         def fail(*args, **kwargs):
             calls.append(args)
@@ -555,7 +556,7 @@ class TestBadInput:
                 raise error("half way")
             return run(*args, **kwargs)
 
-        monkeypatch.setattr(pipelines, where, fail)
+        monkeypatch.setattr(parts, where, fail)
         with pytest.raises(error, match="half way"):
             load_comcat_weights(pipe, saved, "dog")
         monkeypatch.undo()
@@ -566,13 +567,13 @@ class TestBadInput:
 def test_nothing_is_made_twice(build, saved, monkeypatch):
     """The factors are empty until those of the file take their place."""
     made = []
-    start = pipelines.inject_adapter_in_model
+    start = parts.inject_adapter_in_model
 
     def inject(config, model, name, **kwargs):
         start(config, model, name, **kwargs)
         made.extend(p for n, p in model.named_parameters() if f".{name}." in n)
 
-    monkeypatch.setattr(pipelines, "inject_adapter_in_model", inject)
+    monkeypatch.setattr(parts, "inject_adapter_in_model", inject)
     pipe = build()
     load_comcat_weights(pipe, saved, "dog")
     assert made and all(p.is_meta for p in made)
