@@ -22,6 +22,8 @@ import comcat_hf
 
 
 REDUCTION = 0.5
+# Programs of text have one length; the sentences are cut at it.
+TOKENS = 128
 
 
 def folder_bytes(folder: Path) -> int:
@@ -45,12 +47,21 @@ def quantised(model: nn.Module, folder: Path, bits: int) -> nn.Module:
 def exported(model: nn.Module, folder: Path, dtype: torch.dtype) -> Callable[..., Any]:
     from transformers.exporters import ExportedModel
 
-    comcat_hf.export_model(model, folder, "onnx", dtype=dtype)
+    shape, of_text = (2, TOKENS), model.main_input_name == "input_ids"
+    names = ("attention_mask", "token_type_ids")
+    inputs = {"input_ids": torch.randint(model.config.vocab_size, shape)} if of_text else None
+    if inputs is not None:
+        inputs |= {name: torch.full(shape, int(name == "attention_mask")) for name in names}
+    comcat_hf.export_model(model, folder, "onnx", dtype=dtype, inputs=inputs)
     program = ExportedModel.from_pretrained(folder)
 
     def run(images: torch.Tensor | None = None, **inputs: torch.Tensor) -> Any:
-        inputs = inputs if images is None else {"pixel_values": images.to(dtype)}
-        return program(**inputs)
+        if images is not None:
+            return program(pixel_values=images.to(dtype))
+        length = inputs["input_ids"].shape[1]
+        output = program(**{name: nn.functional.pad(value, (0, TOKENS - length)) for name, value in inputs.items()})
+        output["last_hidden_state"] = output["last_hidden_state"][:, :length].float()
+        return output
 
     return run
 

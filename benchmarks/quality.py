@@ -90,10 +90,11 @@ ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
     "sensitivity, MLP by rank": {"strategy": "sensitivity", "mlp": "rank"},
     "sensitivity, MLP mixed": {"strategy": "sensitivity", "mlp": "mixed"},
     "curvature": {"strategy": "curvature", "mlp": "width"},
+    "curvature, step 1": {"strategy": "curvature", "mlp": "width", "step": 1},
     "plain": {"strategy": "curvature", "mlp": "width", "layout": "plain"},
 }
 # These are measured with compensation besides.
-COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature", "plain")
+COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature", "curvature, step 1", "plain")
 # And these steps of refinement behind it.
 REFINED = (100, 300, 1000)
 METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES | {
