@@ -35,9 +35,10 @@ demo: $(STAMP)
 demo-customize: $(STAMP)
 	$(BIN)/comcat demo-customize $(ARGS)
 
-# Two processes with one torch thread each: the tests are many and small.
+# Two processes with one torch thread each: the tests are many and small. One that a test ends is not replaced: the
+# next would begin with the same test.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 quality: $(STAMP)
 	$(BIN)/ruff check .
