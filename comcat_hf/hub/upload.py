@@ -21,7 +21,7 @@ from .failures import NOT_THE_HUB, detail_of, without_secrets
 from .sources import shareable
 
 
-__all__ = ["NOT_UPLOADED", "push_folder"]
+__all__ = ["NOT_UPLOADED", "files_to_upload", "push_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def push_folder(
         ComCATError: the Hub was not reached, or refused the upload.
     """
     ignored = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or ())
-    files = _files_to_upload(source, repo_id, allow_patterns, [*NOT_UPLOADED, *ignored])
+    files = files_to_upload(source, repo_id, allow_patterns, [*NOT_UPLOADED, *ignored])
     api = HfApi(token=token)
     try:
         full_id = _prepare(api, repo_id, private, None if create_pr else revision)
@@ -147,12 +147,13 @@ def _commit(
     return commit.pr_url or commit.commit_url
 
 
-def _files_to_upload(
+def files_to_upload(
     source: str | os.PathLike | Iterable[str | os.PathLike],
     repo_id: str,
     allow_patterns: str | Sequence[str] | None,
     ignore_patterns: Sequence[str],
 ) -> dict[str, Path]:
+    """The files of a source by their names in the repository, without reports that show images: a warning names them."""
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         root = Path(source)
         found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*"))}

@@ -28,6 +28,7 @@ import comcat_hf
 from comcat_hf.compression.counting import count_parameters
 from comcat_hf.configs import RankPlan
 from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
+from comcat_hf.hub.upload import NOT_UPLOADED, files_to_upload
 from comcat_hf.training.classify.run import CompressResult, compress_vit
 from comcat_hf.training.classify.settings import CompressSettings, parse_compress_settings
 from comcat_hf.training.locks import locked
@@ -227,7 +228,7 @@ class TestAWholeRun:
             assert picture.format == "PNG"
         assert "](ranks.png)" in (folder / "README.md").read_text()
 
-    def test_shows_images_whose_class_changed(self, base, tmp_path):
+    def test_shows_images_whose_class_changed(self, base, tmp_path, caplog):
         data = Dataset.from_parquet(str(base / "validation.parquet"))
         processor = AutoImageProcessor.from_pretrained(base / "vit", backend="pil")
         given = processor(list(data["image"]), return_tensors="pt")
@@ -251,6 +252,10 @@ class TestAWholeRun:
         for (png, *_), index in zip(shown, changed, strict=False):
             with Images.open(BytesIO(b64decode(png))) as image:
                 assert image.tobytes() == data["image"][index].tobytes()
+        # Images of a data set do not go onto the Hub unasked.
+        uploaded = set(files_to_upload(folder, "user/made", None, NOT_UPLOADED))
+        assert "report.html" not in uploaded and "report.html shows images" in caplog.text
+        assert {"model.safetensors", "comcat_ranks.json", "README.md", "ranks.png"} <= uploaded
 
     def test_leaves_nothing_half_written(self, whole):
         assert [path.name for path in whole[0].rglob("*.tmp")] == []
