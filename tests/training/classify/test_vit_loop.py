@@ -464,7 +464,7 @@ def test_sigkill_loses_the_steps_since_the_last_checkpoint_only(folder, tmp_path
 
     for goal in (2, 6, 10, None):
         with forked(start) as process:
-            until(lambda goal=goal: goal is not None and (killed / f"checkpoint-{goal}").is_dir(), process)
+            until((killed / f"checkpoint-{goal}").is_dir, process)
             # Anywhere behind it: in a step, or while the next checkpoint is being written.
             process.join(random.Random(goal).random() * 0.05)
         assert (process.exitcode == 0) == (killed / "weights.safetensors").exists() == (goal is None)
