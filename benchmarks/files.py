@@ -15,15 +15,13 @@ from typing import Any
 
 import _report
 import torch
-from _cases import BOTH, CASES, WHOLE, Absent, Case, Subject
+from _cases import BOTH, CASES, TOKENS, WHOLE, Absent, Case, Subject
 from torch import nn
 
 import comcat_hf
 
 
 REDUCTION = 0.5
-# Programs of text have one length; the sentences are cut at it.
-TOKENS = 128
 
 
 def folder_bytes(folder: Path) -> int:
@@ -47,17 +45,17 @@ def quantised(model: nn.Module, folder: Path, bits: int) -> nn.Module:
 def exported(model: nn.Module, folder: Path, dtype: torch.dtype) -> Callable[..., Any]:
     from transformers.exporters import ExportedModel
 
-    shape, of_text = (2, TOKENS), model.main_input_name == "input_ids"
-    names = ("attention_mask", "token_type_ids")
-    inputs = {"input_ids": torch.randint(model.config.vocab_size, shape)} if of_text else None
-    if inputs is not None:
-        inputs |= {name: torch.full(shape, int(name == "attention_mask")) for name in names}
+    inputs = None
+    if model.main_input_name == "input_ids":
+        ids = torch.randint(model.config.vocab_size, (2, TOKENS))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     comcat_hf.export_model(model, folder, "onnx", dtype=dtype, inputs=inputs)
     program = ExportedModel.from_pretrained(folder)
 
     def run(images: torch.Tensor | None = None, **inputs: torch.Tensor) -> Any:
         if images is not None:
             return program(pixel_values=images.to(dtype))
+        # A program of text has one length.
         length = inputs["input_ids"].shape[1]
         output = program(**{name: nn.functional.pad(value, (0, TOKENS - length)) for name, value in inputs.items()})
         output["last_hidden_state"] = output["last_hidden_state"][:, :length].float()
