@@ -153,7 +153,7 @@ def files_to_upload(
     allow_patterns: str | Sequence[str] | None,
     ignore_patterns: Sequence[str],
 ) -> dict[str, Path]:
-    """The files of a source by their names in the repository, without reports that show images: a warning names them."""
+    """The files of a source by their names in the repository; reports that show images are left out with a warning."""
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         root = Path(source)
         found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*"))}
