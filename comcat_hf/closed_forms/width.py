@@ -46,7 +46,8 @@ class HiddenUnits:
 
     Attributes:
         order: (n,) indices, the most valuable first.
-        discarded: (n + 1,) float64, the share of the output's energy that keeping the first k discards.
+        discarded: (n + 1,) float64, the share of the output's energy that keeping the first k discards; shorter where
+            not all units were ordered.
         moments: of the hidden units, side "input" of the output layer; `None` where the order is of weights alone.
         products: (n, d_out), the covariance times the output weights, where several widths share it.
     """
@@ -79,6 +80,7 @@ def order_units(
     *,
     importance: Tensor | None = None,
     ridge: float = RIDGE,
+    width: int | None = None,
 ) -> HiddenUnits:
     """Order the hidden units of an MLP by how much of its output they can carry.
 
@@ -88,6 +90,8 @@ def order_units(
         importance: (n,), a scale of the units where there are no moments, for example the norms of their input
             weights; ones by default.
         ridge: share of the mean variance added to every unit's.
+        width: how many units have to be ordered; by default all. The others come behind in any order, and `discarded`
+            ends before them.
 
     Raises:
         InvalidValueError: shapes that do not fit, moments of the other side, values that are not finite.
@@ -97,14 +101,16 @@ def order_units(
     if moments is None:
         scale = torch.ones_like(weight[0]) if importance is None else in_float64(importance)
         energy, order = (weight.square().sum(0) * scale.square()).sort(descending=True, stable=True)
+        energy = torch.cat([energy, energy.new_zeros(1)])
     else:
         if moments.curvature is not None:
             square = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
             weight = moment_root(mixed(square, moments.curvature, SHARE), 0.0, weight.device) @ weight
         dtype = torch.float32 if weight.shape[1] >= _MANY else torch.float64
-        order, energy = _pivot(_regularised(moments, ridge, weight.device).to(dtype), weight.to(dtype))
+        count = weight.shape[1] if width is None else width
+        order, energy = _pivot(_regularised(moments, ridge, weight.device).to(dtype), weight.to(dtype), count)
         energy = energy.double()
-    left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    left = energy.flip(0).cumsum(0).flip(0)
     share = left / left[0] if left[0] > 0 else torch.zeros_like(left)
     return HiddenUnits(order.to(output_weight.device), share.cpu(), moments)
 
@@ -175,17 +181,18 @@ def _refit(output_weight: Tensor, units: HiddenUnits, kept: Tensor, ridge: float
     return torch.linalg.solve(system, wanted) if failed else torch.cholesky_solve(wanted, factor)
 
 
-def _pivot(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy order of the units, and how much of the output's energy each adds."""
+def _pivot(covariance: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Greedy order of `count` units or more, how much of the output's energy each adds, and what is left."""
     size = len(covariance)
     missing = covariance @ weight.mT
+    energy = (missing * weight.mT).sum()
     variance = covariance.diagonal().clone()
-    rows = torch.empty_like(covariance)
+    rows = covariance.new_empty(min(count + _BLOCK, size), size)
     free = torch.ones(size, dtype=torch.bool, device=covariance.device)
     order = torch.empty(size, dtype=torch.int64, device=covariance.device)
     gains = torch.empty(size, dtype=covariance.dtype, device=covariance.device)
     done = 0
-    while done < size:
+    while done < count:
         score = torch.where(free, missing.square().sum(1) / variance, -1.0)
         pool = score.topk(min(_POOL, size - done)).indices
         above = rows[:done, pool]
@@ -201,7 +208,9 @@ def _pivot(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         variance = (variance - rows[done:end].square().sum(0)).clamp(min=torch.finfo(variance.dtype).tiny)
         order[done:end], gains[done:end], free[chosen] = chosen, gained, False
         done = end
-    return order, gains
+    order[done:] = free.nonzero().flatten()
+    rest = (energy - gains[:done].sum()).clamp(min=0) if done < size else energy.new_zeros(())
+    return order, torch.cat([gains[:done], rest[None]])
 
 
 def _greedy(schur: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,16 @@ def test_blocks_of_picks_are_what_single_picks_are(monkeypatch):
     torch.testing.assert_close(fast.discarded, slow.discarded, rtol=0.02, atol=1e-3)
 
 
+def test_an_order_up_to_a_width_begins_as_the_whole_one():
+    states, (weight, bias) = activations(200, tokens=600), layer(200, 9)
+    whole, part = (order_units(weight, moments_of(states), width=width) for width in (None, 70))
+    assert torch.equal(part.order[:70], whole.order[:70])
+    assert torch.equal(part.order.sort().values, torch.arange(200))
+    torch.testing.assert_close(part.discarded[:71], whole.discarded[:71], rtol=1e-9, atol=1e-12)
+    for one, other in zip(*(narrow_mlp(weight, bias, 70, units) for units in (whole, part)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_units_that_others_determine_are_left_out_without_loss():
     states, (weight, bias) = activations(rank=5), layer()
     units = order_units(weight, moments_of(states))

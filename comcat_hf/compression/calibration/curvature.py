@@ -248,7 +248,7 @@ class _LinearMeter(_OutputMeter):
 class _MLPMeter(_OutputMeter):
     def __init__(self, site: MLPSite, moments: Any) -> None:
         super().__init__(site, "width_moved", len(_WIDTHS))
-        units = site.prepare(moments)
+        units = site.prepare(moments, max(_widths(site.view.width)))
         # Not the units themselves, which hold their covariance.
         self.order = units.order
         self.mean = moments.mean.to(self.layer.weight)

@@ -95,7 +95,8 @@ class MLPSite(Site):
         return modules[self.view.output_name](hidden)
 
     @torch.no_grad()
-    def prepare(self, moments: LinearMoments | HiddenUnits | None = None) -> HiddenUnits:
+    def prepare(self, moments: LinearMoments | HiddenUnits | None = None, width: int | None = None) -> HiddenUnits:
+        """The units in their order, up to a width that is enough."""
         if isinstance(moments, HiddenUnits):
             return moments
         scale = torch.ones(self.view.width, dtype=torch.float64, device=self.view.output.weight.device)
@@ -104,13 +105,14 @@ class MLPSite(Site):
             bias = 0.0 if first.bias is None else first.bias.double().square()
             scale *= (first.weight.double().square().sum(1) + bias).sqrt()
         with errors_name(self.name):
-            return order_units(self.view.output.weight, moments, importance=scale)
+            return order_units(self.view.output.weight, moments, importance=scale, width=width)
 
     @torch.no_grad()
     def initialize(
         self, substitutes: Mapping[str, nn.Module], moments: LinearMoments | HiddenUnits | None = None
     ) -> None:
-        view, output, units = self.view, substitutes[self.view.output_name], self.prepare(moments)
+        view, output = self.view, substitutes[self.view.output_name]
+        units = self.prepare(moments, output.in_features)
         with errors_name(self.name):
             factors = narrow_mlp(view.output.weight, view.output.bias, output.in_features, units)
         for path, first in view.first:
