@@ -16,6 +16,9 @@ _FOLDS = 2
 
 _MANY = 512
 
+# Outputs by whose errors the ridge is chosen; of more, so many random mixtures.
+_MIXTURES = 64
+
 # Share of the inputs' mean square that their rounding in float32 may be, and more.
 _ROUNDING = 1e-12
 
@@ -47,7 +50,9 @@ class Regression:
         self._folds[fold] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
         self._added += 1
 
-    def solve(self, start: Tensor, scale: Tensor, ridge: float | None = None) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, start: Tensor, scale: Tensor, ridge: float | None = None, *, intercept: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Coefficients and intercept that minimise `|wanted - scale * (inputs W + b)|^2 + ridge |W - start|^2`.
 
         Args:
@@ -55,54 +60,61 @@ class Regression:
             scale: (d,), the factor on each output, none of them zero.
             ridge: share of the inputs' mean variance; by default the one of `RIDGES` with which either half of the
                 data predicts the other best.
+            intercept: without it b is zero.
 
         Returns:
             `(k, d)` and `(d,)`, float64.
         """
-        folds = [_centred(fold, scale) for fold in self._folds if fold is not None]
-        whole = [sum(parts) for parts in zip(*(fold for fold in self._folds if fold is not None), strict=True)]
-        covariance, cross, mean, target, least = _centred(whole, scale)
+        found = [fold for fold in self._folds if fold is not None]
+        folds = [_moments(fold, scale, intercept) for fold in found]
+        whole = [sum(parts) for parts in zip(*found, strict=True)]
+        covariance, cross, mean, target, least = _moments(whole, scale, intercept)
         if ridge is None:
             # All of the data takes less of a pull than half of it.
             ridge = _choose(folds, start, scale) / len(folds) if len(folds) > 1 else _DEFAULT_RIDGE
-        pull = _pull(covariance, ridge, least)
-        system = covariance + pull * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        weight = start + torch.linalg.solve(system, cross - covariance @ start)
+        factor = torch.linalg.cholesky(_pulled(covariance, ridge, least))
+        weight = start + torch.cholesky_solve(cross - covariance @ start, factor)
         return weight, target - mean @ weight
 
 
-# Covariance, cross moments, the two means, and the least pull: what is below it is rounding of the inputs.
-_Centred = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Second and cross moments, centred where there is an intercept; the two means, zero without; and the least pull: what
+# is below it is rounding of the inputs.
+_Moments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _centred(sums: list[Tensor], scale: Tensor) -> _Centred:
+def _moments(sums: list[Tensor], scale: Tensor, intercept: bool) -> _Moments:
     count, z_sum, y_sum, zz, zy = sums
     count = count.clamp(min=1e-12)
-    z, y = z_sum / count, y_sum / count
+    z, y = (z_sum / count, y_sum / count) if intercept else (torch.zeros_like(z_sum), torch.zeros_like(y_sum))
     least = _ROUNDING * (zz.diagonal().mean() / count) + torch.finfo(zz.dtype).tiny
     return zz / count - torch.outer(z, z), (zy / count - torch.outer(z, y)) / scale, z, y / scale, least
 
 
-def _pull(covariance: Tensor, ridge: float, least: Tensor) -> Tensor:
-    return torch.maximum(ridge * covariance.diagonal().mean(), least)
+def _pulled(covariance: Tensor, ridge: float, least: Tensor) -> Tensor:
+    system = covariance.clone()
+    system.diagonal().add_(torch.maximum(ridge * covariance.diagonal().mean(), least))
+    return system
 
 
-def _choose(folds: list[_Centred], start: Tensor, scale: Tensor) -> float:
-    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+def _choose(folds: list[_Moments], start: Tensor, scale: Tensor) -> float:
+    """The ridge with which either half of the data predicts the other best."""
+    mixtures = scale.diag() if len(scale) <= _MIXTURES else scale[:, None] * _signs(len(scale)).to(scale)
     if len(start) >= _MANY:
         # The pulls that are compared are far apart.
         folds = [tuple(part.float() for part in fold) for fold in folds]
-        start, scale = start.float(), scale.float()
-    for index, (covariance, cross, _, _, least) in enumerate(folds):
-        other, other_cross, *_ = folds[1 - index]
-        energy, basis = torch.linalg.eigh(covariance)
-        gradient, other_gradient = (
-            basis.mT @ ((x - c @ start) * scale) for c, x in ((covariance, cross), (other, other_cross))
-        )
-        # The change is a row scaling `d` of the gradient: its error on the other half is `d K d - 2 d c`.
-        products = (basis.mT @ other @ basis) * (gradient @ gradient.mT)
-        cross = (gradient * other_gradient).sum(1)
-        for i, ridge in enumerate(RIDGES):
-            change = 1 / (energy.clamp(min=0) + _pull(covariance, ridge, least))
-            errors[i] += float(change @ products @ change - 2 * change @ cross)
+        start, mixtures = start.float(), mixtures.float()
+    gradients = [(cross - covariance @ start) @ mixtures for covariance, cross, *_ in folds]
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for one, (covariance, _, _, _, least) in enumerate(folds):
+        other = folds[1 - one][0]
+        for index, ridge in enumerate(RIDGES):
+            factor, failed = torch.linalg.cholesky_ex(_pulled(covariance, ridge, least))
+            change = torch.cholesky_solve(gradients[one], factor)
+            error = (change * (other @ change - 2 * gradients[1 - one])).sum()
+            errors[index] += float("inf") if failed else float(error)
     return RIDGES[int(errors.argmin())]
+
+
+def _signs(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, (size, _MIXTURES), generator=generator, dtype=torch.float64) * 2 - 1
