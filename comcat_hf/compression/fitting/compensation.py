@@ -1,18 +1,15 @@
 """Factorising layer by layer, each on what the layers before it, already compressed, produce.
 
-A block's attention and MLP get their factors from the activations that reach them in the compressed model. Their
-output factor and bias are then fitted again, by ridge regression toward the closed form, onto what the dense block
-would have added plus the drift of the residual stream so far (docs/method.md). Small linear solves; no labels and no
-gradients.
+A block's attention and MLP get their factors from the activations that reach them in the compressed model, and from
+weights that predict the dense activations from those. Their output factor and bias are then fitted again, by ridge
+regression toward the closed form, onto what the dense block would have added plus the drift of the residual stream so
+far (docs/method.md). Small linear solves; no labels and no gradients.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from inspect import signature
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +21,15 @@ from ...modeling.filling import fill, warn_not_finite
 from ...modeling.sites import block_of
 from ...modeling.surgery import sites_for, substitute_module
 from ...progress import progress_bar
-from ..calibration.inputs import prepare_batch, read_batches, run_batch
+from ..calibration.inputs import prepare_batch, read_batches
 from ..calibration.moments import Statistics, weighed
 from ..calibration.statistics import TokenMask, collecting, token_mask
+from .calls import Calls, blocks_between, record_calls
+from .readers import Readers, shared_parameters
 from .regression import Regression
 
 
-__all__ = ["Calls", "blocks_between", "compress_in_order", "record_calls"]
+__all__ = ["compress_in_order"]
 
 # Relative error below which a sum of two captured tensors counts as the residual stream.
 _EXACT = 1e-3
@@ -51,7 +50,7 @@ def compress_in_order(
 ) -> None:
     """Replace the modules named in a plan, in place and in forward order, with compensation.
 
-    Memory: a few hidden states of one block on all batches, `tokens * d` numbers each, and the moments of one site;
+    Memory: some six hidden states of one block on all batches, `tokens * d` numbers each, and the moments of one site;
     where a block does not take what the block before it gives, the states that it takes.
 
     Args:
@@ -101,35 +100,6 @@ def compress_in_order(
         model.get_submodule(name).train()
 
 
-@dataclass
-class Calls:
-    """The calls of one block, one a batch: arguments, token masks, hidden states in and out of either model.
-
-    `chained`: it takes what the block before it gives, so that its inputs need not be kept.
-    """
-
-    chained: bool = False
-    arguments: list[tuple[tuple, dict]] = field(default_factory=list)
-    masks: list[Tensor | None] = field(default_factory=list)
-    dense_in: list[Tensor] = field(default_factory=list)
-    dense_out: list[Tensor] = field(default_factory=list)
-    small_in: list[Tensor] = field(default_factory=list)
-    small_out: list[Tensor] = field(default_factory=list)
-
-    def follow(self, before: "Calls | None") -> None:
-        """Take what the block before gives, in either model; both take the same where it does not give it."""
-        if self.chained:
-            self.dense_in, self.small_in = before.dense_out, before.small_out
-        else:
-            self.small_in = self.dense_in
-
-    def run(self, block: nn.Module, states: Tensor, index: int) -> Tensor:
-        """The hidden states that the block gives for those, called as it was with a batch."""
-        args, kwargs = self.arguments[index]
-        output = block(states, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
 class _Reached(Exception):
     """The module that a run is for has been called."""
 
@@ -152,6 +122,7 @@ class _Block:
         self, model: nn.Module, path: str, calls: Calls, ridge: float | None, statistics: Statistics | None
     ) -> None:
         self.model, self.calls, self.ridge, self.statistics = model, calls, ridge, statistics
+        self.shared = shared_parameters(model)
         self.path, self.module = path, model.get_submodule(path)
         self.mask = TokenMask()
         # The running batch, and how often modules whose outputs are kept were called on it.
@@ -162,13 +133,15 @@ class _Block:
         """Compress these sites of the block; returns those whose weights the batches give no finite values."""
         unfitted = []
         outputs = {name: site.output_layer for name, site in sites.items()}
-        residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()})
+        readers = {name: Readers(site.input_layers, self.shared) for name, site in sites.items()}
+        residuals, totals = self._dense_pass({name: linear for name, (_, linear) in outputs.items()}, readers)
         with ExitStack() as stack:
             # The totals are in the order of the calls.
             for name in totals:
                 site = sites[name]
+                readers.pop(name).correct(self._run_small, self.mask)
                 with collecting(site, self.mask) as collector:
-                    for _ in self._run(self.calls.small_in, outputs[name][1]):
+                    for _ in self._run_small(outputs[name][1]):
                         pass
                 substitutes = site.substitutes(ranks[name])
                 fitted = fill(site, substitutes, _weighed(collector.moments(name), site, self.statistics))
@@ -231,11 +204,19 @@ class _Block:
             if handle is not None:
                 handle.remove()
 
-    def _dense_pass(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, _Residual], dict[str, list[Tensor]]]:
+    def _run_small(self, until: nn.Module) -> Iterator[None]:
+        return self._run(self.calls.small_in, until)
+
+    def _dense_pass(
+        self, linears: Mapping[str, nn.Module], readers: Mapping[str, Readers]
+    ) -> tuple[dict[str, _Residual], dict[str, list[Tensor]]]:
         """Run the dense block on dense inputs: where each layer meets the stream, and the stream behind it."""
         residuals: dict[str, _Residual] = {}
         totals: dict[str, list[Tensor]] = {}
-        with _captured(self.module, linears) as seen:
+        with ExitStack() as stack:
+            seen = stack.enter_context(_captured(self.module, linears))
+            for reader in readers.values():
+                stack.enter_context(reader.recording())
             for index, output in enumerate(self._run(self.calls.dense_in)):
                 events = {"block.in": self.calls.dense_in[index], **seen, "block.out": output}
                 self.calls.dense_out.append(output)
@@ -288,51 +269,6 @@ def _solve(regression: Regression, linear: nn.Module, scale: Tensor, ridge: floa
         return False
     linear.weight[used], linear.bias[used] = weight, bias
     return True
-
-
-def blocks_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
-    """These blocks and, since what was compressed before drifts through them, those between them; in order."""
-    names = [name for name, _ in model.named_modules()]
-    order: list[str] = []
-    for stack in {path.rpartition(".")[0] for path in blocks}:
-        found = [n for n in names if n.rpartition(".")[0] == stack and n.rpartition(".")[2].isdigit()]
-        places = [index for index, name in enumerate(found) if name in blocks]
-        order += found[places[0] : places[-1] + 1]
-    return [name for name in names if name in order]
-
-
-def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> dict[str, Calls]:
-    """Run the dense model and keep what its blocks are called with."""
-    calls = {path: Calls() for path in paths}
-    running: Mapping[str, Any] = {}
-    gave: dict[str, Tensor] = {}
-
-    def before(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        record, kwargs = calls[path], dict(kwargs)
-        states = args[0] if args else kwargs.pop(next(iter(signature(module.forward).parameters)))
-        record.dense_in.append(states)
-        record.arguments.append((args[1:], kwargs))
-        mask = running.get("attention_mask")
-        fits = isinstance(mask, Tensor) and mask.shape == states.shape[:-1]
-        record.masks.append(mask if fits else None)
-
-    def after(path: str, module: nn.Module, args: tuple, output: Any) -> None:
-        gave[path] = output[0] if isinstance(output, tuple) else output
-
-    with ExitStack() as stack:
-        for path in paths:
-            module = model.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(partial(after, path)).remove)
-        for index, batch in enumerate(inputs):
-            running = batch
-            run_batch(model, batch, index)
-            for previous, path in pairwise(path for path in paths if path in gave):
-                record = calls[path]
-                record.chained = record.chained if index else torch.equal(gave[previous], record.dense_in[0])
-                if record.chained:
-                    record.dense_in.clear()
-    return calls
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..calibration.inputs import cut_batch, main_input, prepare_batch, read_batc
 from ..calibration.outputs import main_output
 from ..calibration.statistics import token_mask
 from ..request import check_merged
-from .compensation import Calls, blocks_between, record_calls
+from .calls import Calls, blocks_between, record_calls
 from .descent import Descent, Errors, Refinement
 
 

@@ -34,6 +34,7 @@ _RIDGE = 1e-6
 
 _PAIRS = ("qk", "vo")
 _ROLES = ("query", "key", "value")
+_INPUTS_OF = {"qk": ("query", "key"), "vo": ("value",)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class AttentionSite(Site):
     def output_layer(self) -> tuple[str, nn.Linear]:
         return self.view.output_name, self.view.output
 
+    @property
+    def input_layers(self) -> list[nn.Linear | Rows]:
+        return [self.view.projection(role, stream) for stream in self.view.streams for role in _ROLES]
+
     def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
         ranks = ranks_of_pairs(self.view, entry, wider=wider)
         if ranks["qk"] is not None and (reason := self.view.refusal_of_qk):
@@ -91,7 +96,7 @@ class AttentionSite(Site):
     def _saved_of_streams(self, choice: str, cut: int) -> int:
         saved = 0
         for stream in self.view.streams:
-            for role in ("query", "key") if choice == "qk" else ("value",):
+            for role in _INPUTS_OF[choice]:
                 linear = self.view.projection(role, stream)
                 saved += cut * (linear.in_features + (linear.bias is not None))
             output = self.view.projection("output", stream) if choice == "vo" else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InvalidValueError, RankPlanError
+from ..rows import Rows
 
 
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)(?:\.|$)")
@@ -75,6 +76,11 @@ class Site(ABC):
     @abstractmethod
     def output_layer(self) -> tuple[str, nn.Linear]:
         """Path and module of the linear layer that it ends in."""
+
+    @property
+    def input_layers(self) -> list[nn.Linear | Rows]:
+        """The layers that read hidden states, where there are others behind them in this site; by default none."""
+        return []
 
     def entry(self, ranks: Ranks) -> Entry | None:
         """Write chosen ranks as a plan has them; `None` if everything stays dense."""

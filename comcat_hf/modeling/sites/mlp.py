@@ -49,6 +49,10 @@ class MLPSite(Site):
     def output_layer(self) -> tuple[str, nn.Linear]:
         return self.view.output_name, self.view.output
 
+    @property
+    def input_layers(self) -> list[nn.Linear]:
+        return [first for _, first in self.view.first]
+
     def ranks(self, entry: Any, *, wider: bool = False) -> dict[str, int | None]:
         if not isinstance(entry, Mapping) or set(entry) != {"width"}:
             raise RankPlanError(f"{self.name} is an MLP: its entry must be {{'width': k}}, got {entry!r}.")
