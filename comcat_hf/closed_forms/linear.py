@@ -31,17 +31,25 @@ class LinearMoments:
     `covariance` is centred: (..., d_in, d_in) of the input for side "input", (..., d_out, d_out) of the output for
     side "output"; both lead to the same factors, take the smaller. `mean` (..., d_in) is always the input's.
     `curvature` (..., d_out, d_out), in any unit, says how the model's output sees errors of the layer's output.
+    `basis`, where [`with_basis`] found it before, is what all ranks have in common.
     """
 
     covariance: Tensor
     mean: Tensor
     side: str
     curvature: Tensor | None = None
+    basis: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.side not in ("input", "output"):
             problem = f"expected 'input' or 'output', found {self.side!r}"
             raise InvalidValueError(f"`LinearMoments.side`: {problem}; name the side the covariance was gathered on.")
+
+    @torch.no_grad()
+    def with_basis(self, weight: Tensor, *, ridge: float = 1e-6) -> "LinearMoments":
+        """The same, made ready for [`factorize_linear`] at several ranks of one weight."""
+        _check_linear(weight, None, self, ridge)
+        return replace(self, basis=_basis(in_float64(weight), self, ridge))
 
 
 @torch.no_grad()
@@ -72,7 +80,7 @@ def factorize_linear(
         root = spectrum[..., :rank].sqrt()
         first, second = root.unsqueeze(-1) * right[..., :rank, :], left[..., :rank] * root.unsqueeze(-2)
     else:
-        read, second, spectrum = _basis(dense, moments, ridge)
+        read, second, spectrum = moments.basis or _basis(dense, moments, ridge)
         first, second = _balance(read[..., :rank].mT @ dense, second[..., :rank])
     if rank == size:
         one = torch.eye(size, dtype=dense.dtype, device=dense.device).expand(*weight.shape[:-2], size, size)

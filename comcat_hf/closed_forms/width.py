@@ -177,8 +177,12 @@ def _refit(output_weight: Tensor, units: HiddenUnits, kept: Tensor, ridge: float
     system, pull = _add_ridge(rows[:, index], ridge, mean)
     products = rows @ weight.mT if units.products is None else units.products[index]
     wanted = products + pull * weight[:, index].mT
-    factor, failed = torch.linalg.cholesky_ex(system)
-    return torch.linalg.solve(system, wanted) if failed else torch.cholesky_solve(wanted, factor)
+    # What rounding in float32 changes is as small beside the default ridge as for orders.
+    dtype = torch.float32 if len(weight.mT) >= _MANY and ridge >= RIDGE else torch.float64
+    factor, failed = torch.linalg.cholesky_ex(system.to(dtype))
+    if failed:
+        return torch.linalg.solve(system, wanted)
+    return torch.cholesky_solve(wanted.to(dtype), factor).double()
 
 
 def _pivot(covariance: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,21 @@ def test_without_data_small_rows_go_first():
     assert order[0] == 7
 
 
+def test_several_ranks_of_a_linear_layer_share_one_basis(monkeypatch):
+    model, inputs = small_vit()
+    site = find_sites(model)[FC1]
+    moments = collect_statistics(model, [inputs])[site.moments_path]
+    prepared = site.prepare(moments)
+    assert site.prepare() is None
+    for rank in (1, 7, 20):
+        made = [site.substitutes({"rank": rank}) for _ in range(2)]
+        for substitutes, value in zip(made, (moments, prepared), strict=True):
+            site.initialize(substitutes, value)
+        assert_unchanged(made[0][FC1], state_of(made[1][FC1]), classes_of(made[1][FC1]))
+    monkeypatch.setattr("comcat_hf.closed_forms.linear._basis", None)
+    site.initialize(made[0], prepared)
+
+
 def test_several_widths_share_one_ordering():
     model, inputs = small_vit()
     site = mlp_sites(model)[MLP]
@@ -182,8 +197,8 @@ def test_several_widths_share_one_ordering():
             for path in made[0]:
                 assert torch.equal(made[0][path].weight, made[1][path].weight)
                 assert torch.equal(made[0][path].bias, made[1][path].bias)
-    for other in (find_sites(model)["vit.layers.0.attention"], find_sites(model)[FC1]):
-        assert other.prepare(moments) is moments and other.moments_path == other.name
+    attention = find_sites(model)["vit.layers.0.attention"]
+    assert attention.prepare(moments) is moments and attention.moments_path == attention.name
 
 
 # --- what it saves

@@ -77,6 +77,10 @@ class LinearSite(Site):
     def run(self, modules: Mapping[str, nn.Module], states: Tensor, config: Any = None) -> Tensor:
         return modules[self.name](states)
 
+    def prepare(self, moments: LinearMoments | None = None) -> LinearMoments | None:
+        with errors_name(self.name):
+            return None if moments is None else moments.with_basis(self.linear.weight)
+
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: LinearMoments | None = None) -> None:
         module = substitutes[self.name]
