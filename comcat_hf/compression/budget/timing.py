@@ -199,8 +199,8 @@ def _batch(
     """Inputs of one sample, as often as asked, on the device and in the dtype of the weights."""
     result, generator = {}, torch.Generator(weight.device).manual_seed(0)
     given = example_inputs(model) if inputs is None else inputs
-    # Packed patches are one sample as they are.
-    one = samples_in(given) == 1
+    # Packed patches are one sample as they are, and tables of positions belong to none.
+    samples = samples_in(given)
     for name, value in given.items():
         if name.startswith("label"):
             continue
@@ -208,7 +208,7 @@ def _batch(
             if value.is_meta:
                 value = torch.zeros(value.shape, dtype=value.dtype, device=weight.device)
                 value = value.normal_(generator=generator) if value.is_floating_point() else value
-            if not (one and batch_size == 1):
+            if len(value) == samples and samples * batch_size > 1:
                 value = value[:1].expand(batch_size, *value.shape[1:])
             value = value.to(weight.device).contiguous()
             value = value.to(weight.dtype) if value.is_floating_point() else value
