@@ -18,6 +18,7 @@ from .views import (
     is_plain_linear,
     known_attention_classes,
     named_base_modules,
+    output_siblings,
 )
 from .wrappers import unwrapped
 
@@ -43,8 +44,10 @@ def _mlp_sites(model: nn.Module, modules: Walk, refuse: Refuse) -> Iterator[MLPS
     views = [view for view in mlp_views(modules) if view.layers().keys() <= linears.keys()]
     yield from map(MLPSite, views)
     known = {path for view in views for path in view.layers()}
+    projections = output_siblings(modules)
     for name, linear in linears.items():
-        if name in known or (_lies_under(name, blocks) and not _lies_under(name, attention)):
+        inside = _lies_under(name, blocks) and not _lies_under(name, attention) and name not in projections
+        if name in known or inside:
             yield LinearSite(name, linear)
 
 

@@ -269,9 +269,13 @@ class HostedLowRankAttention(LowRankAttention):
         stand_in = StandIn.of(self, self._family, projections, self._host, further)
         stand_in.resize(projections.heads, projections.width)
         output = stand_in.forward(*args, **kwargs)
-        if not self._family.output_in_parent:
+        if self._family.sibling_of(self) is None:
             return output
-        return (projections.narrow(output[0]), *output[1:])
+        if not isinstance(output, tuple):
+            return projections.narrow(output)
+        # Of classes with streams the heads' outputs of each.
+        heads = 1 if self._family.output_in_parent else len(output)
+        return (*map(projections.narrow, output[:heads]), *output[heads:])
 
 
 class _Projections:
@@ -332,7 +336,7 @@ def attend_plainly(attention: nn.Module, family: AttentionFamily, states: Tensor
         found = [project(states) for project in (projections.query, projections.key, projections.value)]
     query, key, value = (split_heads(part, projections.heads).transpose(-3, -2) for part in found)
     attended = F.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2)
-    return projections.narrow(attended) if family.output_in_parent else projections.output(attended)
+    return projections.output(attended) if family.sibling_of(attention) is None else projections.narrow(attended)
 
 
 @functools.cache

@@ -31,7 +31,6 @@ _LOOKS_LIKE_ATTENTION = re.compile(r"Attention|Attn|MHA")
 _LOOKS_LIKE_BLOCK = re.compile(r"(Layer|Block|Encoder|Decoder|Model)$")
 _LOOKS_LIKE_POOLER = re.compile(r"Attention\w*Pool|Pool\w*Attention")
 
-
 _INPUTS = ("query", "key", "value")
 
 # What `named_base_modules` gives, kept: name, module and parent.
@@ -98,16 +97,24 @@ class AttentionView:
         """Why the query/key product cannot be compressed, if it cannot."""
         if self.form.rotary is not None:
             return "it rotates queries and keys by their positions, so the query/key product is not one matrix"
-        return None if self.family.refuse_qk is None else self.family.refuse_qk(self.module)
+        refuse = self.family.refuse_qk
+        return self.form.refuse_qk or (None if refuse is None else refuse(self.module))
 
     @property
     def keeps_width(self) -> bool:
         """Whether compressed queries and keys must keep the width of the dense head."""
         return self.refusal_of_qk is not None
 
-    def by_sample(self, attended: Tensor) -> Tensor:
-        """What enters the output projection, as `(samples, tokens, d)` where it has three dimensions."""
-        return attended.transpose(0, 1) if self.family.tokens_first else attended
+    @property
+    def further(self) -> int:
+        """How many columns of a sibling read something else behind the heads' outputs, as hidden units of an MLP."""
+        width = self.num_heads * self.head_dim
+        return 0 if self.sibling is None else base_module(self.output).in_features - width
+
+    def attended(self, states: Tensor) -> Tensor:
+        """The heads' outputs in what enters the output projection, `(samples, tokens, d)` of three dimensions."""
+        states = states[..., : self.num_heads * self.head_dim]
+        return states.transpose(0, 1) if self.family.tokens_first else states
 
     @property
     def form(self) -> Form:
@@ -154,13 +161,7 @@ class AttentionView:
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (
-        *transformers.FAMILIES,
-        *transformers.ADAPTED,
-        *timm.FAMILIES,
-        *diffusers.FAMILIES,
-        *diffusers.ADAPTED,
-    )
+    return (*transformers.FAMILIES, *transformers.ADAPTED, *timm.FAMILIES, *diffusers.FAMILIES, *diffusers.ADAPTED)
 
 
 def _refusals() -> dict[str, str]:
@@ -265,6 +266,13 @@ def attention_paths(modules: Walk) -> list[str]:
         elif _is_pooler(module):
             found.append((name, None))
     return [name.rpartition(".")[0] if family and family.output_in_parent else name for name, family in found]
+
+
+def output_siblings(modules: Walk) -> set[str]:
+    """Paths of output projections beside the attention modules that they belong to."""
+    found = ((name, m, m._family if is_low_rank(m) else _registry.find(m)) for name, m, _ in modules)
+    paths = ((name.rpartition(".")[0], family.sibling_of(m)) for name, m, family in found if family)
+    return {f"{owner}.{path}".lstrip(".") for owner, path in paths if path}
 
 
 def _attention_modules(modules: Walk) -> list[tuple[str, nn.Module, nn.Module | None, AttentionFamily | None]]:

@@ -31,13 +31,13 @@ def inserted(model, inputs):
     def matrices(site, mean=0.0):
         def insert(states):
             heads, size, values = site.view.num_heads, site.view.head_dim, isinstance(mean, torch.Tensor)
-            states = site.view.by_sample(states) if values else states
+            states = site.view.attended(states) if values else states
             # Packed tokens are samples of their own.
             rows = states.flatten(1, -2) if states.ndim > 2 else states[:, None]
             one = torch.eye(size, dtype=dtype).expand(len(states), heads, size, size).clone().requires_grad_()
             added.setdefault((site.name, "vo" if values else "qk"), []).append(one)
             moved = torch.einsum("bnhi,bhij->bnhj", (rows - mean).unflatten(-1, (heads, size)), one).flatten(-2) + mean
-            return site.view.by_sample(moved.reshape(states.shape)) if values else moved.reshape(states.shape)
+            return site.view.attended(moved.reshape(states.shape)) if values else moved.reshape(states.shape)
 
         return insert
 

@@ -1,4 +1,8 @@
-"""Compressed attention of two streams: one inner space for image and text, with the biases of both as rows."""
+"""Compressed attention of diffusion transformers.
+
+Of two streams one inner space serves image and text, with the biases of both as rows; where heads are normalised or
+rotated the value/output product alone shrinks, also where a sibling reads an MLP's units behind the heads' outputs.
+"""
 
 import copy
 
@@ -6,17 +10,21 @@ import diffusers
 import pytest
 import torch
 
-from comcat_hf import collect_statistics, compress, plan_of
+from comcat_hf import collect_statistics, compress, measure_latency, plan_of
 from comcat_hf.compression.calibration.curvature import movements
 from comcat_hf.compression.calibration.outputs import Movement, main_output
 from comcat_hf.errors import RankPlanError, UnsupportedModuleError
-from comcat_hf.modeling import apply_ranks, find_sites, read_ranks
+from comcat_hf.modeling import apply_ranks, find_sites, known_sites, read_ranks
 from comcat_hf.modeling.sites.joint import fill_inputs, stacked
 from tests.helpers import assert_close, outputs, randomize
 from tests.tuners.diffusion import _ROWS
 
 
-every = pytest.mark.parametrize("name", ["sd3", "sd3.5", "qwen"])
+# Those whose rows are not compressed.
+REFUSED = {"flux2": "one layer with those of its MLP", "lumina2": "several heads of queries share"}
+# Few layers leave few choices.
+SHARES = {"cogvideox": 0.067, "cogview4": 0.068, "dit": 0.068}
+every = pytest.mark.parametrize("name", [name for name in _ROWS if name not in REFUSED])
 
 
 def model_of(name):
@@ -48,12 +56,50 @@ def test_what_loses_nothing_is_exact(name, ranks):
 @every
 def test_is_compressed_saved_and_loaded(name, tmp_path):
     model, inputs = model_of(name)
-    for how in ({}, {"batches": [inputs]}):
-        small = compress(model, 0.061, scope="attention", **how)
-        assert 0.061 <= plan_of(small).reached <= 0.066
+    # A list of images of several sizes is no batch of samples.
+    for how in ({}, {"batches": [inputs]})[: 1 if name == "z-image" else 2]:
+        share = SHARES.get(name, 0.061)
+        small = compress(model, share, scope="attention", **how)
+        assert share <= plan_of(small).reached <= share + 0.005
         small.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path)
         assert all(map(torch.equal, outputs(loaded, inputs), outputs(small, inputs)))
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan-video"])
+def test_a_projection_of_heads_and_mlp_is_one_site(name, tmp_path):
+    """It loses the columns of the heads alone, and is not given a rank as a layer of its own."""
+    model, inputs = model_of(name)
+    blocks = [path for path, module in model.named_modules() if hasattr(module, "proj_out") and path]
+    projections = {f"{path}.proj_out": model.get_submodule(path).proj_out for path in blocks}
+    assert projections and not projections.keys() & find_sites(model).keys()
+    small = compress(model, 0.1)
+    for path, dense in projections.items():
+        rank = plan_of(small).ranks[path.replace("proj_out", "attn")]["vo"]
+        heads = model.config.num_attention_heads
+        narrow = small.get_submodule(path)
+        assert narrow.in_features == dense.in_features - heads * (model.config.attention_head_dim - rank)
+        assert torch.equal(narrow.weight[:, heads * rank :], dense.weight[:, dense.out_features :])
+    small.save_pretrained(tmp_path)
+    assert all(map(torch.equal, outputs(type(model).from_pretrained(tmp_path), inputs), outputs(small, inputs)))
+    assert not projections.keys() & known_sites(small).keys()
+
+
+def test_linear_attention_has_no_scores_to_compress():
+    cls, settings, _ = _ROWS["sana"]
+    model = getattr(diffusers, cls)(**settings | {"qk_norm": None})
+    site = find_sites(model, "attention")["transformer_blocks.0.attn1"]
+    assert list(site.choices) == ["vo"]
+    with pytest.raises(RankPlanError, match="its attention is linear"):
+        apply_ranks(model, {site.name: {"qk": 4}})
+
+
+def test_latency_of_two_streams_is_that_of_both():
+    model, inputs = model_of("flux")
+    table = measure_latency(model, inputs, repeats=1, progress=False)
+    assert table.total > 0
+    tokens = {shape.rpartition(", ")[2] for shape in table.shapes if shape.startswith("attention")}
+    assert tokens == {"21 tokens"}
 
 
 def test_the_key_bias_of_two_streams_does_not_drop_out():
@@ -67,11 +113,12 @@ def test_the_key_bias_of_two_streams_does_not_drop_out():
         assert_close(outputs(model, inputs), expected, 1e-3)
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in _ROWS if name not in REFUSED and name != "z-image"])
 def test_curvature_tells_how_the_output_moves(name):
     """Of each choice at each of a few ranks, in the order in which truncating it alone moves the output."""
     model, inputs = model_of(name)
-    found = collect_statistics(model, [inputs], scope="attention", curvature=True)
+    # Each time with other random signs.
+    found = collect_statistics(model, [inputs] * 16, scope="attention", curvature=True)
     moments = collect_statistics(model, [inputs], scope="attention")
     pairs = []
     for path, site in find_sites(model, "attention").items():
@@ -87,11 +134,19 @@ def test_curvature_tells_how_the_output_moves(name):
     assert torch.corrcoef(logs.T)[0, 1] > 0.8
 
 
+def test_what_is_refused_can_be_left_out():
+    model, inputs = model_of("flux2")
+    small = compress(model, 0.02, exclude_modules=["single_transformer_blocks"])
+    assert set(read_ranks(small)) and not any("single" in name for name in read_ranks(small))
+    assert outputs(small, inputs)[0].isfinite().all()
+
+
 def test_what_is_refused():
     model, _ = model_of("qwen")
     path = next(iter(find_sites(model, "attention")))
     with pytest.raises(RankPlanError, match=rf"^{path} is a .*rotates queries and keys"):
         apply_ranks(model, {path: {"qk": 2}})
-    model, _ = model_of("flux")
-    with pytest.raises(UnsupportedModuleError, match="built for Stable Diffusion 3 and Qwen-Image alone"):
-        find_sites(model, "attention")
+    for name, why in REFUSED.items():
+        model, _ = model_of(name)
+        with pytest.raises(UnsupportedModuleError, match=why):
+            find_sites(model, "attention")

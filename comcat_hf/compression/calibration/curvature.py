@@ -196,12 +196,16 @@ class _AttentionMeter(_Meter):
                 yield query.register_forward_hook(lambda module, args, output: self._watch(output, "qk"))
             if (output := view.projection("output", stream)) is not None:
                 yield output.register_forward_pre_hook(
-                    lambda module, args: (self._watch(args[0], "vo", lambda u: u - self.mean.to(u)), *args[1:])
+                    lambda module, args: (self._watch(args[0], "vo", self._centred), *args[1:])
                 )
+
+    def _centred(self, states: Tensor) -> Tensor:
+        attended = self.view.attended(states)
+        return attended - self.mean.to(attended)
 
     def take(self, name: str, states: Tensor, gradients: Tensor) -> None:
         if name == "vo":
-            states, gradients = self.view.by_sample(states), self.view.by_sample(gradients)
+            gradients = self.view.attended(gradients)
         self.hold(name, head_gradients(_three(states), _three(gradients), self.view.num_heads))
 
     def close(self, counts: Collection[int]) -> None:

@@ -214,7 +214,7 @@ class _AttentionCollector(_Collector):
                 yield query.register_forward_hook(lambda module, args, output: self._on_query(output))
                 yield key.register_forward_hook(lambda module, args, output: self._keys_of_stream(output))
             if (output := view.projection("output", stream)) is not None:
-                yield output.register_forward_pre_hook(lambda m, args: self._on_attended(view.by_sample(args[0])))
+                yield output.register_forward_pre_hook(lambda m, args: self._on_attended(view.attended(args[0])))
 
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # diffusers names the other input, and gives its mask three dimensions.

@@ -14,13 +14,14 @@ from ..families import AttentionFamily, Form, MLPFamily, Stream
 # Text with projections of its own, beside an image.
 _TEXT = Stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
 
-_NOT_BUILT = "compression of rotated or joint attention is built for Stable Diffusion 3 and Qwen-Image alone"
+_GROUPS = "compression is not built for keys and values that several heads of queries share"
+_WITH_MLP = "its projections lie in one layer with those of its MLP; leave it out by exclude_modules"
 # These give their kernel the module's scale, and pass norms of queries and keys over;
 _given = Form(scale="given", norms=False)
 # and with these it takes the root of the width of the heads.
 _width = Form(scale="width", heads_first=True)
-_rotary = partial(Form, scale="width", compress=_NOT_BUILT)
-_joint = partial(_rotary, (_TEXT,), "image_rotary_emb")
+_own = partial(Form, scale="width")
+_joint = partial(_own, (_TEXT,), "image_rotary_emb")
 _LINEAR = "its attention is linear: it takes queries and keys apart, so there are no scores to add to"
 
 # Those of the class that UNets and the older transformers share.
@@ -29,22 +30,20 @@ PROCESSORS: dict[str, Form] = {
     **dict.fromkeys(("AttnProcessor2_0", "FusedAttnProcessor2_0", "AttnProcessorNPU"), _width),
     "XLAFlashAttnProcessor2_0": _width,
     "SanaAttnProcessor2_0": Form(scale="width"),
-    **dict.fromkeys(
-        ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), _rotary((_TEXT,), heads_first=True, compress=None)
-    ),
-    "QwenDoubleStreamAttnProcessor2_0": _joint(compress=None),
+    **dict.fromkeys(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), _own((_TEXT,), heads_first=True)),
+    "QwenDoubleStreamAttnProcessor2_0": _joint(),
     "HunyuanVideoAttnProcessor2_0": _joint(),
     "HunyuanImageAttnProcessor": _joint(),
     "BriaAttnProcessor": _joint(),
-    **dict.fromkeys(("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"), _rotary((_TEXT,), scale="given")),
-    "ZSingleStreamAttnProcessor": _rotary(rotary="freqs_cis"),
-    "Lumina2AttnProcessor2_0": _rotary(rotary="image_rotary_emb", scale="given"),
+    **dict.fromkeys(("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"), _own((_TEXT,), scale="given")),
+    "ZSingleStreamAttnProcessor": _own(rotary="freqs_cis"),
+    "Lumina2AttnProcessor2_0": _own(rotary="image_rotary_emb", scale="given", compress=_GROUPS),
     **dict.fromkeys(
         ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0", "HunyuanAttnProcessor2_0"),
-        _rotary(rotary="image_rotary_emb", heads_first=True),
+        _own(rotary="image_rotary_emb", heads_first=True),
     ),
-    "CogView4AttnProcessor": _rotary(rotary="image_rotary_emb", layout="halves", heads_first=True),
-    "SanaLinearAttnProcessor2_0": _rotary(refuse_qk=_LINEAR),
+    "CogView4AttnProcessor": _own(rotary="image_rotary_emb", layout="halves", heads_first=True),
+    "SanaLinearAttnProcessor2_0": _own(refuse_qk=_LINEAR),
 }
 # What its kernel computes with fewer heads of keys.
 _GROUPED = frozenset({"Lumina2AttnProcessor2_0"})
@@ -127,14 +126,14 @@ def _family(path: str, processors: Mapping[str, Form], **settings: Any) -> Atten
 def _flux(path: str, cls: str, *processors: str, **form: Any) -> AttentionFamily:
     """A class that was copied from Flux's, with what it names otherwise."""
     given = {"rotary": "image_rotary_emb", **form}
-    rows = dict.fromkeys(processors, _rotary((_TEXT,), **given))
+    rows = dict.fromkeys(processors, _own((_TEXT,), **given))
     return _family(f"transformers.{path}.{cls}", rows, sibling="proj_out")
 
 
 def _wan(path: str) -> AttentionFamily:
     return _family(
         f"transformers.{path}Attention",
-        {f"{path.rpartition('.')[2]}AttnProcessor": _rotary(rotary="rotary_emb")},
+        {f"{path.rpartition('.')[2]}AttnProcessor": _own(rotary="rotary_emb")},
         head_dim=None,
         sizes=(("inner_dim",), ("kv_inner_dim",)),
         refuse=_refuse_second_image,
@@ -150,18 +149,8 @@ FAMILIES: tuple[AttentionFamily, ...] = (
         refuse_qk=_refuse_qk,
         sibling="proj_out",
     ),
-)
-
-# Those that adapters go beside and that are not compressed.
-ADAPTED: tuple[AttentionFamily, ...] = (
     _flux("transformer_flux", "FluxAttention", "FluxAttnProcessor"),
     _flux("transformer_flux2", "Flux2Attention", "Flux2AttnProcessor"),
-    _family(
-        "transformers.transformer_flux2.Flux2ParallelSelfAttention",
-        {"Flux2ParallelSelfAttnProcessor": _rotary(rotary="image_rotary_emb")},
-        **dict.fromkeys(("query", "key", "value"), "to_qkv_mlp_proj"),
-        output="to_out",
-    ),
     _flux("transformer_flux3", "Flux3Attention", "Flux3AttnProcessor"),
     _flux("transformer_bria", "BriaAttention", "BriaAttnProcessor"),
     _flux("transformer_bria_fibo", "BriaFiboAttention", "BriaFiboAttnProcessor"),
@@ -169,12 +158,22 @@ ADAPTED: tuple[AttentionFamily, ...] = (
     _flux("transformer_longcat_image", "LongCatImageAttention", "LongCatImageAttnProcessor"),
     _family(
         "transformers.transformer_ltx.LTXAttention",
-        {"LTXVideoAttnProcessor": _rotary(rotary="image_rotary_emb")},
+        {"LTXVideoAttnProcessor": _own(rotary="image_rotary_emb")},
         head_dim=None,
     ),
     _wan("transformer_wan.Wan"),
     _wan("transformer_chronoedit.Wan"),
     _wan("transformer_skyreels_v2.SkyReelsV2"),
+)
+
+# Those that adapters go beside and that are not compressed.
+ADAPTED: tuple[AttentionFamily, ...] = (
+    _family(
+        "transformers.transformer_flux2.Flux2ParallelSelfAttention",
+        {"Flux2ParallelSelfAttnProcessor": _own(rotary="image_rotary_emb", compress=_WITH_MLP)},
+        **dict.fromkeys(("query", "key", "value"), "to_qkv_mlp_proj"),
+        output="to_out",
+    ),
 )
 
 # Gated ones have gate and value in one layer, twice as wide as the second takes: they keep their width.

@@ -121,14 +121,14 @@ class AttentionSite(Site):
         )
 
     def dense_modules(self) -> dict[str, nn.Module]:
-        outside = {self.view.output_name: self.view.output} if self.view.family.output_in_parent else {}
+        outside = {} if self.view.sibling is None else {self.view.output_name: self.view.output}
         return {self.name: self.view.module, **outside}
 
     def substitutes(self, ranks: Ranks) -> dict[str, nn.Module]:
         view = self.view
         modules: dict[str, nn.Module] = {view.name: LowRankAttention.from_view(view, ranks.get("qk"), ranks.get("vo"))}
-        if view.family.output_in_parent and ranks.get("vo") is not None:
-            width = view.num_heads * ranks["vo"]
+        if view.sibling is not None and ranks.get("vo") is not None:
+            width = view.num_heads * ranks["vo"] + view.further
             modules[view.output_name] = empty_linear(view.output, view.output.out_features, width, True)
         return modules
 
@@ -137,12 +137,16 @@ class AttentionSite(Site):
         if family.runs_host and not family.processors:
             # What else the host's forward is called with is not at hand.
             output = attend_plainly(modules[self.name], family, states)
+        elif len(self.view.streams) > 1 and states.shape[-2] > 1:
+            image, text = states.tensor_split(2, dim=-2)
+            output = modules[self.name](image, encoder_hidden_states=text)
         else:
             output = modules[self.name](states)
         if self.view.output_name not in modules:
             return output
         # A sibling's.
-        return modules[self.view.output_name](output[0] if isinstance(output, tuple) else output)
+        attended = output[0] if isinstance(output, tuple) else output
+        return modules[self.view.output_name](F.pad(attended, (0, self.view.further)))
 
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: AttentionMoments | None = None) -> None:
@@ -164,8 +168,9 @@ class AttentionSite(Site):
                 fill_outputs(view, attention, factors)
             return
         if attention.vo_rank is not None:
-            output = substitutes[view.output_name] if family.output_in_parent else family.output_of(attention)
-            output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
+            output = family.output_of(attention) if view.sibling is None else substitutes[view.output_name]
+            columns = factors.output_weight.transpose(0, 1).flatten(1)
+            output.weight.copy_(torch.cat([columns, self._columns()[1].to(columns)], 1))
             output.bias.copy_(factors.output_bias)
         if family.fused:
             _fill_fused(
@@ -239,7 +244,7 @@ class AttentionSite(Site):
             value, shift = value[..., :-1], value[..., -1]
             constant = constant - torch.einsum("hor,hr->o", factors.output_weight, shift)
         view.value.weight.copy_(value.flatten(0, 1))
-        view.output.weight.copy_(factors.output_weight.transpose(0, 1).flatten(1))
+        self._columns()[0].copy_(factors.output_weight.transpose(0, 1).flatten(1))
         for linear, constant_of in ((view.value, shift.flatten()), (view.output, constant)):
             constant_of = constant_of.to(linear.weight)
             # Rows write into the bias of their layer.
@@ -259,8 +264,13 @@ class AttentionSite(Site):
         if len(self.view.streams) > 1:
             return stacked(self.view, "value"), None, *stacked_outputs(self.view)
         value, output, heads = self.view.value, self.view.output, (self.view.num_heads, self.view.head_dim)
-        columns = output.weight.unflatten(1, heads).transpose(0, 1)
+        columns = self._columns()[0].unflatten(1, heads).transpose(0, 1)
         return self._rows(value.weight), self._rows(value.bias), columns, output.bias
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """The weights of the output projection that read the heads' outputs, and those behind them."""
+        weight, width = self.view.output.weight, self.view.num_heads * self.view.head_dim
+        return weight[:, :width], weight[:, width:]
 
     def _rows(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.unflatten(0, (self.view.num_heads, self.view.head_dim))
