@@ -72,7 +72,7 @@ class LowRankAttention(nn.Module):
                 module.add_module(name, inputs[name])
             elif name == output and vo_rank is not None:
                 dense = view.output
-                linear = empty_linear(dense, dense.out_features, view.num_heads * vo_rank, True)
+                linear = empty_linear(dense, dense.out_features, view.num_heads * vo_rank + view.further, True)
                 layers = [linear if part is dense else part for part in child] if index else ()
                 module.add_module(name, nn.ModuleList(layers) if index else linear)
             else:
@@ -196,10 +196,11 @@ def _inputs(view: AttentionView, qk_rank: int | None, vo_rank: int | None) -> di
     """The empty input projections by attribute name, without those that stay as they are."""
     family, heads = view.family, view.num_heads
     if family.fused:
-        # What stays dense is a part of it, biases included.
+        # What stays dense is a part of it, biases included, and so are rows of something else behind.
         dense = getattr(view.module, family.query)
         widths = [view.head_dim if rank is None else rank for rank in (qk_rank, qk_rank, vo_rank)]
-        return {family.query: empty_linear(dense, heads * sum(widths), dense.in_features, dense.bias is not None)}
+        rows = dense.out_features + heads * (sum(widths) - 3 * view.head_dim)
+        return {family.query: empty_linear(dense, rows, dense.in_features, dense.bias is not None)}
     if len(view.streams) > 1:
         return _of_streams(view, {"query": qk_rank, "key": qk_rank, "value": vo_rank, "output": vo_rank})
     ranks = {family.query: qk_rank, family.key: qk_rank, family.value: vo_rank}
@@ -300,17 +301,21 @@ class _Projections:
         return self._wide(self._rows(self.stream.value, states))
 
     def fused(self, states: Tensor) -> Tensor:
-        """Queries, keys and values of one layer, side by side."""
+        """Queries, keys and values of one layer, side by side, and what else it gives behind them."""
+        projected = self._rows(self.family.query, states)
         sizes = [self.heads * width for width in (self.qk_width, self.qk_width, self.vo_width)]
-        query, key, value = map(self._wide, self._rows(self.family.query, states).split(sizes, dim=-1))
-        return torch.cat([self._scaled(query), key, value], dim=-1)
+        *parts, further = projected.split([*sizes, projected.shape[-1] - sum(sizes)], dim=-1)
+        query, key, value = map(self._wide, parts)
+        return torch.cat([self._scaled(query), key, value, further], dim=-1)
 
     def output(self, states: Tensor) -> Tensor:
         return _project(at_path(self.attention, self.stream.output), self.narrow(states))
 
     def narrow(self, attended: Tensor) -> Tensor:
-        """The heads' outputs without what fills them up."""
-        return split_heads(attended, self.heads)[..., : self.vo_width].flatten(-2)
+        """The heads' outputs without what fills them up, and what stands behind them."""
+        wide = self.heads * self.width
+        heads = split_heads(attended[..., :wide], self.heads)[..., : self.vo_width].flatten(-2)
+        return torch.cat([heads, attended[..., wide:]], dim=-1) if attended.shape[-1] > wide else heads
 
     def _rows(self, name: str, states: Tensor) -> Tensor:
         return _project(getattr(self.attention, name), states)

@@ -107,9 +107,8 @@ class AttentionView:
 
     @property
     def further(self) -> int:
-        """How many columns of a sibling read something else behind the heads' outputs, as hidden units of an MLP."""
-        width = self.num_heads * self.head_dim
-        return 0 if self.sibling is None else base_module(self.output).in_features - width
+        """How many columns of the output projection read something else behind the heads, as an MLP's units."""
+        return base_module(self.output).in_features - self.num_heads * self.head_dim
 
     def attended(self, states: Tensor) -> Tensor:
         """The heads' outputs in what enters the output projection, `(samples, tokens, d)` of three dimensions."""
@@ -161,7 +160,7 @@ class AttentionView:
 
 
 def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *transformers.ADAPTED, *timm.FAMILIES, *diffusers.FAMILIES, *diffusers.ADAPTED)
+    return (*transformers.FAMILIES, *transformers.ADAPTED, *timm.FAMILIES, *diffusers.FAMILIES)
 
 
 def _refusals() -> dict[str, str]:
@@ -190,7 +189,7 @@ def register_attention_family(family: AttentionFamily) -> None:
 
 def known_attention_classes(whole: bool = True) -> list[str]:
     """Names of the attention classes that can be factorised; without `whole`, also those of adapters alone."""
-    adapted = {family.host for family in (*transformers.ADAPTED, *diffusers.ADAPTED)}
+    adapted = {family.host for family in transformers.ADAPTED}
     return sorted({host.rpartition(".")[2] for host in _registry.families if not whole or host not in adapted})
 
 

@@ -47,7 +47,7 @@ def _classes(library, folder: str, name: str) -> Iterator[str]:
 
 def _without_a_row() -> set[str]:
     found = {*_classes(transformers, "models", "modeling_*.py"), *_classes(diffusers, "models", "*.py")}
-    described = (*of_transformers.FAMILIES, *of_transformers.ADAPTED, *of_diffusers.FAMILIES, *of_diffusers.ADAPTED)
+    described = (*of_transformers.FAMILIES, *of_transformers.ADAPTED, *of_diffusers.FAMILIES)
     forms = {name for family in described for name in family.processors}
     return found - {family.host for family in described} - dict(of_transformers.REFUSED).keys() - forms
 

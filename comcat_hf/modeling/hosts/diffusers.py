@@ -15,7 +15,6 @@ from ..families import AttentionFamily, Form, MLPFamily, Stream
 _TEXT = Stream("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
 
 _GROUPS = "compression is not built for keys and values that several heads of queries share"
-_WITH_MLP = "its projections lie in one layer with those of its MLP; leave it out by exclude_modules"
 # These give their kernel the module's scale, and pass norms of queries and keys over;
 _given = Form(scale="given", norms=False)
 # and with these it takes the root of the width of the heads.
@@ -151,6 +150,12 @@ FAMILIES: tuple[AttentionFamily, ...] = (
     ),
     _flux("transformer_flux", "FluxAttention", "FluxAttnProcessor"),
     _flux("transformer_flux2", "Flux2Attention", "Flux2AttnProcessor"),
+    _family(
+        "transformers.transformer_flux2.Flux2ParallelSelfAttention",
+        {"Flux2ParallelSelfAttnProcessor": _own(rotary="image_rotary_emb")},
+        **dict.fromkeys(("query", "key", "value"), "to_qkv_mlp_proj"),
+        output="to_out",
+    ),
     _flux("transformer_flux3", "Flux3Attention", "Flux3AttnProcessor"),
     _flux("transformer_bria", "BriaAttention", "BriaAttnProcessor"),
     _flux("transformer_bria_fibo", "BriaFiboAttention", "BriaFiboAttnProcessor"),
@@ -164,16 +169,6 @@ FAMILIES: tuple[AttentionFamily, ...] = (
     _wan("transformer_wan.Wan"),
     _wan("transformer_chronoedit.Wan"),
     _wan("transformer_skyreels_v2.SkyReelsV2"),
-)
-
-# Those that adapters go beside and that are not compressed.
-ADAPTED: tuple[AttentionFamily, ...] = (
-    _family(
-        "transformers.transformer_flux2.Flux2ParallelSelfAttention",
-        {"Flux2ParallelSelfAttnProcessor": _own(rotary="image_rotary_emb", compress=_WITH_MLP)},
-        **dict.fromkeys(("query", "key", "value"), "to_qkv_mlp_proj"),
-        output="to_out",
-    ),
 )
 
 # Gated ones have gate and value in one layer, twice as wide as the second takes: they keep their width.

@@ -173,9 +173,8 @@ class AttentionSite(Site):
             output.weight.copy_(torch.cat([columns, self._columns()[1].to(columns)], 1))
             output.bias.copy_(factors.output_bias)
         if family.fused:
-            _fill_fused(
-                getattr(attention, family.query), [rows.get(role) or self._dense_rows(role) for role in _ROLES]
-            )
+            parts = [rows.get(role) or self._dense_rows(role) for role in _ROLES]
+            _fill_fused(getattr(attention, family.query), getattr(view.module, family.query), parts)
         else:
             for role, (weight, bias) in rows.items():
                 _fill(getattr(attention, getattr(family, role)), weight, bias)
@@ -291,11 +290,14 @@ def ranks_of_pairs(view: AttentionView, entry: Any, *, wider: bool = False) -> d
     return {pair: entry.get(pair) for pair in _PAIRS}
 
 
-def _fill_fused(linear: nn.Linear, rows: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    linear.weight.copy_(torch.cat([weight.flatten(0, 1) for weight, _ in rows]))
+def _fill_fused(linear: nn.Linear, dense: nn.Linear, rows: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Write rows by head; those of something else behind them are the dense layer's."""
+    weights = [weight.flatten(0, 1) for weight, _ in rows]
+    behind = len(dense.weight) - len(linear.weight) + sum(map(len, weights))
+    linear.weight.copy_(torch.cat([*weights, dense.weight[behind:].to(weights[0])]))
     if linear.bias is not None:
         biases = [weight.new_zeros(weight.shape[:2]) if bias is None else bias for weight, bias in rows]
-        linear.bias.copy_(torch.cat([bias.flatten() for bias in biases]))
+        linear.bias.copy_(torch.cat([*(bias.flatten() for bias in biases), dense.bias[behind:].to(weights[0])]))
 
 
 def _fill(linear: nn.Linear | Rows, weight: Tensor, bias: Tensor | None) -> None:
