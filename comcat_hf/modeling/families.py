@@ -12,7 +12,11 @@ from .weights import class_path
 from .wrappers import base_module
 
 
-__all__ = ["AttentionFamily", "Form", "MLPFamily", "Registry", "Stream", "at_path"]
+__all__ = ["NORMALISED", "ROTATED", "AttentionFamily", "Form", "MLPFamily", "Registry", "Stream", "at_path"]
+
+# Why a query/key product cannot be compressed.
+ROTATED = "it rotates queries and keys by their positions, so the query/key product is not one matrix"
+NORMALISED = "it normalises queries and keys after their projections, so the query/key product is not one matrix"
 
 Family = TypeVar("Family", "AttentionFamily", "MLPFamily")
 

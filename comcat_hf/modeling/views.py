@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
-from .families import AttentionFamily, Form, Registry, Stream, at_path
+from .families import ROTATED, AttentionFamily, Form, Registry, Stream, at_path
 from .hosts import diffusers, timm, transformers
 from .rows import Rows
 from .weights import class_path, is_plain_linear, is_quantised, kind_of_weight
@@ -96,7 +96,7 @@ class AttentionView:
     def refusal_of_qk(self) -> str | None:
         """Why the query/key product cannot be compressed, if it cannot."""
         if self.form.rotary is not None:
-            return "it rotates queries and keys by their positions, so the query/key product is not one matrix"
+            return ROTATED
         refuse = self.family.refuse_qk
         return self.form.refuse_qk or (None if refuse is None else refuse(self.module))
 

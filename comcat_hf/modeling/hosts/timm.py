@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..families import AttentionFamily, MLPFamily
+from ..families import NORMALISED, ROTATED, AttentionFamily, MLPFamily
 
 
 _LAYERS = {"query": "qkv", "key": "qkv", "value": "qkv", "output": "proj"}
@@ -25,7 +25,7 @@ def _refuse(module: nn.Module) -> str | None:
 
 def _refuse_qk(module: nn.Module) -> str | None:
     if _is_there(module, "q_norm") or _is_there(module, "k_norm"):
-        return "it normalises queries and keys after their projections, so the query/key product is not one matrix"
+        return NORMALISED
     return None
 
 
@@ -36,7 +36,7 @@ def _refuse_one_layer(module: nn.Module) -> str | None:
 
 
 def _refuse_rotary(module: nn.Module) -> str | None:
-    return "it rotates queries and keys by their positions, so the query/key product is not one matrix"
+    return ROTATED
 
 
 def _scale(module: nn.Module) -> float:

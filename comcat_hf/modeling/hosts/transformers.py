@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from ..families import AttentionFamily, Form, MLPFamily
+from ..families import NORMALISED, ROTATED, AttentionFamily, Form, MLPFamily
 
 
 def _path(name: str) -> str:
@@ -28,9 +28,6 @@ _MODULES = dict.fromkeys(
     "data2vec_vision",
 )
 
-_ROTARY = "it rotates queries and keys by their positions, so the query/key product is not one matrix"
-_NORM = "it normalises queries and keys after their projections, so the query/key product is not one matrix"
-
 
 def _refuse_decoder(module: nn.Module) -> str | None:
     if getattr(module, "is_decoder", False) or getattr(module, "is_causal", False):
@@ -39,11 +36,11 @@ def _refuse_decoder(module: nn.Module) -> str | None:
 
 
 def _refuse_rotary(module: nn.Module) -> str | None:
-    return _ROTARY
+    return ROTATED
 
 
 def _refuse_norm(module: nn.Module) -> str | None:
-    return None if isinstance(module.q_norm, nn.Identity) else _NORM
+    return None if isinstance(module.q_norm, nn.Identity) else NORMALISED
 
 
 def _refuse_bias_of_queries(module: nn.Module) -> str | None:
