@@ -22,6 +22,7 @@ from comcat_hf import (
 from comcat_hf.compression.budget.strategies import STRATEGIES
 from comcat_hf.errors import RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, known_attention_classes, known_sites, read_ranks
+from comcat_hf.modeling.hosts import diffusers, timm
 from comcat_hf.plots import plot_compression
 from tests.architectures import ARCHITECTURES, MEANT
 from tests.helpers import MODELS, assert_close, attention_ranks, make_low_rank, outputs
@@ -38,7 +39,8 @@ def test_every_known_class_of_transformers_is_covered():
     built = [build()[0] for build in (*MODELS.values(), *ARCHITECTURES.values())]
     covered = {type(site.view.module).__name__ for model in built for site in attention(model).values()}
     # Those of diffusers and timm have tests of their own.
-    assert covered | {"Attention", "EvaAttention", "WindowAttention"} == set(known_attention_classes())
+    others = {row.host.rpartition(".")[2] for row in (*diffusers.FAMILIES, *timm.FAMILIES)}
+    assert covered | others == set(known_attention_classes())
     assert len({type(model) for model in built}) >= 45
 
 

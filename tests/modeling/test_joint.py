@@ -15,7 +15,9 @@ from comcat_hf.compression.calibration.curvature import movements
 from comcat_hf.compression.calibration.outputs import Movement, main_output
 from comcat_hf.errors import RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites, known_sites, read_ranks
+from comcat_hf.modeling.hosts.diffusers import FAMILIES
 from comcat_hf.modeling.sites.joint import fill_inputs, stacked
+from comcat_hf.modeling.weights import class_path
 from tests.helpers import assert_close, outputs, randomize
 from tests.tuners.diffusion import _ROWS
 
@@ -30,6 +32,11 @@ every = pytest.mark.parametrize("name", [name for name in _ROWS if name not in R
 def model_of(name):
     cls, settings, inputs = _ROWS[name]
     return randomize(getattr(diffusers, cls)(**settings)).eval(), inputs
+
+
+def test_every_class_is_among_the_models():
+    found = {class_path(type(m)) for name in _ROWS for m in model_of(name)[0].modules()}
+    assert {row.host for row in FAMILIES} <= found
 
 
 @every

@@ -70,7 +70,7 @@ class Readers:
                 reading.first = None
 
     def _on_call(self, module: nn.Module, args: tuple) -> None:
-        (states,) = args
+        states = args[0]
         if module not in self._readings:
             same = next((reading for reading in self._readings.values() if reading.first is states), None)
             self._readings[module] = same or _Reading(module, [], first=states)
