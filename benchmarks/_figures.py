@@ -26,7 +26,7 @@ METHODS = {
     "original": ("original release", MUTED, "v", "dotted"),
 }
 QUALITY = (
-    *("quality", "quality-cifar10", "quality-minilm", "quality-minilm-both"),
+    *("quality", "quality-minilm", "quality-minilm-both"),
     *("quality-curvature-vits", "quality-curvature-attention", "quality-curvature-both"),
 )
 # The case and the scope of the first figure.
