@@ -173,7 +173,7 @@ def test_several_ranks_of_a_linear_layer_share_one_basis(monkeypatch):
     site = find_sites(model)[FC1]
     moments = collect_statistics(model, [inputs])[site.moments_path]
     prepared = site.prepare(moments)
-    assert site.prepare() is None
+    assert site.prepare() is None and site.moments_path == site.name
     for rank in (1, 7, 20):
         made = [site.substitutes({"rank": rank}) for _ in range(2)]
         for substitutes, value in zip(made, (moments, prepared), strict=True):
