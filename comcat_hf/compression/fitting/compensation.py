@@ -7,7 +7,7 @@ far (docs/method.md). Small linear solves; no labels and no gradients.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +79,7 @@ def compress_in_order(
     rest = blocks.pop("", [])
     order = blocks_between(model, blocks)
     training = {name for name, module in model.named_modules() if module.training}
+    shared = shared_parameters(model)
     with eval_mode(model):
         calls = record_calls(model, order, inputs)
         # A block that is only a list of its parts is never called, so it has no stream to be fitted to.
@@ -89,7 +90,7 @@ def compress_in_order(
         for path in progress_bar(called, desc="Compressing", progress=progress):
             record = calls.pop(path)
             record.follow(before)
-            block = _Block(model, path, record, ridge, statistics)
+            block = _Block(model, path, record, ridge, statistics, shared)
             unfitted += block.compress({name: sites[name] for name in sites if name in blocks.get(path, ())}, chosen)
             before = record
         if rest:
@@ -119,10 +120,16 @@ class _Residual:
 
 class _Block:
     def __init__(
-        self, model: nn.Module, path: str, calls: Calls, ridge: float | None, statistics: Statistics | None
+        self,
+        model: nn.Module,
+        path: str,
+        calls: Calls,
+        ridge: float | None,
+        statistics: Statistics | None,
+        shared: Collection[int],
     ) -> None:
         self.model, self.calls, self.ridge, self.statistics = model, calls, ridge, statistics
-        self.shared = shared_parameters(model)
+        self.shared = shared
         self.path, self.module = path, model.get_submodule(path)
         self.mask = TokenMask()
         # The running batch, and how often modules whose outputs are kept were called on it.
