@@ -6,7 +6,7 @@ module inside one model. Families are plain data: a new one is a row in `modelin
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -123,8 +123,7 @@ class AttentionView:
     @property
     def streams(self) -> tuple[Stream, ...]:
         """Where the projections of each input are; the first are those above."""
-        further = (s for s in self.form.further if getattr(self.module, s.query, None) is not None)
-        return (self.family.stream, *further)
+        return self.family.streams_of(self.module)
 
     def norm(self, role: str, stream: Stream) -> nn.Module | None:
         """The norm of a stream's queries or keys, `None` where nothing is normalised."""
@@ -159,15 +158,7 @@ class AttentionView:
         return found
 
 
-def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *transformers.ADAPTED, *timm.FAMILIES, *diffusers.FAMILIES)
-
-
-def _refusals() -> dict[str, str]:
-    return dict(transformers.REFUSED)
-
-
-_registry = Registry("attention", _rows)
+_registry = Registry("attention", (*transformers.FAMILIES, *transformers.ADAPTED, *timm.FAMILIES, *diffusers.FAMILIES))
 
 
 def register_attention_family(family: AttentionFamily) -> None:
@@ -384,7 +375,7 @@ def _check_unshared(view: AttentionView, users: dict[int, str]) -> None:
 
 def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> UnsupportedModuleError:
     cls = class_path(type(module))
-    reason, fix = reason or _refusals().get(cls), ""
+    reason, fix = reason or transformers.REFUSED.get(cls), ""
     if reason is None:
         reason = "no family describes this class"
         fix = ", or describe the class with comcat_hf.register_attention_family"
