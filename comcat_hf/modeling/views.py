@@ -313,10 +313,10 @@ def _view(
     if absent:
         raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
     # The value/output product alone is compressed where the host's own forward runs what stands in the way.
-    in_the_way = () if family.runs_host else (family.refuse_qk,)
-    refusals = [_refuse_compression(family), family.refuse, *in_the_way] if whole else [family.refuse]
-    reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
-    if reason is not None:
+    in_the_way = family.refuse_qk if whole and not family.runs_host else None
+    form = family.form_of(module) if whole else None
+    whys = (refuse(module) for refuse in (family.refuse, in_the_way) if refuse is not None)
+    if reason := (form and form.compress) or next(filter(None, whys), None):
         raise _unsupported(name, module, reason)
     in_parent = family.sibling_of(module)
     owner_name, path = (name, family.output) if in_parent is None else (name.rpartition(".")[0], in_parent)
@@ -331,10 +331,6 @@ def _view(
         for path, linear in view.projections().items():
             _check_plain(path, linear)
     return view
-
-
-def _refuse_compression(family: AttentionFamily) -> Callable[[nn.Module], str | None]:
-    return lambda module: form.compress if (form := family.form_of(module)) is not None else None
 
 
 def _check_plain(path: str, linear: nn.Module) -> None:
