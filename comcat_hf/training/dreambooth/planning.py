@@ -47,11 +47,12 @@ class CustomizePlan:
         settings, total = self.settings, sum(self.parameters.values())
         rank: dict[Any, str] = {None: "none"}
         kind = "core matrices" if settings.core else "full factors"
+        gains = [f", {name}" for name in ("gains", "head_gains") if getattr(settings, name)]
         base = shown_base(settings.pretrained_model_name_or_path)
         lines = {
             "Pipeline": f"{base} ({self.pipeline}), base in {self.base_dtype}",
             "Adapter": f"{kind}, rank {rank.get(settings.qk_rank, settings.qk_rank)} for query/key, "
-            f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output{', gains' if settings.gains else ''}",
+            f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output{''.join(gains)}",
             "Parameters": f"{total:,} trained ({total / self.base_parameters:.3%} of the adapted parts): "
             + ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()),
             "Bytes": f"{self.adapter_bytes:,} ({readable_size(self.adapter_bytes)}) in float32",
