@@ -34,7 +34,7 @@ from tests.helpers import (
     small_vit,
     state_of,
 )
-from tests.modeling.test_sites import _float8, _int8, _subclass, _tensor_subclass
+from tests.modeling.test_sites import QUANTISED
 
 
 MLP, FC1, FC2 = "vit.layers.0.mlp", "vit.layers.0.mlp.fc1", "vit.layers.0.mlp.fc2"
@@ -198,6 +198,7 @@ def test_several_widths_share_one_ordering():
                 assert torch.equal(made[0][path].weight, made[1][path].weight)
                 assert torch.equal(made[0][path].bias, made[1][path].bias)
 
+
 def test_several_ranks_share_one_basis():
     model, inputs = small_vit()
     site = find_sites(model)["vit.layers.0.attention"]
@@ -324,7 +325,7 @@ def test_what_is_compressed_already_is_no_site():
     assert list(find_sites(model, "mlp", width=True)) == ["vit.layers.1.mlp.fc1"]
 
 
-@pytest.mark.parametrize("quantize", [_subclass, _int8, _float8, _tensor_subclass])
+@pytest.mark.parametrize("quantize", QUANTISED)
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
 def test_quantised_layers_have_no_width(quantize, layer):
     model, _ = small_vit()

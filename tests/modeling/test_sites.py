@@ -323,8 +323,12 @@ def _tensor_subclass(linear):
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(QuantizedTensor))
 
 
-@pytest.mark.parametrize("quantize", [_subclass, _int8, _float8, _tensor_subclass])
-@pytest.mark.parametrize("role", ["q_proj", "k_proj", "v_proj", "o_proj"])
+QUANTISED = (_subclass, _int8, _float8, _tensor_subclass)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "role"), list(zip(QUANTISED, ("q_proj", "k_proj", "v_proj", "o_proj"), strict=True))
+)
 def test_quantised_attention_is_refused(quantize, role):
     model, _ = small_vit()
     quantize(model.vit.layers[0].attention.get_submodule(role))
@@ -337,7 +341,7 @@ def test_quantised_attention_is_refused(quantize, role):
     assert read_ranks(model) == {"vit.layers.1.attention": {"qk": 4}}
 
 
-@pytest.mark.parametrize("quantize", [_subclass, _int8, _float8, _tensor_subclass])
+@pytest.mark.parametrize("quantize", QUANTISED)
 def test_quantised_linear_layers_are_no_sites(quantize):
     model, _ = small_vit()
     quantize(model.vit.layers[0].mlp.fc1)
