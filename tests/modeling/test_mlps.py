@@ -198,6 +198,7 @@ def test_several_widths_share_one_ordering():
                 assert torch.equal(made[0][path].weight, made[1][path].weight)
                 assert torch.equal(made[0][path].bias, made[1][path].bias)
 
+
 def test_several_ranks_share_one_basis():
     model, inputs = small_vit()
     site = find_sites(model)["vit.layers.0.attention"]
