@@ -24,46 +24,30 @@ _STAGES = mapping_of(Kind("the settings of a stage", lambda facts: isinstance(fa
 _FIELDS = {"seed": whole(), "stages": _STAGES, "begun": _STAGES}
 
 
+def _place(name: str) -> Any:
+    return property(lambda self: self.folder / name)
+
+
 @dataclass(frozen=True)
 class Artefacts:
-    """The folder of a run."""
+    """The folder of a run.
+
+    Attributes:
+        initial: the factorised model before it is fine-tuned.
+        sweep: a model of another reduction, while it is measured.
+        picture: ranks and spectra, for the card.
+    """
 
     folder: Path
 
-    @property
-    def statistics(self) -> Path:
-        return self.folder / "statistics"
-
-    @property
-    def initial(self) -> Path:
-        """The factorised model before it is fine-tuned."""
-        return self.folder / "initial"
-
-    @property
-    def search_state(self) -> Path:
-        return self.folder / "search_state.pt"
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "eval_results.json"
-
-    @property
-    def sweep(self) -> Path:
-        """A model of another reduction, while it is measured."""
-        return self.folder / ".sweep"
-
-    @property
-    def sweep_results(self) -> Path:
-        return self.folder / "sweep_results.json"
-
-    @property
-    def picture(self) -> Path:
-        """Ranks and spectra, for the card."""
-        return self.folder / "ranks.png"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report.html"
+    statistics = _place("statistics")
+    initial = _place("initial")
+    search_state = _place("search_state.pt")
+    results = _place("eval_results.json")
+    sweep = _place(".sweep")
+    sweep_results = _place("sweep_results.json")
+    picture = _place("ranks.png")
+    report = _place("report.html")
 
     def seed(self) -> int | None:
         """The seed of the run so far."""

@@ -26,7 +26,7 @@ from .logs import LOG, read_log
 from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor, load_teacher
 from .outputs import push_model, read_results, save_model, write_model_card, write_results
-from .planning import CompressPlan, Steps, describe_run, plan_steps
+from .planning import CompressPlan
 from .reporting import Findings, draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
@@ -95,42 +95,13 @@ def compress_vit(
     with ExitStack() as stack, Interruption() as interruption:
         try:
             with interruption.at_once():
-                prepared = _prepare(settings, report, accelerator, interruption, stack)
-            result = replace(result, plan=prepared.describe(), step=prepared.first)
-            prepared.run.say(result.plan.describe())
-            return result if settings.dry_run else _carry_out(prepared, result)
+                run = _prepare(settings, report, accelerator, interruption, stack)
+                plan = run.describe()
+            result = replace(result, plan=plan, step=plan.first_step)
+            run.say(plan.describe())
+            return result if settings.dry_run else _carry_out(run, result)
         except Interrupted as stopped:
             return replace(result, interrupted=str(stopped))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A run that is ready to go."""
-
-    run: Setting
-    steps: Steps
-    checkpoint: Path | None
-
-    @property
-    def first(self) -> int:
-        """How many steps the checkpoint has done."""
-        return 0 if self.checkpoint is None else Progress.read(self.checkpoint).step
-
-    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
-        """What the run comes to, with a plan if one is known."""
-        run, settings = self.run, self.run.settings
-        return describe_run(
-            settings,
-            run.dense,
-            run.artefacts,
-            run.splits.train.size if run.splits.train is not None else None,
-            run.accelerator.num_processes,
-            self.steps,
-            self.first,
-            settings.learning_rate * (self.steps.images / 512 if settings.scale_lr else 1),
-            run.seed,
-            plan,
-        )
 
 
 def _prepare(
@@ -139,7 +110,7 @@ def _prepare(
     accelerator: Accelerator | None,
     interruption: Interruption,
     stack: ExitStack,
-) -> _Prepared:
+) -> Setting:
     """Read what the stages need. The folder is locked first, so that what is found there stays as it is."""
     if accelerator is None:
         accelerator = make_accelerator(
@@ -152,9 +123,9 @@ def _prepare(
     artefacts = Artefacts(settings.output_path)
     if not settings.dry_run:
         on_main(accelerator, lambda: stack.enter_context(locked(artefacts.folder, "output_dir")))
-    checkpoint = find_checkpoint(
-        artefacts.folder, settings.resume_from_checkpoint, settings.overwrite_output_dir or _is_over(artefacts)
-    )
+    # Checkpoints of a fine-tuning that ended may stay.
+    over = settings.overwrite_output_dir or artefacts.was_done("finetune")
+    checkpoint = find_checkpoint(artefacts.folder, settings.resume_from_checkpoint, over)
     accelerator.wait_for_everyone()
     if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
         on_main(accelerator, lambda: _clear(artefacts))
@@ -170,7 +141,7 @@ def _prepare(
         if settings.teacher is not None:
             # Needed after hours only, but what is wrong with it is said before.
             preparation.check(load_teacher(settings, dense), f"--teacher {settings.teacher}")
-    run = Setting(
+    return Setting(
         settings=settings,
         accelerator=accelerator,
         artefacts=artefacts,
@@ -182,19 +153,18 @@ def _prepare(
         seed=seed,
         say=report if report is not None and accelerator.is_main_process else lambda text: None,
         interruption=interruption,
+        checkpoint=checkpoint,
     )
-    return _Prepared(run, _steps(run), checkpoint)
 
 
-def _carry_out(prepared: _Prepared, result: CompressResult) -> CompressResult:
-    run = prepared.run
+def _carry_out(run: Setting, result: CompressResult) -> CompressResult:
     last = run.settings.stage_names[-1]
     statistics = calibrate(run)
     if last == "calibrate":
         return result
     run.end_if_stopped()
     ranks = allocate(run, statistics)
-    result = replace(result, plan=prepared.describe(ranks))
+    result = replace(result, plan=run.describe(ranks))
     reached = result.plan.plan.reached
     run.say(f"The plan removes {reached:.1%}." if reached is not None else "The plan is read.")
     if last == "allocate":
@@ -211,7 +181,7 @@ def _carry_out(prepared: _Prepared, result: CompressResult) -> CompressResult:
     if run.done("finetune"):
         models["final"] = lambda: load_classifier(run.artefacts.folder, "--output_dir")
     elif "finetune" in run.settings.stage_names:
-        trained, student = _finetune(prepared, ranks)
+        trained, student = _finetune(run, ranks)
         result = replace(result, step=trained.step, checkpoint=trained.checkpoint)
         if trained.interrupted is not None:
             return replace(result, interrupted=trained.interrupted)
@@ -233,8 +203,8 @@ def _sweep(run: Setting, statistics: Statistics | None) -> tuple[SweepPoint, ...
     return measure_sweep(run, statistics, partial(_evaluate, run))
 
 
-def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Student]:
-    run, steps = prepared.run, prepared.steps
+def _finetune(run: Setting, ranks: RankPlan) -> tuple[TrainResult, Student]:
+    steps = run.steps
     settings, accelerator = run.settings, run.accelerator
     student = make_student(settings, run.dense, run.artefacts.initial)
     reader = run.reader(run.train_split("fine-tuning"), run.broken)
@@ -254,7 +224,7 @@ def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Studen
             evaluate=evaluate,
             interruption=run.interruption,
             say=run.say,
-            checkpoint=prepared.checkpoint,
+            checkpoint=run.checkpoint,
         )
     )
     if run.broken.count:
@@ -350,18 +320,6 @@ def _evaluate(run: Setting, model: nn.Module, name: str | None = None, watch: Wa
     asking = Batches(lambda: until_stopped(batches, accelerator, run.interruption), batches.count)
     progress = name and f"Evaluating {name}"
     return evaluate_classifier(model, asking, accelerator, progress=progress, watch=watch)
-
-
-def _steps(run: Setting) -> Steps:
-    if run.splits.train is None:
-        return plan_steps(run.settings, 1, run.accelerator.num_processes)
-    batches = run.reader(run.splits.train, run.broken).batches_per_epoch
-    return plan_steps(run.settings, batches, run.accelerator.num_processes)
-
-
-def _is_over(artefacts: Artefacts) -> bool:
-    """Whether the checkpoints in the folder are of a fine-tuning that ended."""
-    return artefacts.was_done("finetune")
 
 
 def _clear(artefacts: Artefacts) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from ...compression.distillation import DistillationLoss
 from ...compression.search.search import SearchState, search_ranks
 from ...configs import RankPlan
 from ...errors import CheckpointError, InvalidValueError
+from ..checkpoints import Progress
 from ..images import BrokenImageError
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from .artefacts import Artefacts, digest_of, whole_folder
 from .augmentation import ImagePreparation
 from .data import BrokenImages, Split, Splits
 from .models import load_teacher
-from .planning import request_of
+from .planning import CompressPlan, Steps, describe_run, plan_steps, request_of
 from .settings import CompressSettings
 from .stream import ImageReader
 
@@ -46,6 +48,7 @@ class Setting:
         dense: the model that is compressed, frozen, in eval mode.
         say: called on the main process with lines for the user.
         interruption: notes signals; the caller has entered it.
+        checkpoint: what the fine-tuning goes on from, if anything.
     """
 
     settings: CompressSettings
@@ -59,6 +62,7 @@ class Setting:
     seed: int
     say: Callable[[str], None]
     interruption: Interruption
+    checkpoint: Path | None
     _sensitivities: list[Sensitivities] = field(default_factory=list)
 
     @cached_property
@@ -90,6 +94,27 @@ class Setting:
     def latency(self) -> LatencyTable:
         """Of the dense model with one image; measured by this process alone."""
         return measure_latency(self.dense, progress=True)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """How long the fine-tuning is."""
+        train = self.splits.train
+        batches = 1 if train is None else self.reader(train, self.broken).batches_per_epoch
+        return plan_steps(self.settings, batches, self.accelerator.num_processes)
+
+    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
+        """What the run comes to, with a plan if one is known."""
+        train = self.splits.train
+        return describe_run(
+            self.settings,
+            self.dense,
+            self.artefacts,
+            plan,
+            images=None if train is None else train.size,
+            steps=self.steps,
+            first_step=0 if self.checkpoint is None else Progress.read(self.checkpoint).step,
+            seed=self.seed,
+        )
 
     def train_split(self, purpose: str) -> Split:
         if self.splits.train is None:
