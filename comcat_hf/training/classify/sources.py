@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,22 @@ from ..images import SUFFIXES
 from .settings import CompressSettings
 
 
-__all__ = ["Source", "open_sources"]
+__all__ = ["open_sources", "size_of"]
 
 logger = logging.getLogger(__name__)
 
 _SAVED = ("dataset_dict.json", "state.json")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Rows with an image and a label.
-
-    Attributes:
-        size: number of rows; `None` where only the end of the stream tells.
-    """
-
-    place: str
-    rows: Any
-    features: Mapping[str, Any]
-    size: int | None
+Opened = dict[str, tuple[str, Any]]
 
 
-def open_sources(settings: CompressSettings) -> dict[str, Source]:
+def open_sources(settings: CompressSettings) -> Opened:
     """Open what the settings name.
 
     Returns:
-        the sources by role, `"train"` and `"validation"`, as far as they are there.
+        by role, `"train"` and `"validation"`, as far as they are there: a name for messages, and the rows, of which
+        two columns are left, images not decoded.
 
     Raises:
         InvalidValueError: one is missing or cannot be read, or lacks a column.
@@ -52,14 +41,18 @@ def open_sources(settings: CompressSettings) -> dict[str, Source]:
     for open_rows, flags in _SOURCES.items():
         if any(getattr(settings, flag) for flag in flags):
             opened = open_rows(settings)
-            return {role: _select(settings, place, rows) for role, (place, rows) in opened.items()}
-    raise InvalidValueError(
-        "Expected images from --dataset_name, --train_file or --train_dir (or their validation counterparts), found "
-        "none of them. Give one."
-    )
+            return {role: (place, _select(settings, place, rows)) for role, (place, rows) in opened.items()}
+    return {}
 
 
-Opened = dict[str, tuple[str, Any]]
+def size_of(rows: Any) -> int | None:
+    """The number of rows; `None` where only the end of the stream tells."""
+    from datasets import Dataset
+
+    if isinstance(rows, Dataset):
+        return len(rows)
+    declared = (rows.info.splits or {}).get(str(rows.split))
+    return (declared.num_examples or None) if declared is not None else None
 
 
 def _open_dataset(settings: CompressSettings) -> Opened:
@@ -267,9 +260,9 @@ def _unreadable(place: str, error: Exception) -> InvalidValueError:
     )
 
 
-def _select(settings: CompressSettings, place: str, rows: Any) -> Source:
+def _select(settings: CompressSettings, place: str, rows: Any) -> Any:
     """Leave the two columns only, with undecoded images."""
-    from datasets import Dataset, Image
+    from datasets import Image
 
     image, label = settings.image_column_name, settings.label_column_name
     rows = _resolved(rows, place)
@@ -293,11 +286,9 @@ def _select(settings: CompressSettings, place: str, rows: Any) -> Source:
             f"{place}: expected images in --image_column_name {image!r}, found {features[image]}. Name the column "
             "that holds them."
         )
-    size = len(rows) if isinstance(rows, Dataset) else _declared_size(rows)
-    if size == 0:
+    if size_of(rows) == 0:
         raise InvalidValueError(f"{place}: expected images, found no rows. Give a data set that has some.")
-    rows = rows.select_columns([image, label]).cast_column(image, Image(decode=False))
-    return Source(place, rows, {label: features[label], image: features[image]}, size)
+    return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
 
 
 def _resolved(rows: Any, place: str) -> Any:
@@ -318,9 +309,3 @@ def _holds_images(feature: Any) -> bool:
     if isinstance(feature, Value):
         return "binary" in feature.dtype
     return isinstance(feature, Mapping) and "bytes" in feature
-
-
-def _declared_size(rows: Any) -> int | None:
-    splits = rows.info.splits or {}
-    split = splits.get(str(rows.split)) if rows.split is not None else None
-    return (split.num_examples or None) if split is not None else None

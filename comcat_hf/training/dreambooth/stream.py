@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..batches import make_loader, positions
+from ..batches import make_loader
 from ..seeds import seeded
 from .data import Example, Prepared, prepare_image
 
@@ -122,7 +122,9 @@ def stream_loader(
     Returns:
         batches as lists of items: those of the subject, then those of the class.
     """
-    batches = positions(batch_size, start, steps, process, processes)
+    together = batch_size * processes
+    firsts = range(start * together + process * batch_size, (start + steps) * together, together)
+    batches = [list(range(first, first + batch_size)) for first in firsts]
     return make_loader(stream, batches, _collate, workers, stream.seed)
 
 
