@@ -14,6 +14,7 @@ from ...checks import Kind, make_document, mapping_of, open_document, whole
 from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ...hub import read_json, write_json_atomic
+from ..checkpoints import remove_checkpoints
 
 
 __all__ = ["Artefacts", "digest_of", "whole_folder"]
@@ -89,7 +90,8 @@ class Artefacts:
         self._write("stages", stage, facts)
 
     def clear(self) -> None:
-        """Remove what stages made; the folder may hold other files, which stay."""
+        """Remove what stages made, checkpoints among it; the folder may hold other files, which stay."""
+        remove_checkpoints(self.folder)
         for path in (self.statistics, self.initial, self.sweep):
             shutil.rmtree(path, ignore_errors=True)
         files = (self.search_state, self.results, self.sweep_results, self.picture, self.report)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ...progress import progress_bar
 from ...tensor_files import check_shapes, read_safetensors
@@ -132,9 +132,7 @@ class StopOnSignal(TrainerCallback):
         self.interruption, self.accelerator, self.every = interruption, accelerator, every
         self.signal: str | None = None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Ask whether a signal came."""
         if self.accelerator.num_processes > 1 and state.global_step % self.every:
             return control
@@ -151,24 +149,15 @@ class JSONLogCallback(TrainerCallback):
         self.path = Path(folder) / LOG
         self._writes = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin with the lines of the checkpoint; those of later steps come again."""
         self._writes = state.is_world_process_zero
         if self._writes:
             write_log(self.path, state.log_history, append=False)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
         """Append a line, but for the summary of a `train()`, which is one of several where it was interrupted."""
-        if self._writes and "train_runtime" not in (logs or {}):
+        if self._writes and "train_runtime" not in logs:
             write_log(self.path, state.log_history[-1:], append=True)
 
 
@@ -183,9 +172,7 @@ class ProgressBar(TrainerCallback):
         self.name, self.progress = name, progress
         self._bar: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open it where the training begins."""
         how = {"total": state.max_steps, "initial": state.global_step, "desc": self.name, "unit": "step"}
         self._bar = progress_bar(progress=self.progress, mininterval=0.5, **how)
@@ -194,16 +181,9 @@ class ProgressBar(TrainerCallback):
         """Move it on."""
         self._bar.update()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
         """Show the loss and the rate."""
-        if self._bar is not None and "learning_rate" in (logs or {}):
+        if self._bar is not None and "learning_rate" in logs:
             shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}"}
             self._bar.set_postfix(shown, refresh=False)
 

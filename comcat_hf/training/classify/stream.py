@@ -48,7 +48,7 @@ class Batches:
     """
 
     make: Callable[[], Iterator[dict[str, Tensor]]]
-    count: int | None
+    count: int | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self.make()

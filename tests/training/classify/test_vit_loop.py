@@ -27,7 +27,7 @@ from comcat_hf.training.checkpoints import Progress, last_checkpoint, list_check
 from comcat_hf.training.classify.callbacks import WeightAverageCallback
 from comcat_hf.training.classify.logs import LOG, LossMeter, read_log, write_log
 from comcat_hf.training.classify.loop import TrainRun, finetune_model
-from comcat_hf.training.classify.optimizers import learning_rates, rate_at, warmup_steps
+from comcat_hf.training.classify.planning import learning_rates, rate_at, warmup_steps
 from comcat_hf.training.classify.routes import finished, make_student
 from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.interruption import Interruption
