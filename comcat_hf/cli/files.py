@@ -18,11 +18,12 @@ from .shell import app, command, table
 
 _CONFIG = "adapter_config.json"
 _SIZES = ("qk_rank", "vo_rank", "linear_rank", "mlp_width")
+_FLAGS = ("core", "gains", "head_gains")
 # The fields of an adapter's configuration that are shown; PEFT's class for all of them would import torch.
 _ADAPTER = {
     **dict.fromkeys(("mode", "base_model_name_or_path"), optional(TEXT)),
     **dict.fromkeys(_SIZES, optional(whole(1))),
-    **dict.fromkeys(("core", "gains"), optional(FLAG)),
+    **dict.fromkeys(_FLAGS, optional(FLAG)),
 }
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 
@@ -150,7 +151,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 def _ranks(fields: Mapping[str, Any]) -> str:
     said = [f"{name} {fields[name]}" for name in _SIZES if fields[name] is not None]
-    return ", ".join(said + [name for name in ("core", "gains") if fields[name]])
+    return ", ".join(said + [name for name in _FLAGS if fields[name]])
 
 
 def _of_plan(plan: RankPlan) -> dict[str, object]:

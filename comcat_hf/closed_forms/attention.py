@@ -55,6 +55,10 @@ class VOFactors(NamedTuple):
     spectrum: Tensor  # (..., H, p) singular values, descending, float64
 
 
+# G1 and G2, each (..., H, p, p), and the spectrum (..., H, p), all float64.
+Maps: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class AttentionMoments:
     """Moments of one or more layers' head activations on calibration data, in squared activation units.
@@ -63,7 +67,8 @@ class AttentionMoments:
     centred within each image; `attended` (..., H, p, p) the covariance and `attended_mean` (..., H, p) the mean of u,
     the input of the output projection (value bias included). `qk_curvature` and `vo_curvature` say how the model's
     output sees errors of the two products (`curvature.py`); the factors are fitted to a mixture of both. `query` and
-    `key` are `None` where only the value/output product is factorised.
+    `key` are `None` where only the value/output product is factorised. `qk_basis` and `vo_basis` are the head maps of
+    every rank with the spectrum, for several ranks of the same weights (`qk_maps`, `vo_maps`).
     """
 
     query: Tensor | None
@@ -72,6 +77,8 @@ class AttentionMoments:
     attended_mean: Tensor
     qk_curvature: Curvature | None = None
     vo_curvature: Curvature | None = None
+    qk_basis: Maps | None = None
+    vo_basis: Maps | None = None
 
 
 _Bias: TypeAlias = Tensor | None
@@ -110,8 +117,8 @@ def factorize_qk(
     check_rank(rank, size, "the head dimension")
     if rank == size:
         bias = None if query_bias is None else query_bias.clone()
-        return QKFactors(query_weight.clone(), bias, key_weight.clone(), singular_values(*roots))
-    query_map, key_map, spectrum = head_maps(*roots, rank)
+        return QKFactors(query_weight.clone(), bias, key_weight.clone(), _spectrum(roots))
+    query_map, key_map, spectrum = _head_maps(roots, rank)
     exact = moments is not None
     bias = None if query_bias is None else apply_map(query_map, query_bias.unsqueeze(-1), exact).squeeze(-1)
     return QKFactors(apply_map(query_map, query_weight, exact), bias, apply_map(key_map, key_weight, exact), spectrum)
@@ -122,7 +129,7 @@ def qk_spectrum(
     query_weight: Tensor, query_bias: _Bias, key_weight: Tensor, *, moments: _Moments = None, ridge: float = 1e-6
 ) -> Tensor:
     """What `factorize_qk` truncates: (..., H, p); shapes, units, errors and source as there."""
-    return singular_values(*_qk_roots(query_weight, query_bias, key_weight, moments, ridge))
+    return _spectrum(_qk_roots(query_weight, query_bias, key_weight, moments, ridge))
 
 
 @torch.no_grad()
@@ -157,8 +164,8 @@ def factorize_vo(
     shift = torch.zeros_like(value_weight[..., 0]) if value_bias is None else value_bias
     if rank == size:
         folded = _fold(output_weight, shift, output_bias)
-        return VOFactors(value_weight.clone(), output_weight.clone(), folded, singular_values(*roots))
-    value_map, output_map, spectrum = head_maps(*roots, rank)
+        return VOFactors(value_weight.clone(), output_weight.clone(), folded, _spectrum(roots))
+    value_map, output_map, spectrum = _head_maps(roots, rank)
     if moments is not None:
         mean = in_float64(moments.attended_mean, value_map.device)
         kept = (mean - in_float64(shift)).unsqueeze(-2) @ value_map @ output_map.mT
@@ -179,15 +186,15 @@ def vo_spectrum(
     ridge: float = 1e-6,
 ) -> Tensor:
     """What `factorize_vo` truncates: (..., H, p); shapes, units, errors and source as there."""
-    return singular_values(*_vo_roots(value_weight, value_bias, output_weight, output_bias, moments, ridge))
+    return _spectrum(_vo_roots(value_weight, value_bias, output_weight, output_bias, moments, ridge))
 
 
 @torch.no_grad()
 def qk_maps(
     query_weight: Tensor, query_bias: _Bias, key_weight: Tensor, *, moments: _Moments = None, ridge: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """G1, G2 (..., H, p, p), float64: the first r columns are the head maps of `factorize_qk` at rank r."""
-    return head_maps(*_qk_roots(query_weight, query_bias, key_weight, moments, ridge), query_weight.shape[-2])[:2]
+) -> Maps:
+    """The head maps and the spectrum: the first r columns are the maps of `factorize_qk` at rank r."""
+    return _head_maps(_qk_roots(query_weight, query_bias, key_weight, moments, ridge), query_weight.shape[-2])
 
 
 @torch.no_grad()
@@ -199,10 +206,21 @@ def vo_maps(
     *,
     moments: _Moments = None,
     ridge: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """G1, G2 (..., H, p, p), float64: the first r columns are the head maps of `factorize_vo` at rank r."""
+) -> Maps:
+    """The head maps and the spectrum: the first r columns are the maps of `factorize_vo` at rank r."""
     roots = _vo_roots(value_weight, value_bias, output_weight, output_bias, moments, ridge)
-    return head_maps(*roots, value_weight.shape[-2])[:2]
+    return _head_maps(roots, value_weight.shape[-2])
+
+
+def _head_maps(found: tuple[Tensor, ...], rank: int) -> Maps:
+    """The maps of a rank, from two roots or from the maps of every rank."""
+    if len(found) == 2:
+        return head_maps(*found, rank)
+    return found[0][..., :rank], found[1][..., :rank], found[2]
+
+
+def _spectrum(found: tuple[Tensor, ...]) -> Tensor:
+    return singular_values(*found) if len(found) == 2 else found[2]
 
 
 def _fold(output_weight: Tensor, shift: Tensor, bias: _Bias) -> Tensor:
@@ -213,12 +231,15 @@ def _fold(output_weight: Tensor, shift: Tensor, bias: _Bias) -> Tensor:
 
 def _qk_roots(
     query_weight: Tensor, query_bias: _Bias, key_weight: Tensor, moments: _Moments, ridge: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """The roots of both sides or, where they are known already, the maps of every rank."""
     check_weight("query_weight", query_weight, "(..., H, p, d_q)", 3)
     heads, size = query_weight.shape[:-2], query_weight.shape[-2]
     check_tensor("key_weight", key_weight, (*heads, size, None))
     check_tensor("query_bias", query_bias, (*heads, size))
     check_ridge(ridge)
+    if moments is not None and moments.qk_basis is not None:
+        return moments.qk_basis
     if moments is not None:
         check_tensor("moments.query", moments.query, (*heads, size, size))
         check_tensor("moments.key", moments.key, (*heads, size, size))
@@ -230,7 +251,8 @@ def _qk_roots(
 
 def _vo_roots(
     value_weight: Tensor, value_bias: _Bias, output_weight: Tensor, output_bias: _Bias, moments: _Moments, ridge: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """As [`_qk_roots`]."""
     check_weight("value_weight", value_weight, "(..., H, p, d_in)", 3)
     heads, size = value_weight.shape[:-2], value_weight.shape[-2]
     check_tensor("output_weight", output_weight, (*heads, None, size))
@@ -239,6 +261,8 @@ def _vo_roots(
     check_ridge(ridge)
     if moments is None:
         return weight_root(value_weight), weight_root(output_weight.mT)
+    if moments.vo_basis is not None:
+        return moments.vo_basis
     check_tensor("moments.attended", moments.attended, (*heads, size, size))
     check_tensor("moments.attended_mean", moments.attended_mean, (*heads, size))
     if moments.vo_curvature is None:

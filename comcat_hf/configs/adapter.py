@@ -24,7 +24,7 @@ _SELECTION = Kind(f"a text, or {_PATHS.words}", lambda value: TEXT.holds(value) 
 _FIELDS = {
     "mode": listed(*MODES),
     **dict.fromkeys(_SIZES, optional(whole(1))),
-    **dict.fromkeys(("core", "gains", "init_weights", "inference_mode"), FLAG),
+    **dict.fromkeys(("core", "gains", "head_gains", "init_weights", "inference_mode"), FLAG),
     "scale": finite(),
     "rank_pattern": Kind("a mapping from names to ranks", lambda value: isinstance(value, Mapping)),
     **dict.fromkeys(("target_modules", "exclude_modules"), optional(_SELECTION)),
@@ -50,6 +50,9 @@ class ComCATConfig(PeftConfig):
         gains: in mode `"customize"`, also train one number per hidden unit of every feed-forward that is targeted: its
             last layer reads `h (1 + t g)` in place of `h`, with several adapters `h (1 + sum t g)`. Alone, or beside
             ranks. Fusing is exact.
+        head_gains: in mode `"customize"`, also train one number per column of the keys, and of the values, of every
+            attention module that is targeted: keys are `k (1 + t g)`, before norms and rotations, and values
+            `v (1 + t g')`. Alone, or beside ranks. Fusing is exact.
         scale: in mode `"customize"`, multiplies the residual product once per pair, and gains. `set_scale` and
             `set_adapters` are relative to it. The original release's alpha is its square root.
         linear_rank: rank of the linear layers of MLPs and of the classifier. A layer that would have no fewer
@@ -78,6 +81,7 @@ class ComCATConfig(PeftConfig):
     mlp_width: int | None = field(default=None, metadata={"help": "Hidden units kept per MLP."})
     core: bool = field(default=False, metadata={"help": "Train matrices per head between frozen bases (customize)."})
     gains: bool = field(default=False, metadata={"help": "Train a gain per hidden unit of feed-forwards (customize)."})
+    head_gains: bool = field(default=False, metadata={"help": "Train a gain per column of keys, values (customize)."})
     scale: float = field(default=1.0, metadata={"help": "Multiplies the residual products (customize)."})
     rank_pattern: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Ranks and widths of single modules, by path or regular expression."}
@@ -99,10 +103,10 @@ class ComCATConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_pattern(name, getattr(self, name))
-        if not self.has_ranks and not self.gains:
+        if not self.has_ranks and not self.gains and not self.head_gains:
             raise InvalidValueError(
                 "ComCATConfig has no rank: give qk_rank, vo_rank, linear_rank, mlp_width, a rank_pattern, in mode "
-                "'customize', gains=True, or use ComCATConfig.from_plan(plan)."
+                "'customize', gains=True or head_gains=True, or use ComCATConfig.from_plan(plan)."
             )
 
     @property
@@ -112,7 +116,8 @@ class ComCATConfig(PeftConfig):
 
     def _check_mode(self) -> None:
         others: dict[str, dict[str, Any]] = {
-            "compress": {"core": self.core, "gains": self.gains, "scale": self.scale != 1},
+            "compress": {name: getattr(self, name) for name in ("core", "gains", "head_gains")}
+            | {"scale": self.scale != 1},
             "customize": {"linear_rank": self.linear_rank, "mlp_width": self.mlp_width},
         }
         for name, given in others[self.mode].items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check, whole
 from ..errors import InvalidValueError, UnsupportedModuleError
@@ -57,7 +57,8 @@ def convert_to_lora(
 
     Cores are exact at the rank H·r, with all heads of a projection side by side. Full factors widen the heads, which a
     LoRA cannot: they are cut back to the dense width, as by `export_pipeline(truncate=True)`, with the same loss.
-    Gains change all columns of a feed-forward's last layer, exact at its full rank alone: they need a `rank`.
+    Gains change all columns of a feed-forward's last layer, or all keys and values, exact at the full rank alone: they
+    need a `rank`.
 
     Args:
         pipeline: a diffusers pipeline with ComCAT adapters.
@@ -125,17 +126,28 @@ def save_as_lora(
 
 def _check_without_gains(parts: Mapping[str, Mapping[str, ResidualLayer]], names: list[str] | None) -> None:
     full = {
-        f"{part}.{layer.view.output_name}": min(layer.merged_weight([]).shape)
+        f"{part}.{path}": min(linear.weight.shape)
         for part, layers in parts.items()
         for layer in layers.values()
-        if isinstance(layer, GainLayer) and layer.present(names or layer.active_adapters, "converted")
+        for path, linear in _gained(layer, names).items()
     }
     for path in full:
         raise InvalidValueError(
-            f"{path}: gains change every hidden unit, so their LoRA is exact at the whole rank of the layer alone, "
-            f"here {max(full.values())} at most. Give the rank to write (rank=..., --rank); what a lower one loses is "
+            f"{path}: gains change every column, so their LoRA is exact at the whole rank of the layer alone, here "
+            f"{max(full.values())} at most. Give the rank to write (rank=..., --rank); what a lower one loses is "
             "reported. export_pipeline writes gains exactly."
         )
+
+
+def _gained(layer: ResidualLayer, names: list[str] | None) -> dict[str, nn.Module]:
+    """The linear layers that the gains of some adapters change, by path."""
+    adapters = layer.present(names or layer.active_adapters, "converted")
+    if isinstance(layer, GainLayer):
+        return {layer.view.output_name: base_module(layer.view.output)} if adapters else {}
+    if isinstance(layer, CustomizeLayer) and any(layer.comcat_factors[name].key_gains for name in adapters):
+        view = layer.view
+        return {_path(view, view.family.stream, role): base_module(getattr(view, role)) for role in ("key", "value")}
+    return {}
 
 
 def _convert_gains(layer: GainLayer, names: list[str], rank: int) -> tuple[dict[str, LoRA], dict[str, float]]:
@@ -161,6 +173,7 @@ def _convert(
         )
     loras: dict[str, LoRA] = {}
     lost = dict.fromkeys(PAIRS, 0.0)
+    gains = any(factors.key_gains is not None for factors, _ in residuals)
     ranks = [sum(factors.ranks[index] or 0 for factors, _ in residuals) for index in range(2)]
     for index, stream in enumerate(view.streams):
         dense = {k: v.double() for k, v in joined_rows(view, [], layer.bases, index).items()}
@@ -175,7 +188,9 @@ def _convert(
                 continue
             linear = base_module(view.projection(role, stream))
             width = change.shape[-1] if role == "output" else linear.in_features
-            lora = _lora_of(role, change, width, ranks[role in ("value", "output")], rank, biases)
+            whole = gains and role in ("key", "value")
+            inner = view.head_dim if whole else ranks[role in ("value", "output")]
+            lora = _lora_of(role, change, width, inner, rank, biases)
             loras[_path(view, stream, role)] = lora
             written[role] = dense[role] + _rows_of(role, lora, change.shape)
         if biases and is_wider(view, full) and base_module(view.value).bias is not None:

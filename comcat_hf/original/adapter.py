@@ -122,10 +122,11 @@ def write_original_adapter(unet: "UNet2DConditionModel", file: str | Path, adapt
         for path, module in unet.named_modules()
         if isinstance(module, ResidualLayer) and path not in released and adapter_name in module.comcat_factors
     ]
-    if others or len(ranks) > 1 or len(set(next(iter(ranks)))) > 1 or config.scale <= 0:
+    several = len(ranks) > 1 or len(set(next(iter(ranks)))) > 1
+    if others or several or config.scale <= 0 or config.head_gains:
         raise InvalidValueError(
             "expected one rank for all attention modules of down_blocks[:3], up_blocks[1:4] and mid_block and a scale "
-            f"above 0, found the ranks {sorted(ranks)}, the scale {config.scale}"
+            f"above 0, found the ranks {sorted(ranks)}, the scale {config.scale}{', head_gains' * config.head_gains}"
             f"{', besides ' + ', '.join(others) if others else ''}; the original format cannot hold this adapter"
         )
     write_saved(file, tensors)

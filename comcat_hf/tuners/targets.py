@@ -37,14 +37,15 @@ def targets_of(config: ComCATConfig, model: nn.Module) -> dict[str, tuple[Site, 
     sites: Mapping[str, Site] = {}
     if config.mode == "compress":
         sites = known_sites(model, width=True, refuse=refuse)
-    elif config.has_ranks:
-        sites = cast("Mapping[str, Site]", find_residual_sites(model, config.core, refuse))
+    elif config.has_ranks or config.head_gains:
+        found = find_residual_sites(model, config.core, config.head_gains, refuse)
+        sites = cast("Mapping[str, Site]", found)
     entries = _pattern_entries(config, sites, model)
     targets: dict[str, tuple[Site, Any]] = {}
     for name, site in sites.items():
         if meant.takes_site(site):
             ranks = site.ranks(entries[name]) if name in entries else _default_ranks(config, site, sites, entries)
-            if any(rank is not None for rank in ranks.values()):
+            if config.head_gains or any(rank is not None for rank in ranks.values()):
                 targets[name] = (site, ranks)
     if config.gains:
         gained = cast("Mapping[str, Site]", _with_gains(config, meant, model))
@@ -82,8 +83,8 @@ def meant_by(config: ComCATConfig, model: nn.Module) -> Targets:
 
 
 def _may_refuse(config: ComCATConfig, meant: Targets, path: str) -> bool:
-    """Whether attention at this path is given a rank, so that it must be known."""
-    if config.qk_rank is not None or config.vo_rank is not None:
+    """Whether attention at this path is given a rank or gains, so that it must be known."""
+    if config.qk_rank is not None or config.vo_rank is not None or config.head_gains:
         return meant.takes(path)
     entries = ((key, entry) for key, entry in config.rank_pattern.items() if isinstance(entry, Mapping))
     return meant.takes(path) and any(_matches(key, path) and not _is_width(entry) for key, entry in entries)

@@ -30,13 +30,12 @@ def draw(pipeline) -> torch.Tensor:
     return torch.tensor(pipeline("a dog", generator=torch.Generator().manual_seed(0), **settings).images)
 
 
-def adapted(folder, *names: str, core: bool = False, gains: bool = False) -> StableDiffusionPipeline:
+def adapted(folder, *names: str, **kind: bool) -> StableDiffusionPipeline:
     pipeline = load(folder)
     torch.manual_seed(1)
     for name in names or ("dog",):
         for part in (pipeline.unet, pipeline.text_encoder):
-            ranks = {"qk_rank": 2, "vo_rank": 1, "core": core, "gains": gains}
-            config = ComCATConfig(mode="customize", **ranks, init_weights=False)
+            config = ComCATConfig(mode="customize", qk_rank=2, vo_rank=1, init_weights=False, **kind)
             part.add_adapter(config, adapter_name=name)
     for part in (pipeline.unet, pipeline.text_encoder):
         part.set_adapter(list(names) or ["dog"])
@@ -53,6 +52,7 @@ def exported(base, tmp_path_factory):
     for kind in ("full", "core", "gains", "truncated"):
         names = ("dog",) if kind == "truncated" else ("dog", "style")
         settings = {"core": kind in ("core", "gains"), "gains": kind in ("gains", "truncated")}
+        settings["head_gains"] = kind == "gains"
         pipeline, folder = adapted(base, *names, **settings), tmp_path_factory.mktemp(kind)
         expected = draw(pipeline)
         lost = export_pipeline(pipeline, folder, truncate=kind == "truncated")

@@ -134,6 +134,19 @@ def test_gains_need_a_rank_and_lose_what_is_said(base, tmp_path):
     assert lost[f"unet.{path}"] == {"gains": pytest.approx(left.item(), rel=1e-3)} and 0.1 < left < 1
 
 
+def test_gains_of_keys_and_values_too(base, tmp_path):
+    pipeline = adapted(base, core=True, head_gains=True)
+    with pytest.raises(InvalidValueError, match=r"k_proj: gains .*--rank"):
+        save_as_lora(pipeline, tmp_path / "none")
+    lost = save_as_lora(pipeline, tmp_path / "whole", rank=64)
+    assert max(share for shares in lost.values() for share in shares.values()) < 1e-5
+    plain = load(base)
+    plain.load_lora_weights(tmp_path / "whole")
+    assert torch.allclose(latents(plain), latents(pipeline), atol=1e-4)
+    lost = convert_to_lora(pipeline, rank=2)[1]
+    assert all(0.1 < share < 1 for shares in lost.values() for share in shares.values())
+
+
 def test_two_text_encoders_have_names_of_their_own(tmp_path):
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl(tmp_path / "xl"))
     from comcat_hf import ComCATConfig

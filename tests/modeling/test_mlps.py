@@ -197,8 +197,22 @@ def test_several_widths_share_one_ordering():
             for path in made[0]:
                 assert torch.equal(made[0][path].weight, made[1][path].weight)
                 assert torch.equal(made[0][path].bias, made[1][path].bias)
-    attention = find_sites(model)["vit.layers.0.attention"]
-    assert attention.prepare(moments) is moments and attention.moments_path == attention.name
+
+
+def test_several_ranks_share_one_basis():
+    model, inputs = small_vit()
+    site = find_sites(model)["vit.layers.0.attention"]
+    moments = collect_statistics(model, [inputs])[site.moments_path]
+    prepared = site.prepare(moments)
+    assert site.prepare() is None and prepared.attended is moments.attended
+    for rank in (1, 3, 8):
+        made = [site.substitutes({"qk": rank, "vo": rank}) for _ in range(2)]
+        for substitutes, given in zip(made, (moments, prepared), strict=True):
+            site.initialize(substitutes, given)
+        for one, other in zip(*(substitutes[site.name].parameters() for substitutes in made), strict=True):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+    for choice in ("qk", "vo"):
+        assert torch.allclose(site.discarded(choice, prepared), site.discarded(choice, moments))
 
 
 # --- what it saves

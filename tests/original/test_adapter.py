@@ -199,6 +199,7 @@ def test_alphas_that_cannot_be(tmp_path, unet, alpha):
         ({"qk_rank": 2, "vo_rank": 2, "target_modules": ["attn1"]}, r"attn2: expected full factors.*found none"),
         ({"qk_rank": 2, "vo_rank": 3}, "expected one rank"),
         ({"qk_rank": 2, "vo_rank": 2, "exclude_modules": r"up_blocks\.0\..*attn.", "gains": True}, r"besides .*\.ff"),
+        ({"qk_rank": 2, "vo_rank": 2, "exclude_modules": r"up_blocks\.0\..*", "head_gains": True}, r", head_gains;"),
         ({"qk_rank": 2, "vo_rank": 2}, r"besides up_blocks\.0"),
         ({"qk_rank": 2, "vo_rank": 2, "scale": 0.0, "exclude_modules": r"up_blocks\.0\..*"}, r"the scale 0\.0"),
     ],

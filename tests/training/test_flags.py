@@ -75,7 +75,8 @@ def test_a_fact_that_an_older_version_did_not_write_is_taken_for_the_same(tmp_pa
 
 def test_what_a_checkpoint_cannot_change():
     assert fixed_flags(CompressSettings) == ("model_name_or_path", "route", "modules_to_save", "ema_decay")
-    assert fixed_flags(CustomizeSettings) == ("qk_rank", "vo_rank", "core", "gains", "train_text_encoder")
+    kinds = ("qk_rank", "vo_rank", "core", "gains", "head_gains", "train_text_encoder")
+    assert fixed_flags(CustomizeSettings) == kinds
     assert {"adam_beta1", "lr_power", "variant"} <= values_deciding(CustomizeSettings(), "finetune").keys()
 
 

@@ -1,7 +1,7 @@
 """The site of an attention module."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -148,6 +148,13 @@ class AttentionSite(Site):
         attended = output[0] if isinstance(output, tuple) else output
         return modules[self.view.output_name](F.pad(attended, (0, self.view.further)))
 
+    def prepare(self, moments: AttentionMoments | None = None) -> AttentionMoments | None:
+        if moments is None:
+            return None
+        with errors_name(self.name):
+            qk = None if moments.query is None else qk_maps(*self._query_key(), moments=moments)
+            return replace(moments, qk_basis=qk, vo_basis=vo_maps(*self._value_output(), moments=moments))
+
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: AttentionMoments | None = None) -> None:
         view, family = self.view, self.view.family
@@ -192,8 +199,8 @@ class AttentionSite(Site):
         """The head maps (H, p, p) of every rank: of rank r the first r columns."""
         with errors_name(f"{self.name}, {choice}"):
             if choice == "qk":
-                return qk_maps(*self._query_key(), moments=moments)
-            return vo_maps(*self._value_output(), moments=moments)
+                return qk_maps(*self._query_key(), moments=moments)[:2]
+            return vo_maps(*self._value_output(), moments=moments)[:2]
 
     def to_singular_basis(
         self, choice: str, moments: AttentionMoments | None = None

@@ -44,11 +44,12 @@ class CustomizePlan:
         """The plan in lines of text."""
         settings, total = self.settings, sum(self.parameters.values())
         kind = "core matrices" if settings.core else "full factors"
+        gains = [f", {name}" for name in ("gains", "head_gains") if getattr(settings, name)]
         base = shown_base(settings.pretrained_model_name_or_path)
         lines = {
             "Pipeline": f"{base} ({self.pipeline}), base in {self.base_dtype}",
             "Adapter": f"{kind}, rank {settings.qk_rank or 'none'} for query/key, "
-            f"{settings.vo_rank or 'none'} for value/output{', gains' if settings.gains else ''}",
+            f"{settings.vo_rank or 'none'} for value/output{''.join(gains)}",
             "Parameters": f"{total:,} trained ({total / self.base_parameters:.3%} of the adapted parts): "
             + ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()),
             "Bytes": f"{4 * total:,} ({readable_size(4 * total)}) in float32",

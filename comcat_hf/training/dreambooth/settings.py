@@ -81,6 +81,7 @@ class CustomizeSettings(RunSettings):
         fixed=True,
     )
     gains: bool = flag(False, "Also train a number per hidden unit of every feed-forward.", TRAINING, fixed=True)
+    head_gains: bool = flag(False, "Also train a number per column of keys and values.", TRAINING, fixed=True)
     adapter_name: str = flag("default", "Name of the adapter.", NOTHING)
     train_text_encoder: bool = flag(False, "Adapt the text encoders as well.", TRAINING, fixed=True)
     # The training
@@ -148,9 +149,10 @@ class CustomizeSettings(RunSettings):
         if (self.instance_data_dir is None) == (self.dataset_name is None):
             found = "neither" if self.instance_data_dir is None else "both"
             raise InvalidValueError(f"Give one of --instance_data_dir and --dataset_name, got {found}.")
-        if self.qk_rank is None and self.vo_rank is None and not self.gains:
+        if self.qk_rank is None and self.vo_rank is None and not (self.gains or self.head_gains):
             raise InvalidValueError(
-                "--qk_rank and --vo_rank are both none, which leaves nothing to train. Give one, or --gains."
+                "--qk_rank and --vo_rank are both none, which leaves nothing to train. Give one, --gains or "
+                "--head_gains."
             )
         if self.optimizer == "prodigy" and self.use_8bit_adam:
             raise InvalidValueError("--use_8bit_adam is for --optimizer adamw, got prodigy. Leave one of them out.")
@@ -183,6 +185,7 @@ class CustomizeSettings(RunSettings):
             vo_rank=self.vo_rank,  # type: ignore[arg-type]
             core=self.core,
             gains=self.gains,
+            head_gains=self.head_gains,
             base_model_name_or_path=self.pretrained_model_name_or_path,
             revision=self.revision,
         )

@@ -1,4 +1,4 @@
-"""What a customize adapter adds to one attention module: full factors, or cores between frozen bases."""
+"""What a customize adapter adds to one attention module: full factors, or cores between frozen bases, and gains."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from ...modeling.sites.attention import ranks_of_pairs
 from ...modeling.views import AttentionView, attention_views, known_attention_classes
 from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module
-from .limits import check_adaptable
+from .gains import Gains
+from .limits import check_adaptable, check_whole
 
 
 __all__ = ["Core", "Factors", "Residual", "ResidualSite", "bases_of", "find_residual_sites", "rows_in", "rows_out"]
@@ -51,13 +52,14 @@ class Factors(nn.Module):
     """The factors of one adapter beside one stream of an attention module; a pair that is not adapted has none.
 
     Full factors add `t q' k'^T` to the scores and `t (attn v') D'` to the output. Cores change the query and the
-    attended values within the head.
+    attended values within the head. Gains multiply the columns of the dense keys and values.
 
     Attributes:
         query, key, value: `(H * r, d)`, without bias; `query` and `value` random at the start. Those of keys and
             values have as many heads as the module has for them.
         output: `(d, H * r)`; zero at the start, as is `key`.
         qk_core, vo_core: [`Core`], zero at the start.
+        key_gains, value_gains: [`Gains`] of the columns of all heads, zero at the start.
     """
 
     query: nn.Linear | None
@@ -66,9 +68,11 @@ class Factors(nn.Module):
     output: nn.Linear | None
     qk_core: Core | None
     vo_core: Core | None
+    key_gains: Gains | None
+    value_gains: Gains | None
 
     def __init__(
-        self, view: AttentionView, stream: Stream, qk_rank: int | None, vo_rank: int | None, core: bool
+        self, view: AttentionView, stream: Stream, qk_rank: int | None, vo_rank: int | None, core: bool, gains: bool
     ) -> None:
         super().__init__()
         self.num_heads = view.num_heads
@@ -90,13 +94,16 @@ class Factors(nn.Module):
         for name, rank in (("qk_core", qk_rank), ("vo_core", vo_rank)):
             given = core and rank is not None and last is not None
             setattr(self, name, Core(view.num_heads, rank, **options) if given else None)
+        width = view.num_kv_heads * view.head_dim
+        for role in ("key", "value"):
+            setattr(self, f"{role}_gains", Gains(width, view.projection(role, stream)) if gains else None)
 
     def start(self) -> None:
         """Set the factors so that they add nothing, and learn at once."""
         for first in (self.query, self.value):
             if first is not None:
                 first.reset_parameters()
-        for last in (self.key, self.output, self.qk_core, self.vo_core):
+        for last in (self.key, self.output, self.qk_core, self.vo_core, self.key_gains, self.value_gains):
             if last is not None:
                 nn.init.zeros_(last.weight)
 
@@ -104,10 +111,12 @@ class Factors(nn.Module):
 class Residual(Factors):
     """The factors of one adapter beside one attention module: those of the first stream, and of further ones."""
 
-    def __init__(self, view: AttentionView, qk_rank: int | None, vo_rank: int | None, core: bool) -> None:
+    def __init__(
+        self, view: AttentionView, qk_rank: int | None, vo_rank: int | None, core: bool, gains: bool = False
+    ) -> None:
         first, *others = view.streams
-        super().__init__(view, first, qk_rank, vo_rank, core)
-        self.further = nn.ModuleList(Factors(view, stream, qk_rank, vo_rank, core) for stream in others)
+        super().__init__(view, first, qk_rank, vo_rank, core, gains)
+        self.further = nn.ModuleList(Factors(view, stream, qk_rank, vo_rank, core, gains) for stream in others)
         self.train(view.module.training)
 
     @property
@@ -137,6 +146,7 @@ class ResidualSite:
 
     view: AttentionView
     core: bool = False
+    gains: bool = False
     kind: ClassVar[str] = "attention"
     replacement: ClassVar[type[nn.Module]] = Residual
 
@@ -160,26 +170,32 @@ class ResidualSite:
         return {self.name: self.view.module}
 
     def substitutes(self, ranks: Mapping[str, int | None]) -> dict[str, nn.Module]:
-        return {self.name: Residual(self.view, ranks.get("qk"), ranks.get("vo"), self.core)}
+        if self.gains:
+            for path, linear in self.view.projections().items():
+                check_whole(path, linear)
+        return {self.name: Residual(self.view, ranks.get("qk"), ranks.get("vo"), self.core, self.gains)}
 
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: None = None) -> None:
         substitutes[self.name].start()
 
 
-def find_residual_sites(model: nn.Module, core: bool, refuse: Callable[[str], bool]) -> dict[str, ResidualSite]:
+def find_residual_sites(
+    model: nn.Module, core: bool, gains: bool, refuse: Callable[[str], bool]
+) -> dict[str, ResidualSite]:
     """Every attention module of a model that adapters can be put beside, by path.
 
     Args:
         model: with or without adapters.
         core: whether the residuals are cores.
+        gains: whether keys and values get gains.
         refuse: whether attention at this path that is not known is an error.
 
     Raises:
         UnsupportedModuleError: the model has no attention that is known, or one that `refuse` refuses.
     """
     views = attention_views(model, whole=False, refuse=refuse)
-    sites = {name: ResidualSite(view, core) for name, view in views.items()}
+    sites = {name: ResidualSite(view, core, gains) for name, view in views.items()}
     if not sites:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no attention module that is known and not low-rank or widened already, as "

@@ -10,7 +10,7 @@ from ...modeling.mlps import FeedForwardView
 from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module
 from .base import ResidualLayer
-from .gains import Gains, joined_gains
+from .gains import Gains, joined_gains, multiplied
 from .merging import check_others_merged, copy_of, linear_of, put_at, wide
 
 
@@ -32,8 +32,7 @@ class _Entry:
         if not gains:
             return None
         states, *rest = args
-        # What is added is rounded, and not the sum with 1, of which half precision would leave three digits.
-        return (torch.addcmul(states, states, joined_gains(gains, states)), *rest)
+        return (multiplied(states, gains), *rest)
 
 
 class GainLayer(ResidualLayer):

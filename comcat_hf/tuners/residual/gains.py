@@ -1,4 +1,4 @@
-"""What a customize adapter adds to one feed-forward: a gain per hidden unit."""
+"""What a customize adapter multiplies columns by: hidden units of a feed-forward, keys and values of heads."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,24 +15,26 @@ from ...modeling.wrappers import base_module
 from .limits import check_whole
 
 
-__all__ = ["GainSite", "Gains", "find_gain_sites", "joined_gains"]
+__all__ = ["GainSite", "Gains", "find_gain_sites", "joined_gains", "multiplied"]
 
 
 class Gains(nn.Module):
-    """The gains of one adapter beside one feed-forward: its last layer reads `h (1 + t g)` in place of `h`.
+    """The gains of one adapter on some columns `h`: they are read as `h (1 + t g)`.
 
     Attributes:
         weight: `(width,)`, zero at the start.
+
+    Args:
+        width: number of columns.
+        linear: the layer that gives or reads them; the gains have its device and dtype.
     """
 
     ranks = (None, None)
 
-    def __init__(self, view: FeedForwardView) -> None:
+    def __init__(self, width: int, linear: nn.Module) -> None:
         super().__init__()
-        output = base_module(view.output)
-        options = {"device": output.weight.device, "dtype": compute_dtype(output)}
-        self.weight = nn.Parameter(torch.empty(view.width, **options))
-        self.train(view.module.training)
+        linear = base_module(linear)
+        self.weight = nn.Parameter(torch.empty(width, device=linear.weight.device, dtype=compute_dtype(linear)))
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.5)
@@ -66,7 +68,7 @@ class GainSite:
 
     def substitutes(self, ranks: Mapping[str, int | None]) -> dict[str, nn.Module]:
         check_whole(self.view.output_name, self.view.output)
-        return {self.name: Gains(self.view)}
+        return {self.name: Gains(self.view.width, self.view.output).train(self.view.module.training)}
 
     @torch.no_grad()
     def initialize(self, substitutes: Mapping[str, nn.Module], moments: None = None) -> None:
@@ -94,8 +96,14 @@ def find_gain_sites(model: nn.Module, refuse: Callable[[str], bool]) -> dict[str
 
 
 def joined_gains(gains: list[tuple[Gains, Any]], like: Tensor) -> Tensor:
-    """`sum t g` of several adapters, in the dtype of `like`."""
+    """`sum t g` of several adapters, `(width,)` in the dtype of `like`."""
     first, *others = (factors(scale) for factors, scale in gains)
     for other in others:
         first = first + other
     return first.to(like.dtype)
+
+
+def multiplied(states: Tensor, gains: list[tuple[Gains, Any]]) -> Tensor:
+    """`states (1 + sum t g)`, for `(..., width)`; the states themselves where there are no gains."""
+    # What is added is rounded, and not the sum with 1, of which half precision would leave three digits.
+    return torch.addcmul(states, states, joined_gains(gains, states)) if gains else states

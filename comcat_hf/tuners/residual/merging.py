@@ -15,6 +15,7 @@ from ...modeling.views import AttentionView
 from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module, is_tuner_layer
 from .factors import Core, Residual, rows_in, rows_out
+from .gains import Gains, joined_gains
 from .handover import MergedHandover
 
 
@@ -105,9 +106,12 @@ def joined_rows(
     parts = {role: [wide(rows_in(view.projection(role, stream), heads))] for role, heads in counts.items()}
     if view.projection("output", stream) is not None:
         parts["output"] = [wide(rows_out(view, stream))]
+    active = [(residual.streams[index], scale) for residual, scale in residuals]
+    for role in ("key", "value"):
+        gains = [(getattr(factors, f"{role}_gains"), scale) for factors, scale in active]
+        parts[role] = [_with_gains(parts[role][0], gains)]
     dense = {role: rows[0] for role, rows in parts.items()}
-    for residual, scale in residuals:
-        factors = residual.streams[index]
+    for factors, scale in active:
         if factors.qk_core is not None:
             moves = _moves(factors.qk_core, bases, "qk", dense["query"])
             parts["query"][0] = parts["query"][0] + scale * moves.mT @ dense["query"]
@@ -276,6 +280,12 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias.copy_(bias)
     return linear.requires_grad_(False)
+
+
+def _with_gains(rows: Tensor, gains: Sequence[tuple[Gains | None, float]]) -> Tensor:
+    """Rows by head `(H, p, n)`, their biases among them, times `1 + sum t g`."""
+    found = [(one, scale) for one, scale in gains if one is not None]
+    return rows * (1 + joined_gains(found, rows).view(*rows.shape[:2], 1)) if found else rows
 
 
 def _moves(core: Core, bases: Bases, pair: str, rows: Tensor) -> Tensor:

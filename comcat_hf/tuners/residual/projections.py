@@ -11,6 +11,7 @@ from ...modeling.stand_in import split_heads
 from ...modeling.views import AttentionView
 from ...modeling.weights import compute_dtype
 from .factors import Factors, Residual
+from .gains import Gains, multiplied
 from .joining import can_join, joined_input, joined_output
 
 
@@ -109,10 +110,11 @@ class StreamProjections:
         dense = getattr(self.layer.base_layer, getattr(self.stream, role))
         joins = own is None and layout == "pairs"
         cores = role == "query" and self._norm_of("query") is None and self._cores("qk_core")
-        if linears and joins and not cores and can_join(dense, linears, states):
+        gains = self._gains(role)
+        if linears and joins and not cores and not gains and can_join(dense, linears, states):
             added = self._side_by_side(linears, heads, None if role == "query" else scales)
             return joined_input(dense, added, heads, width, factor, states)
-        own = split_heads(dense(states) if own is None else own, heads)
+        own = split_heads(multiplied(dense(states) if own is None else own, gains), heads)
         parts = [split_heads(_project(linear, states), heads).to(own.dtype) for linear in linears]
         if role != "query":
             parts = [scale * part for scale, part in zip(scales, parts, strict=True)]
@@ -142,6 +144,10 @@ class StreamProjections:
 
     def _active(self) -> list[tuple[Factors, Tensor]]:
         return [(residual.streams[self.index], scale) for residual, scale in self.layer.active()]
+
+    def _gains(self, role: str) -> list[tuple[Gains, Tensor]]:
+        found = [(getattr(factors, f"{role}_gains", None), scale) for factors, scale in self._active()]
+        return [(gains, scale) for gains, scale in found if gains is not None]
 
     def _cores(self, pair: str) -> bool:
         return any(getattr(factors, pair) is not None for factors, _ in self._active())
