@@ -22,7 +22,7 @@ from ..recipes import parse_settings
 from .augmentation import ImagePreparation
 from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
-from .models import load_classifier, load_image_processor
+from .models import load_dense, load_image_processor
 from .settings import ALTERNATIVES, CompressSettings, ImageSettings
 from .speed import measure_speed
 from .stream import ImageReader
@@ -147,45 +147,31 @@ class EvaluationReport:
     def describe(self) -> str:
         """A table: a line per figure, a column per model."""
         names = list(self.models)
-        rows = [["", *names, *(["dense / model"] if len(names) > 1 else [])]]
+        rows = [["", *names, "dense / model"]]
         for title, key, form in _FIGURES:
             values = [self.models[name][key] for name in names]
-            if len(values) > 1:
-                rows.append([title, *map(form, values), _ratio(*values) if key in _RATIOS else ""])
-            else:
-                rows.append([title, *map(form, values)])
+            ratio = f"{values[-1] / values[0]:.2f}" if key in _RATIOS and all(values) else ""
+            rows.append([title, *("unknown" if value is None else form.format(value) for value in values), ratio])
         for row in self.throughput:
-            title = f"images/s, batch {row['batch_size']}, {row['dtype']}"
             speeds = [f"{row['images_per_second'][name]:.1f}" for name in names]
-            rows.append([title, *speeds, *([f"{row['faster']:.2f} times faster"] if len(names) > 1 else [])])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+            faster = f"{row['faster']:.2f} times faster" if "faster" in row else ""
+            rows.append([f"images/s, batch {row['batch_size']}, {row['dtype']}", *speeds, faster])
+        if len(names) == 1:
+            rows = [row[:-1] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _share(value: float) -> str:
-    return f"{value:.2%}"
-
-
-def _count(value: int | None) -> str:
-    return "unknown" if value is None else f"{value:,}"
-
-
-_FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("top-1", "top1", _share),
-    ("top-5", "top5", _share),
-    ("loss", "loss", lambda value: f"{value:.4f}"),
-    ("images", "samples", _count),
-    ("images that could not be read", "broken", _count),
-    ("parameters", "parameters", _count),
-    ("MACs per image", "macs", _count),
+_FIGURES = (
+    ("top-1", "top1", "{:.2%}"),
+    ("top-5", "top5", "{:.2%}"),
+    ("loss", "loss", "{:.4f}"),
+    ("images", "samples", "{:,}"),
+    ("images that could not be read", "broken", "{:,}"),
+    ("parameters", "parameters", "{:,}"),
+    ("MACs per image", "macs", "{:,}"),
 )
 _RATIOS = ("parameters", "macs")
-
-
-def _ratio(model: int | None, dense: int | None) -> str:
-    return f"{dense / model:.2f}" if model and dense else ""
 
 
 def evaluate_models(
@@ -214,24 +200,18 @@ def evaluate_models(
     accelerator = make_accelerator() if accelerator is None else accelerator
     main = accelerator.is_main_process
     say = report if report is not None and main else lambda text: None
-    sources = {_MODEL: settings.model_name_or_path} | ({_DENSE: settings.dense} if settings.dense else {})
+    data = {_MODEL: settings.data()} | ({_DENSE: settings.data(settings.dense)} if settings.dense else {})
     flags = {_MODEL: "--model_name_or_path", _DENSE: "--dense"}
-    where = {"cache_dir": settings.cache_dir, "token": settings.token}
-    models = {
-        name: load_classifier(
-            source, flags[name], revision=settings.model_revision if name == _MODEL else None, **where
-        )
-        for name, source in sources.items()
-    }
-    found = {}
-    for name, model in models.items():
-        data = settings.data() if name == _MODEL else settings.data(sources[name])
-        found[name] = {
-            "source": shown_base(sources[name]),
-            **_accuracy(model, data, accelerator, f"Evaluating {name}"),
-            "parameters": count_parameters(model),
-            "macs": _macs(model, sources[name], say),
+    models = {name: load_dense(one, flags[name]) for name, one in data.items()}
+    found = {
+        name: {
+            "source": shown_base(one.model_name_or_path),
+            **_accuracy(models[name], one, accelerator, f"Evaluating {name}"),
+            "parameters": count_parameters(models[name]),
+            "macs": _macs(models[name], one.model_name_or_path, say),
         }
+        for name, one in data.items()
+    }
     timed = main and settings.throughput_seconds > 0
     result = EvaluationReport(
         found,
@@ -269,22 +249,18 @@ def _macs(model: nn.Module, source: str, say: Callable[[str], None]) -> int | No
 def _throughput(
     models: Mapping[str, nn.Module], settings: EvaluateSettings, device: torch.device
 ) -> tuple[Mapping[str, Any], ...]:
-    rows = []
-    asked = [(size, name) for name in settings.dtype_names() for size in settings.batch_size_list()]
-    copies: dict[str, nn.Module] = {}
-    made = None
-    with tqdm(asked, desc="Speed", unit="setting", disable=None) as bar:
-        for size, named in bar:
-            dtype = getattr(torch, named)
-            if dtype != made:
-                copies = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
-                made = dtype
-            try:
-                row = measure_speed(copies, device, size, settings.throughput_seconds)
-            except RuntimeError as error:
-                raise InvalidValueError(
-                    f"A batch of {size} in {named} cannot be run on {device}: {error}. Give other --batch_sizes or "
-                    "--dtypes."
-                ) from error
-            rows.append(row | {"dtype": named})
+    rows, sizes, dtypes = [], settings.batch_size_list(), settings.dtype_names()
+    with tqdm(total=len(sizes) * len(dtypes), desc="Speed", unit="setting", disable=None) as bar:
+        for dtype in dtypes:
+            copies = {name: copy.deepcopy(model).to(getattr(torch, dtype)) for name, model in models.items()}
+            for size in sizes:
+                try:
+                    row = measure_speed(copies, device, size, settings.throughput_seconds)
+                except RuntimeError as error:
+                    raise InvalidValueError(
+                        f"A batch of {size} in {dtype} cannot be run on {device}: {error}. Give other --batch_sizes "
+                        "or --dtypes."
+                    ) from error
+                rows.append(row | {"dtype": dtype})
+                bar.update()
     return tuple(rows)
