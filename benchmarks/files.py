@@ -7,7 +7,6 @@ again; its ONNX programs in float32 and float16, run by onnxruntime. Bytes count
     PYTHONPATH=.venv/torchao python benchmarks/files.py --cases minilm cifar10 --data FOLDER
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,14 +113,12 @@ def rows_of(case: Case, subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _report.parser(__doc__, threads=1)
     parser.add_argument("--data", type=Path, help="folder with vit-cifar10 and cifar10")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["minilm", "cifar10"])
     parser.add_argument("--seeds", type=int, default=1, help="models of the digits; the first is measured")
     parser.add_argument("--calibration", type=int)
     parser.add_argument("--held-out", type=int)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = {}
