@@ -130,7 +130,7 @@ def dense_further(args: argparse.Namespace, seed: int, method: str, steps: int) 
         model = load_classifier(settings.model_name_or_path, "--data")
         splits = open_splits(settings, model.config, seed)
         preparation = ImagePreparation.of(settings, load_image_processor(settings))
-        mixing, broken = Mixing.of(settings, model.config.num_labels), BrokenImages.of(settings, splits.train)
+        mixing, broken = Mixing(settings, model.config.num_labels), BrokenImages.of(settings, splits.train)
         reader = ImageReader(splits.train, preparation, settings, broken, seed)
 
         def evaluate() -> float:

@@ -21,6 +21,8 @@ import comcat_hf
 
 
 REDUCTION = 0.5
+# Of weights that share a scale, in four bits.
+GROUPS = (32, 16, 8, 4)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -35,10 +37,29 @@ def saved(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def quantised(model: nn.Module, folder: Path, bits: int) -> nn.Module:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(model, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig())
+    if bits == 8:
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        to_four_bits(model)
     return saved(model, folder)
+
+
+def to_four_bits(model: nn.Module) -> None:
+    """Weights of four bits in groups, a byte each: the packed form of torchao has kernels for GPUs alone."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+    def size_of(module: nn.Module) -> int | None:
+        """The largest group that divides the inputs."""
+        return (
+            next((g for g in GROUPS if module.in_features % g == 0), None) if isinstance(module, nn.Linear) else None
+        )
+
+    for size in GROUPS:
+        chosen = [name for name, module in model.named_modules() if size_of(module) == size]
+        how = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(size))
+        quantize_(model, how, filter_fn=lambda _, name, chosen=chosen: name in chosen)
 
 
 def exported(model: nn.Module, folder: Path, dtype: torch.dtype) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ from ..native import plan_of
 from ..reporting.plots import plot_compression
 from ..tensor_files import write_safetensors
 from ..training.classify.callbacks import ProgressBar
-from ..training.classify.optimizers import rate_at
+from ..training.classify.planning import rate_at
 from ..training.classify.trainer import DistillationTrainer
 from ..training.seeds import random_states, set_random_states
 from .shared import check_settings, missing, quiet, threads

@@ -1,7 +1,7 @@
-"""Batches by position: which positions a process takes, and a loader whose workers read them ahead."""
+"""A loader of batches that are named by their positions, whose workers leave signals to the main process."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,18 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from .seeds import MAX_SEED
 
 
-__all__ = ["make_loader", "positions"]
-
-
-def positions(batch_size: int, start: int, count: int, process: int, processes: int) -> Iterator[list[int]]:
-    """The positions of `count` batches of a process, from batch `start`.
-
-    All processes together take `batch_size * processes` positions at a time, so that how many there are changes
-    nothing.
-    """
-    for batch in range(start, start + count):
-        first = (batch * processes + process) * batch_size
-        yield list(range(first, first + batch_size))
+__all__ = ["make_loader"]
 
 
 def make_loader(

@@ -1,7 +1,7 @@
 """The processes and devices that a training or an evaluation runs on."""
 
+from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ..errors import InvalidValueError, brief
+from .settings import RunSettings
 from .trackers import tracker_of
 
 
@@ -18,34 +19,27 @@ __all__ = ["make_accelerator"]
 _PATIENCE = timedelta(hours=24)
 
 
-def make_accelerator(
-    output_dir: str | Path | None = None,
-    *,
-    logging_dir: str = "",
-    report_to: str = "none",
-    mixed_precision: str | None = None,
-    handlers: tuple[Any, ...] = (),
-) -> Accelerator:
+def make_accelerator(settings: RunSettings | None = None, handlers: Sequence[Any] = ()) -> Accelerator:
     """What accelerate makes of the processes that were launched.
 
     Args:
-        logging_dir: where a tracker writes, in it.
-        mixed_precision: `None` for that of the accelerate configuration.
+        settings: of the run; by default it has full precision, no tracker and no folder.
         handlers: of accelerate, for further settings.
 
     Raises:
         InvalidValueError: the machine does not have the precision or the tracker.
     """
-    folder = None if output_dir is None else Path(output_dir).expanduser()
-    project = {} if folder is None else {"project_dir": str(folder), "logging_dir": str(folder / logging_dir)}
-    tracker = tracker_of(report_to)
-    asked = "The accelerate configuration" if mixed_precision is None else f"--mixed_precision {mixed_precision}"
+    folder = None if settings is None else settings.output_path
+    project = {} if folder is None else {"project_dir": str(folder), "logging_dir": str(folder / settings.logging_dir)}
+    tracker = None if settings is None else tracker_of(settings.report_to)
+    precision = "no" if settings is None else settings.mixed_precision
+    asked = "The accelerate configuration" if precision is None else f"--mixed_precision {precision}"
     refused = f"{asked}: expected a precision that this machine has"
     try:
         accelerator = Accelerator(
             # Without cpu=True accelerate starts CPU processes as unconnected single-process runs.
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=mixed_precision,
+            mixed_precision=precision,
             log_with=tracker,
             project_config=ProjectConfiguration(**project),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), *handlers],

@@ -6,21 +6,44 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from ..errors import ComCATError
 from ..hub import without_secrets
 
 
-__all__ = ["ending", "run_program"]
+__all__ = ["RunResult", "ending", "run_program"]
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 
 # Repeats a line when the process behind a descriptor has ended, or after 20 seconds.
 _REPEAT = "import select, sys; select.select([int(sys.argv[1])], [], [], 20); sys.stderr.write(sys.argv[2])"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What became of a run.
+
+    Attributes:
+        output_dir: holds what was made, if the run ended.
+        plan: what was to be done; `None` where a signal came before that was known.
+        step: optimizer steps that are done.
+        interrupted: the signal that ended it early, or `None`.
+        checkpoint: what an interrupted training goes on from.
+        commit: the address of the upload, if there was one.
+    """
+
+    output_dir: Path
+    plan: Any = None
+    step: int = 0
+    interrupted: str | None = None
+    checkpoint: Path | None = None
+    commit: str | None = None
 
 
 def run_program(
@@ -63,7 +86,7 @@ def run_program(
     return 0
 
 
-def ending(result: Any, made: str) -> str | None:
+def ending(result: RunResult, made: str) -> str | None:
     """How a training ended."""
     if result.interrupted is not None:
         done = f" after step {result.step}" if result.step else ""

@@ -14,6 +14,7 @@ from ...checks import Kind, make_document, mapping_of, open_document, whole
 from ...configs import RankPlan
 from ...errors import InvalidValueError
 from ...hub import read_json, write_json_atomic
+from ..checkpoints import remove_checkpoints
 
 
 __all__ = ["Artefacts", "digest_of", "whole_folder"]
@@ -24,46 +25,30 @@ _STAGES = mapping_of(Kind("the settings of a stage", lambda facts: isinstance(fa
 _FIELDS = {"seed": whole(), "stages": _STAGES, "begun": _STAGES}
 
 
+def _place(name: str) -> Any:
+    return property(lambda self: self.folder / name)
+
+
 @dataclass(frozen=True)
 class Artefacts:
-    """The folder of a run."""
+    """The folder of a run.
+
+    Attributes:
+        initial: the factorised model before it is fine-tuned.
+        sweep: a model of another reduction, while it is measured.
+        picture: ranks and spectra, for the card.
+    """
 
     folder: Path
 
-    @property
-    def statistics(self) -> Path:
-        return self.folder / "statistics"
-
-    @property
-    def initial(self) -> Path:
-        """The factorised model before it is fine-tuned."""
-        return self.folder / "initial"
-
-    @property
-    def search_state(self) -> Path:
-        return self.folder / "search_state.pt"
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "eval_results.json"
-
-    @property
-    def sweep(self) -> Path:
-        """A model of another reduction, while it is measured."""
-        return self.folder / ".sweep"
-
-    @property
-    def sweep_results(self) -> Path:
-        return self.folder / "sweep_results.json"
-
-    @property
-    def picture(self) -> Path:
-        """Ranks and spectra, for the card."""
-        return self.folder / "ranks.png"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report.html"
+    statistics = _place("statistics")
+    initial = _place("initial")
+    search_state = _place("search_state.pt")
+    results = _place("eval_results.json")
+    sweep = _place(".sweep")
+    sweep_results = _place("sweep_results.json")
+    picture = _place("ranks.png")
+    report = _place("report.html")
 
     def seed(self) -> int | None:
         """The seed of the run so far."""
@@ -105,7 +90,8 @@ class Artefacts:
         self._write("stages", stage, facts)
 
     def clear(self) -> None:
-        """Remove what stages made; the folder may hold other files, which stay."""
+        """Remove what stages made, checkpoints among it; the folder may hold other files, which stay."""
+        remove_checkpoints(self.folder)
         for path in (self.statistics, self.initial, self.sweep):
             shutil.rmtree(path, ignore_errors=True)
         files = (self.search_state, self.results, self.sweep_results, self.picture, self.report)

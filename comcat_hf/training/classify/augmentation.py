@@ -5,7 +5,7 @@ Every draw comes from the generator that is handed in, so what an image becomes 
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import InvalidValueError, brief
 from ..images import to_tensor
 from ..seeds import MAX_SEED
-from .settings import CompressSettings
+from .settings import MAGNITUDES, CompressSettings
 
 
 __all__ = ["ImagePreparation", "Mixing", "process_image"]
@@ -23,7 +23,6 @@ __all__ = ["ImagePreparation", "Mixing", "process_image"]
 _RATIOS = (3 / 4, 4 / 3)
 _ERASED_SHARE = (0.02, 1 / 3)
 _ERASED_RATIOS = (0.3, 1 / 0.3)
-_MAX_MAGNITUDE = 30
 
 
 @dataclass(frozen=True)
@@ -31,25 +30,22 @@ class ImagePreparation:
     """Pillow images in, model inputs out.
 
     Attributes:
+        processor: the model's image processor.
+        settings: how training images are augmented.
         scale, offset: `(3, 1, 1)` each; a pixel `x` between 0 and 1 enters the model as `x * scale + offset`.
         channels: which channel of the image each channel of the input is.
-        crop_scale: least share of the area that is cropped; 1 leaves the cropping to the processor.
-        flip: probability of mirroring.
         coloring: what is done to pixels between 0 and 1, one after the other; `(1, 3, H, W)` in and out.
         erasing: what is done to the finished input.
-        resample: how Pillow resizes a crop.
     """
 
     processor: Any
+    settings: CompressSettings
     size: tuple[int, int]
     scale: Tensor
     offset: Tensor
     channels: tuple[int, ...]
-    crop_scale: float = 1.0
-    flip: float = 0.0
-    coloring: tuple[nn.Module, ...] = ()
-    erasing: nn.Module | None = None
-    resample: int = 2
+    coloring: tuple[nn.Module, ...]
+    erasing: tuple[nn.Module, ...]
 
     @classmethod
     def of(cls, settings: CompressSettings, image_processor: Any) -> "ImagePreparation":
@@ -59,19 +55,8 @@ class ImagePreparation:
             InvalidValueError: the processor's inputs have another form, or an augmentation needs kornia, which is
                 not installed.
         """
-        size, scale, offset, channels = _probe(image_processor)
-        return cls(
-            processor=image_processor,
-            size=size,
-            scale=scale,
-            offset=offset,
-            channels=channels,
-            crop_scale=settings.random_resized_crop_scale,
-            flip=settings.horizontal_flip,
-            coloring=_coloring(settings),
-            erasing=_erasing(settings),
-            resample=_resample(image_processor),
-        )
+        probed = _probe(image_processor)
+        return cls(image_processor, settings, *probed, _modules(settings, _COLORING), _modules(settings, _ERASING))
 
     def evaluate(self, image: Any) -> Tensor:
         """What the image processor makes of a Pillow image in RGB: `(3, H, W)`, float32."""
@@ -79,8 +64,7 @@ class ImagePreparation:
 
     def restore(self, inputs: Tensor) -> Tensor:
         """Pixels between 0 and 1 of a model's input `(3, H, W)`, in the order of the image's channels."""
-        pixels = ((inputs.cpu() - self.offset) / self.scale).clamp(0, 1)
-        return pixels[[self.channels.index(channel) for channel in range(len(self.channels))]]
+        return inputs.sub(self.offset).div_(self.scale).clamp_(0, 1)[torch.tensor(self.channels).argsort()]
 
     def check(self, model: nn.Module, source: str) -> None:
         """See whether a model takes these inputs.
@@ -110,35 +94,26 @@ class ImagePreparation:
             `(3, H, W)`, float32.
         """
         flip, first, second = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        if self.crop_scale < 1:
+        cropped = self.settings.random_resized_crop_scale < 1
+        if cropped:
             pixels = to_tensor(self._crop(image, generator))
-        elif not self.coloring:
-            pixels = self.evaluate(image)
         else:
-            pixels = self._denormalized(self.evaluate(image))
-        if flip < self.flip:
+            pixels = self.restore(self.evaluate(image)) if self.coloring else self.evaluate(image)
+        if flip < self.settings.horizontal_flip:
             pixels = pixels.flip(-1)
-        if self.coloring:
-            pixels = _apply_seeded(self.coloring, pixels, int(first * MAX_SEED))
-        if self.crop_scale < 1 or self.coloring:
-            pixels = self._normalized(pixels)
-        if self.erasing is not None:
-            pixels = _apply_seeded((self.erasing,), pixels, int(second * MAX_SEED))
-        return pixels.contiguous()
+        pixels = _apply_seeded(self.coloring, pixels, int(first * MAX_SEED))
+        if cropped or self.coloring:
+            pixels = pixels[list(self.channels)].mul_(self.scale).add_(self.offset)
+        return _apply_seeded(self.erasing, pixels, int(second * MAX_SEED)).contiguous()
 
     def _crop(self, image: Any, generator: torch.Generator) -> Any:
-        box = _crop_box(image.size, self.crop_scale, generator)
-        height, width = self.size
-        return image.resize((width, height), resample=self.resample, box=box)
+        from PIL import Image
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        if self.channels != (0, 1, 2):
-            pixels = pixels[list(self.channels)]
-        return pixels.mul(self.scale).add_(self.offset)
-
-    def _denormalized(self, inputs: Tensor) -> Tensor:
-        pixels = inputs.sub(self.offset).div_(self.scale).clamp_(0, 1)
-        return pixels if self.channels == (0, 1, 2) else pixels[torch.tensor(self.channels).argsort()]
+        resample = getattr(self.processor, "resample", None)
+        if resample not in set(Image.Resampling):
+            resample = Image.Resampling.BILINEAR
+        box = _crop_box(image.size, self.settings.random_resized_crop_scale, generator)
+        return image.resize(self.size[::-1], resample=resample, box=box)
 
 
 @dataclass(frozen=True)
@@ -149,37 +124,16 @@ class Mixing:
     per batch. The batch is that of one process: with other sizes and numbers of processes others are mixed. kornia's
     RandomMixUpV2 draws shares evenly, not from the beta distribution that the recipes of these models name, and its
     RandomCutMixV2 keeps rectangles inside the image, where the recipes cut them off at its edge, so this is torch.
-
-    Attributes:
-        mixup, cutmix: alphas of the beta distributions; 0 leaves the one out.
-        probability: of mixing a batch at all.
-        switch: probability of CutMix where both are on.
-        smoothing: share of a label that is spread over all classes.
     """
 
+    settings: CompressSettings
     classes: int
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    probability: float = 1.0
-    switch: float = 0.5
-    smoothing: float = 0.0
-
-    @classmethod
-    def of(cls, settings: CompressSettings, num_classes: int) -> "Mixing":
-        """What the settings ask for."""
-        return cls(
-            classes=num_classes,
-            mixup=settings.mixup_alpha,
-            cutmix=settings.cutmix_alpha,
-            probability=settings.mixup_prob,
-            switch=settings.mixup_switch_prob,
-            smoothing=settings.label_smoothing,
-        )
 
     @property
     def mixes(self) -> bool:
         """Whether batches are mixed at all."""
-        return self.probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+        settings = self.settings
+        return settings.mixup_prob > 0 and (settings.mixup_alpha > 0 or settings.cutmix_alpha > 0)
 
     def __call__(
         self, pixel_values: Tensor, labels: Tensor, generator: torch.Generator | None = None
@@ -192,26 +146,25 @@ class Mixing:
         Returns:
             the pixels, and as targets the labels where nothing mixes or smooths, else probabilities `(B, classes)`.
         """
-        if not self.mixes and not self.smoothing:
+        settings = self.settings
+        if not self.mixes and not settings.label_smoothing:
             return pixel_values, labels
-        targets = self._smooth(labels)
+        rest = settings.label_smoothing / self.classes
+        targets = torch.full((len(labels), self.classes), rest, device=labels.device)
+        targets.scatter_(1, labels[:, None], 1 - settings.label_smoothing + rest)
         if not self.mixes:
             return pixel_values, targets
         mix, switch, seed = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        if mix >= self.probability:
+        if mix >= settings.mixup_prob:
             return pixel_values, targets
-        cut = self.cutmix > 0 and (self.mixup == 0 or switch < self.switch)
-        share = _beta(self.cutmix if cut else self.mixup, int(seed * MAX_SEED))
+        mixup, cutmix = settings.mixup_alpha, settings.cutmix_alpha
+        cut = cutmix > 0 and (mixup == 0 or switch < settings.mixup_switch_prob)
+        share = _beta(cutmix if cut else mixup, int(seed * MAX_SEED))
         if cut:
             pixel_values, share = _cut(pixel_values, share, generator)
         else:
             pixel_values = pixel_values.lerp(pixel_values.flip(0), 1 - share)
         return pixel_values, targets.lerp(targets.flip(0), 1 - share)
-
-    def _smooth(self, labels: Tensor) -> Tensor:
-        rest = self.smoothing / self.classes
-        targets = torch.full((len(labels), self.classes), rest, device=labels.device)
-        return targets.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
 
 
 def process_image(processor: Any, image: Any) -> Tensor:
@@ -255,15 +208,6 @@ def _probe(processor: Any) -> tuple[tuple[int, int], Tensor, Tensor, tuple[int, 
     return (height, width), scale.view(3, 1, 1), black.view(3, 1, 1), channels
 
 
-def _resample(processor: Any) -> int:
-    from PIL import Image
-
-    try:
-        return int(Image.Resampling(getattr(processor, "resample", None)))
-    except ValueError:
-        return int(Image.Resampling.BILINEAR)
-
-
 def _crop_box(size: tuple[int, int], least: float, generator: torch.Generator) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of a crop of some share of the area and some shape, as far as it fits."""
     width, height = size
@@ -282,75 +226,61 @@ def _crop_box(size: tuple[int, int], least: float, generator: torch.Generator) -
     return left, top, left + across, top + down
 
 
-def _kornia(flag: str) -> Any:
-    try:
-        import kornia.augmentation as augmentation
-    except ImportError as error:
-        raise InvalidValueError(
-            f"--{flag} needs the package kornia, which cannot be imported ({brief(error)}). Run `pip install "
-            f"comcat_hf[train]`, or leave the flag at 0."
-        ) from error
-    return augmentation
-
-
-def _color_jitter(settings: CompressSettings) -> nn.Module:
+def _color_jitter(settings: CompressSettings, kornia: Any) -> nn.Module:
     # Factors from 1 - strength to 1 + strength; kornia takes brightness up to 2 only.
     strength = min(settings.color_jitter, 1.0)
-    return _kornia("color_jitter").ColorJitter(strength, strength, strength, 0.0, p=1.0)
+    return kornia.ColorJitter(strength, strength, strength, 0.0, p=1.0)
 
 
-def _rand_augment(settings: CompressSettings) -> nn.Module:
-    rand_augment = _kornia("rand_augment_num_ops").auto.RandAugment
+def _rand_augment(settings: CompressSettings, kornia: Any) -> nn.Module:
     # Both ends are left out there.
-    magnitude = min(max(settings.rand_augment_magnitude, 1e-3), _MAX_MAGNITUDE - 1e-3)
+    magnitude = min(max(settings.rand_augment_magnitude, 1e-3), MAGNITUDES - 1e-3)
     try:
-        return rand_augment(settings.rand_augment_num_ops, magnitude, transformation_matrix_mode="skip")
+        return kornia.auto.RandAugment(settings.rand_augment_num_ops, magnitude, transformation_matrix_mode="skip")
     except ValueError as error:
         raise InvalidValueError(
             f"--rand_augment_num_ops {settings.rand_augment_num_ops}: kornia refuses it ({brief(error)}). Give fewer."
         ) from error
 
 
-_COLORING: Mapping[str, Callable[[CompressSettings], nn.Module]] = {
-    "rand_augment_num_ops": _rand_augment,
-    "color_jitter": _color_jitter,
-}
-
-
-def _coloring(settings: CompressSettings) -> tuple[nn.Module, ...]:
-    if settings.rand_augment_magnitude > _MAX_MAGNITUDE:
-        raise InvalidValueError(
-            f"--rand_augment_magnitude must be from 0 to {_MAX_MAGNITUDE}, got {settings.rand_augment_magnitude}."
-        )
-    return tuple(make(settings) for name, make in _COLORING.items() if getattr(settings, name) > 0)
-
-
-def _erasing(settings: CompressSettings) -> nn.Module | None:
-    if settings.random_erasing == 0:
-        return None
+def _random_erasing(settings: CompressSettings, kornia: Any) -> nn.Module:
     # After the normalisation, where 0 is the mean colour.
-    erasing = _kornia("random_erasing").RandomErasing
-    return erasing(scale=_ERASED_SHARE, ratio=_ERASED_RATIOS, value=0.0, p=settings.random_erasing)
+    return kornia.RandomErasing(scale=_ERASED_SHARE, ratio=_ERASED_RATIOS, value=0.0, p=settings.random_erasing)
+
+
+# By the flag that is 0 where they are left out.
+_Makers = Mapping[str, Callable[[CompressSettings, Any], nn.Module]]
+_COLORING: _Makers = {"rand_augment_num_ops": _rand_augment, "color_jitter": _color_jitter}
+_ERASING: _Makers = {"random_erasing": _random_erasing}
+
+
+def _modules(settings: CompressSettings, makers: _Makers) -> tuple[nn.Module, ...]:
+    asked = [flag for flag in makers if getattr(settings, flag) > 0]
+    if not asked:
+        return ()
+    try:
+        import kornia.augmentation
+    except ImportError as error:
+        raise InvalidValueError(
+            f"--{asked[0]} needs the package kornia, which cannot be imported ({brief(error)}). Run `pip install "
+            f"comcat_hf[train]`, or leave the flag at 0."
+        ) from error
+    return tuple(makers[flag](settings, kornia.augmentation) for flag in asked)
 
 
 @contextmanager
 def _drawing(seed: int) -> Iterator[None]:
-    """A state of its own for what draws from the global generator, which is put back.
-
-    Not `torch.manual_seed`: that would seed the accelerators as well.
-    """
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    """A state of its own for what draws from the global generator, which is put back."""
+    with torch.random.fork_rng(devices=[]):
+        # Not `torch.manual_seed`, which would seed the accelerators as well.
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(before)
 
 
 @torch.no_grad()
 def _apply_seeded(modules: tuple[nn.Module, ...], pixels: Tensor, seed: int) -> Tensor:
     batch = pixels[None]
-    with _drawing(seed):
+    with _drawing(seed) if modules else nullcontext():
         for module in modules:
             batch = module(batch)
     return batch[0]

@@ -14,7 +14,7 @@ from ..images import read_image
 from ..seeds import seeded
 from .labels import LabelTable, match_labels, model_labels, read_vocabulary
 from .settings import CompressSettings
-from .sources import Source, open_sources
+from .sources import open_sources, size_of
 
 
 __all__ = ["BrokenImages", "RawImage", "Split", "Splits", "open_splits"]
@@ -202,12 +202,15 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
     names, chosen = model_labels(config, f"--model_name_or_path {settings.model_name_or_path}")
     opened: dict[str, Split] = {}
     sources = open_sources(settings)
-    for role, source in sources.items():
-        vocabulary = read_vocabulary(source.rows, source.features, settings.label_column_name, source.place)
-        table, names = match_labels(vocabulary, names, chosen, source.place, settings.label_column_name)
+    from datasets import Dataset
+
+    for role, (place, rows) in sources.items():
+        vocabulary = read_vocabulary(rows, settings.label_column_name, place)
+        table, names = match_labels(vocabulary, names, chosen, place, settings.label_column_name)
         # Names that came from the training images hold for the validation images as well.
         chosen = chosen or any(name != f"LABEL_{number}" for number, name in enumerate(names))
-        opened[role] = _as_split(settings, source, table)
+        columns = settings.image_column_name, settings.label_column_name
+        opened[role] = Split(place, rows, *columns, table, size_of(rows), streaming=not isinstance(rows, Dataset))
     train, validation = opened.get("train"), opened.get("validation")
     if train is not None:
         train = _limited(train, settings.max_train_samples, seeded(seed, "split", _FEWER))
@@ -217,20 +220,6 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
     if train is not None and settings.strategy == "search" and not train.streaming:
         train, search = _cut_search(train, settings.search_share, seeded(seed, "split", _SEARCH))
     return Splits(train, search, validation, names)
-
-
-def _as_split(settings: CompressSettings, source: Source, table: LabelTable) -> Split:
-    from datasets import Dataset
-
-    return Split(
-        name=source.place,
-        rows=source.rows,
-        image_column=settings.image_column_name,
-        label_column=settings.label_column_name,
-        labels=table,
-        size=source.size,
-        streaming=not isinstance(source.rows, Dataset),
-    )
 
 
 def _limited(split: Split, most: int | None, generator: torch.Generator) -> Split:

@@ -1,7 +1,7 @@
-"""Accuracy of an image classifier over a split, by one process or many."""
+"""Accuracy of an image classifier over a split, by one process or many, and the classes that changed."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,15 +11,16 @@ from tqdm.auto import tqdm
 
 from ...errors import InvalidValueError
 from ...modeling import eval_mode
+from .data import BrokenImages
 
 
-__all__ = ["evaluate_classifier"]
+__all__ = ["Changes", "Watch", "evaluate_classifier"]
 
 _TOP = 5
+# Images whose class changed, for a report.
+_SHOWN = 12
 
-
-class _Counter(Protocol):
-    count: int
+Watch = Callable[[Mapping[str, Any], Tensor], None]
 
 
 @torch.no_grad()
@@ -29,8 +30,8 @@ def evaluate_classifier(
     accelerator: Accelerator,
     *,
     progress: str | None = None,
-    broken: _Counter | None = None,
-    watch: Callable[[Mapping[str, Any], Tensor], None] | None = None,
+    broken: BrokenImages | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy and the loss of a classifier; all processes call it together.
 
@@ -72,6 +73,39 @@ def evaluate_classifier(
     samples, first, among, lost, broken_ones = _totals(torch.stack(counts), unread, classes, accelerator)
     shares = {"top1": first / samples, "top5": among / samples, "loss": lost / samples}
     return {**shares, "samples": int(samples), "broken": int(broken_ones)}
+
+
+class Changes:
+    """Images to which a compressed model gives another class, while both models are evaluated on the same batches.
+
+    Attributes:
+        compared, changed: images of this process that were compared, and those whose class changed.
+        images: the first of the changed ones, `(3, H, W)` as the models see them, with the classes by name: those of
+            the `"dense"` and the `"compressed"` model and the `"label"`.
+    """
+
+    def __init__(self) -> None:
+        self.compared, self.changed = 0, 0
+        self.images: list[tuple[Tensor, dict[str, int]]] = []
+        self._dense: list[Tensor] = []
+
+    def watch(self, dense: bool) -> Watch:
+        """What an evaluation calls: of the dense model it remembers the classes, else it compares and starts anew."""
+        if dense:
+            return lambda batch, classes: self._dense.append(classes)
+        self.compared, self.changed, self.images = 0, 0, []
+        before = iter(self._dense)
+        return lambda batch, classes: self._compare(batch, next(before).to(classes.device), classes)
+
+    def _compare(self, batch: Mapping[str, Any], dense: Tensor, compressed: Tensor) -> None:
+        valid = batch["valid"].to(dense.device)
+        places = ((dense != compressed) & valid).nonzero()[:, 0].tolist()
+        self.compared += int(valid.sum())
+        self.changed += len(places)
+        given = {"dense": dense, "compressed": compressed, "label": batch["labels"]}
+        for place in places[: _SHOWN - len(self.images)]:
+            classes = {name: int(values[place]) for name, values in given.items()}
+            self.images.append((batch["pixel_values"][place].cpu().clone(), classes))
 
 
 def _counts(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:

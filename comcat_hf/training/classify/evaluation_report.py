@@ -1,10 +1,8 @@
 """A classifier in figures: accuracy, parameters, multiply-accumulates and speed, beside the dense model's."""
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,14 @@ from ...compression.counting import count_macs, count_parameters
 from ...errors import InvalidValueError, UnsupportedModuleError, brief
 from ...hub import write_json_atomic
 from ...reporting.cards import shown_base
-from ..flags import NOTHING, flag
+from ..flags import FROM_ZERO, NOTHING, check_flags, flag
 from ..machine import make_accelerator
 from ..recipes import parse_settings
 from .augmentation import ImagePreparation
 from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
-from .models import load_classifier, load_image_processor
-from .settings import ALTERNATIVES, CompressSettings
+from .models import load_dense, load_image_processor
+from .settings import ALTERNATIVES, CompressSettings, ImageSettings
 from .speed import measure_speed
 from .stream import ImageReader
 
@@ -36,11 +34,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _MODEL, _DENSE = "model", "dense"
 
 
-_flag = partial(flag, decides=NOTHING)
-
-
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(ImageSettings):
     """What an evaluation is told; data flags are those of the training.
 
     Args:
@@ -48,30 +43,19 @@ class EvaluateSettings:
     """
 
     # The models
-    model_name_or_path: str | None = _flag(None, "Folder or Hub id of an image classifier, dense or compressed.")
-    model_revision: str | None = _flag(None, "Branch, tag or commit of it.")
-    dense: str | None = _flag(None, "Folder or Hub id of the dense model to compare with.")
-    cache_dir: str | None = _flag(None, "Where downloads are kept.")
-    token: str | None = _flag(None, "Token for gated or private repositories.")
-    # Data
-    dataset_name: str | None = _flag(None, "Data set on the Hub, or a folder.")
-    dataset_config_name: str | None = _flag(None, "Configuration of the data set.")
-    validation_file: str | None = _flag(None, "Images as a parquet file, or several by a pattern.")
-    validation_dir: str | None = _flag(None, "Folder with a folder of images per class.")
-    validation_split_name: str | None = _flag(None, "Split to evaluate on; default: validation, else test.")
-    image_column_name: str = _flag("image", "Column with the images.")
-    label_column_name: str = _flag("label", "Column with the labels.")
-    streaming: bool = _flag(False, "Read the data set while evaluating, not before.")
-    max_eval_samples: int | None = _flag(None, "Use so many images only.")
-    max_broken_images: float = _flag(0.01, "Stop when more images cannot be read: a count, or a share below 1.")
-    dataloader_num_workers: int = _flag(0, "Processes that read images; 0 reads in the main one.")
-    per_device_eval_batch_size: int = _flag(64, "Images per evaluation step and process.")
+    model_name_or_path: str | None = flag(
+        None, "Folder or Hub id of an image classifier, dense or compressed.", NOTHING
+    )
+    model_revision: str | None = flag(None, "Branch, tag or commit of it.", NOTHING)
+    dense: str | None = flag(None, "Folder or Hub id of the dense model to compare with.", NOTHING)
     # Speed
-    batch_sizes: str = _flag("1,32", "Images per call when speed is measured, separated by commas.")
-    dtypes: str = _flag("float32", f"Dtypes in which speed is measured, among {', '.join(_DTYPES)}.")
-    throughput_seconds: float = _flag(5.0, "Time for each batch size and dtype; 0 leaves speed out.")
+    batch_sizes: str = flag("1,32", "Images per call when speed is measured, separated by commas.", NOTHING)
+    dtypes: str = flag("float32", f"Dtypes in which speed is measured, among {', '.join(_DTYPES)}.", NOTHING)
+    throughput_seconds: float = flag(
+        5.0, "Time for each batch size and dtype; 0 leaves speed out.", NOTHING, FROM_ZERO
+    )
     # Report
-    output: str | None = _flag(None, "File for the figures as JSON.")
+    output: str | None = flag(None, "File for the figures as JSON.", NOTHING)
 
     def check(self) -> None:
         """See whether the values can be used; nothing is read or written.
@@ -81,22 +65,20 @@ class EvaluateSettings:
         """
         if not self.model_name_or_path:
             raise InvalidValueError("--model_name_or_path is needed, got none. Give an image classifier.")
+        check_flags(self)
         self.data().check()
         self.batch_size_list()
         unknown = [name for name in self.dtype_names() if name not in _DTYPES]
         if unknown or not self.dtype_names():
             raise InvalidValueError(f"--dtypes must be among {', '.join(_DTYPES)}, got {self.dtypes!r}.")
-        if not 0 <= self.throughput_seconds < math.inf:
-            raise InvalidValueError(f"--throughput_seconds must be a number from 0, got {self.throughput_seconds!r}.")
         if self.output is not None and Path(self.output).expanduser().is_dir():
             raise InvalidValueError(f"--output {self.output}: expected a file, found a folder. Give a file's name.")
 
     def data(self, source: str | None = None) -> CompressSettings:
-        """The settings of a training that would evaluate on the same images."""
-        shared = {f.name for f in fields(CompressSettings)} & {f.name for f in fields(self)}
-        given = {name: getattr(self, name) for name in shared}
-        revision = {} if source is None else {"model_name_or_path": source, "model_revision": None}
-        return CompressSettings(**(given | {"stages": "evaluate"} | revision))
+        """The settings of a training that would evaluate on the same images, by default of the model itself."""
+        shared = {f.name: getattr(self, f.name) for f in fields(ImageSettings)}
+        model, revision = (self.model_name_or_path, self.model_revision) if source is None else (source, None)
+        return CompressSettings(model_name_or_path=model, model_revision=revision, **shared, stages="evaluate")
 
     def dtype_names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.dtypes.split(",") if name.strip())
@@ -165,45 +147,31 @@ class EvaluationReport:
     def describe(self) -> str:
         """A table: a line per figure, a column per model."""
         names = list(self.models)
-        rows = [["", *names, *(["dense / model"] if len(names) > 1 else [])]]
+        rows = [["", *names, "dense / model"]]
         for title, key, form in _FIGURES:
             values = [self.models[name][key] for name in names]
-            if len(values) > 1:
-                rows.append([title, *map(form, values), _ratio(*values) if key in _RATIOS else ""])
-            else:
-                rows.append([title, *map(form, values)])
+            ratio = f"{values[-1] / values[0]:.2f}" if key in _RATIOS and all(values) else ""
+            rows.append([title, *("unknown" if value is None else form.format(value) for value in values), ratio])
         for row in self.throughput:
-            title = f"images/s, batch {row['batch_size']}, {row['dtype']}"
             speeds = [f"{row['images_per_second'][name]:.1f}" for name in names]
-            rows.append([title, *speeds, *([f"{row['faster']:.2f} times faster"] if len(names) > 1 else [])])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+            faster = f"{row['faster']:.2f} times faster" if "faster" in row else ""
+            rows.append([f"images/s, batch {row['batch_size']}, {row['dtype']}", *speeds, faster])
+        if len(names) == 1:
+            rows = [row[:-1] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _share(value: float) -> str:
-    return f"{value:.2%}"
-
-
-def _count(value: int | None) -> str:
-    return "unknown" if value is None else f"{value:,}"
-
-
-_FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("top-1", "top1", _share),
-    ("top-5", "top5", _share),
-    ("loss", "loss", lambda value: f"{value:.4f}"),
-    ("images", "samples", _count),
-    ("images that could not be read", "broken", _count),
-    ("parameters", "parameters", _count),
-    ("MACs per image", "macs", _count),
+_FIGURES = (
+    ("top-1", "top1", "{:.2%}"),
+    ("top-5", "top5", "{:.2%}"),
+    ("loss", "loss", "{:.4f}"),
+    ("images", "samples", "{:,}"),
+    ("images that could not be read", "broken", "{:,}"),
+    ("parameters", "parameters", "{:,}"),
+    ("MACs per image", "macs", "{:,}"),
 )
 _RATIOS = ("parameters", "macs")
-
-
-def _ratio(model: int | None, dense: int | None) -> str:
-    return f"{dense / model:.2f}" if model and dense else ""
 
 
 def evaluate_models(
@@ -229,27 +197,21 @@ def evaluate_models(
         CheckpointError: a model that cannot be found or read.
     """
     settings.check()
-    accelerator = make_accelerator(mixed_precision="no") if accelerator is None else accelerator
+    accelerator = make_accelerator() if accelerator is None else accelerator
     main = accelerator.is_main_process
     say = report if report is not None and main else lambda text: None
-    sources = {_MODEL: settings.model_name_or_path} | ({_DENSE: settings.dense} if settings.dense else {})
+    data = {_MODEL: settings.data()} | ({_DENSE: settings.data(settings.dense)} if settings.dense else {})
     flags = {_MODEL: "--model_name_or_path", _DENSE: "--dense"}
-    where = {"cache_dir": settings.cache_dir, "token": settings.token}
-    models = {
-        name: load_classifier(
-            source, flags[name], revision=settings.model_revision if name == _MODEL else None, **where
-        )
-        for name, source in sources.items()
-    }
-    found = {}
-    for name, model in models.items():
-        data = settings.data() if name == _MODEL else settings.data(sources[name])
-        found[name] = {
-            "source": shown_base(sources[name]),
-            **_accuracy(model, data, accelerator, f"Evaluating {name}"),
-            "parameters": count_parameters(model),
-            "macs": _macs(model, sources[name], say),
+    models = {name: load_dense(one, flags[name]) for name, one in data.items()}
+    found = {
+        name: {
+            "source": shown_base(one.model_name_or_path),
+            **_accuracy(models[name], one, accelerator, f"Evaluating {name}"),
+            "parameters": count_parameters(models[name]),
+            "macs": _macs(models[name], one.model_name_or_path, say),
         }
+        for name, one in data.items()
+    }
     timed = main and settings.throughput_seconds > 0
     result = EvaluationReport(
         found,
@@ -287,22 +249,18 @@ def _macs(model: nn.Module, source: str, say: Callable[[str], None]) -> int | No
 def _throughput(
     models: Mapping[str, nn.Module], settings: EvaluateSettings, device: torch.device
 ) -> tuple[Mapping[str, Any], ...]:
-    rows = []
-    asked = [(size, name) for name in settings.dtype_names() for size in settings.batch_size_list()]
-    copies: dict[str, nn.Module] = {}
-    made = None
-    with tqdm(asked, desc="Speed", unit="setting", disable=None) as bar:
-        for size, named in bar:
-            dtype = getattr(torch, named)
-            if dtype != made:
-                copies = {name: copy.deepcopy(model).to(dtype) for name, model in models.items()}
-                made = dtype
-            try:
-                row = measure_speed(copies, device, size, settings.throughput_seconds)
-            except RuntimeError as error:
-                raise InvalidValueError(
-                    f"A batch of {size} in {named} cannot be run on {device}: {error}. Give other --batch_sizes or "
-                    "--dtypes."
-                ) from error
-            rows.append(row | {"dtype": named})
+    rows, sizes, dtypes = [], settings.batch_size_list(), settings.dtype_names()
+    with tqdm(total=len(sizes) * len(dtypes), desc="Speed", unit="setting", disable=None) as bar:
+        for dtype in dtypes:
+            copies = {name: copy.deepcopy(model).to(getattr(torch, dtype)) for name, model in models.items()}
+            for size in sizes:
+                try:
+                    row = measure_speed(copies, device, size, settings.throughput_seconds)
+                except RuntimeError as error:
+                    raise InvalidValueError(
+                        f"A batch of {size} in {dtype} cannot be run on {device}: {error}. Give other --batch_sizes "
+                        "or --dtypes."
+                    ) from error
+                rows.append(row | {"dtype": dtype})
+                bar.update()
     return tuple(rows)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from ...compression.counting import count_macs, count_parameters
 from ...configs import RankPlan
 from ...errors import ComCATError, InvalidValueError
 from ...native import load_model, plan_of
-from ...reporting.cards import CardFacts, code_span, quoted, shown_base, write_card
-from .outputs import ORDINARY, save_model
+from ...reporting.cards import CardFacts, quoted, write_card
+from .outputs import compressed_summary, save_model
 
 
 __all__ = ["CompressedFolder", "compress_folder"]
@@ -32,26 +33,12 @@ class CompressedFolder:
     """A small model and its sizes.
 
     Attributes:
-        plain: whether it loads without this package.
+        snippet: Python that loads the model.
         rows: dense against compressed: parameters, and MACs where they can be counted. The first one is the head.
     """
 
-    folder: Path
-    name: str
-    library: str
-    plain: bool
+    snippet: str
     rows: tuple[tuple[str, ...], ...]
-
-    @property
-    def snippet(self) -> str:
-        """Python that loads the model."""
-        return self.loaded_from(str(self.folder))
-
-    def loaded_from(self, source: str) -> str:
-        """Python that loads the model from a folder or a repository."""
-        needed = "" if self.plain else "import comcat_hf\n"
-        names = {"library": self.library, "name": self.name, "repository": quoted(source)}
-        return _SNIPPET.format(needed=needed, **names).strip()
 
 
 def compress_folder(
@@ -88,11 +75,24 @@ def compress_folder(
     small = compress(dense, plan=None if plan is None else RankPlan.from_pretrained(plan), progress=True, **how)
     out.mkdir(parents=True, exist_ok=True)
     save_model(small, _processor(source, subfolder), out)
-    library = type(dense).__module__.partition(".")[0]
     plain = plan_of(small).layout == "plain"
-    result = CompressedFolder(out, type(dense).__name__, library, plain, _rows(dense, small))
-    _write_card(result, source)
-    return result
+    library, name = type(dense).__module__.partition(".")[0], type(dense).__name__
+    snippet = partial(_SNIPPET.format, needed="" if plain else "import comcat_hf\n", library=library, name=name)
+    rows = _rows(dense, small)
+    folder = out.resolve().name
+    facts = CardFacts(
+        title=folder,
+        summary=compressed_summary(source, (count_parameters(dense), count_parameters(small)), plain),
+        base=source,
+        relation="finetune",
+        library=library,
+        task=None,
+        snippet=snippet(repository=quoted(folder)),
+        tags=("model-compression",),
+        table=rows,
+    )
+    write_card(out, facts)
+    return CompressedFolder(snippet(repository=quoted(str(out))).strip(), rows)
 
 
 def _processor(source: str, subfolder: str | None) -> Any:
@@ -110,23 +110,3 @@ def _rows(dense: nn.Module, small: nn.Module) -> tuple[tuple[str, ...], ...]:
         macs = {name: (f"{count_macs(model):,}",) for name, model in models.items()}
     head = ("model", "parameters", *(["MACs"] if macs["dense"] else []))
     return (head, *((name, f"{count_parameters(model):,}", *macs[name]) for name, model in models.items()))
-
-
-def _write_card(result: CompressedFolder, source: str) -> None:
-    (_, before, *_), (_, after, *_) = result.rows[1:]
-    name = result.folder.resolve().name
-    write_card(
-        result.folder,
-        CardFacts(
-            title=name,
-            summary=f"{code_span(shown_base(source))} compressed with ComCAT: {before} parameters became {after}."
-            + (f" {ORDINARY}" if result.plain else ""),
-            base=source,
-            relation="finetune",
-            library=result.library,
-            task=None,
-            snippet=result.loaded_from(name),
-            tags=("model-compression",),
-            table=result.rows,
-        ),
-    )

@@ -1,6 +1,8 @@
 """Labels of a data set, matched with those of a model: by name where both have names, else by number."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -86,7 +88,7 @@ def shown(values: Iterable[Any]) -> str:
     return ", ".join(listed[:_SHOWN]) + (", …" if len(listed) > _SHOWN else "")
 
 
-def read_vocabulary(rows: Any, features: Mapping[str, Any], column: str, place: str) -> Vocabulary:
+def read_vocabulary(rows: Any, column: str, place: str) -> Vocabulary:
     """The labels of a data set; map-style ones are looked through.
 
     Raises:
@@ -94,7 +96,7 @@ def read_vocabulary(rows: Any, features: Mapping[str, Any], column: str, place: 
     """
     from datasets import ClassLabel, Dataset, Value
 
-    feature = features[column]
+    feature = rows.features[column]
     kind = feature.dtype if isinstance(feature, Value) else ""
     named, numbered = isinstance(feature, ClassLabel), kind.startswith(("int", "uint"))
     # Lists and structs hold strings as well, and cannot be looked through.
@@ -129,132 +131,95 @@ def match_labels(
     Raises:
         InvalidValueError: the model lacks labels that occur.
     """
-    if vocabulary.names is None and vocabulary.numbered:
-        known: dict[Any, int] = {number: number for number in range(len(names))}
-    elif vocabulary.names is None and not chosen:
-        raise InvalidValueError(
-            f"{place}: expected labels by number in --label_column_name {column!r}, for the model's labels are only "
-            "numbered, found names, which cannot be numbered while they are streamed. Leave out --streaming, or name "
-            "the labels in the id2label of the model's configuration."
-        )
-    elif vocabulary.names is None:
-        known = _by_name(names)
-    elif vocabulary.names == names:
-        known = _enumerated(vocabulary)
-    elif _are_numbers(vocabulary.names) and not set(vocabulary.names) & set(names):
-        known = _numbered(vocabulary, len(names))
-    elif _are_imagenets(vocabulary.names, names):
-        known = _ranked(vocabulary)
-    elif chosen or set(vocabulary.names) <= set(names):
-        known = _named(vocabulary, names)
-    elif len(vocabulary.names) == len(names):
-        known, names = _enumerated(vocabulary), vocabulary.names
+    theirs = vocabulary.names
+    if theirs is None:
+        if not vocabulary.numbered and not chosen:
+            raise InvalidValueError(
+                f"{place}: expected labels by number in --label_column_name {column!r}, for the model's labels are "
+                "only numbered, found names, which cannot be numbered while they are streamed. Leave out --streaming, "
+                "or name the labels in the id2label of the model's configuration."
+            )
+        known: dict[Any, int] = dict(enumerate(range(len(names)))) if vocabulary.numbered else dict(_by_name(names))
     else:
-        raise InvalidValueError(
-            f"{place}: expected {len(names)} labels, as the model has, in --label_column_name {column!r}, found "
-            f"{len(vocabulary.names)}: {shown(vocabulary.names)}. Give the data set that the model was trained for, "
-            "or a model trained for these labels."
-        )
+        numbers = _numbers_of(vocabulary, names, chosen)
+        if numbers is None and len(theirs) != len(names):
+            raise InvalidValueError(
+                f"{place}: expected {len(names)} labels, as the model has, in --label_column_name {column!r}, found "
+                f"{len(theirs)}: {shown(theirs)}. Give the data set that the model was trained for, or a model "
+                "trained for these labels."
+            )
+        if numbers is None:
+            numbers, names = _enumerated(theirs), theirs
+        written = enumerate(theirs) if vocabulary.numbered else zip(theirs, theirs, strict=True)
+        known = {value: numbers[name] for value, name in written if name in numbers}
     _check_found(vocabulary, known, names, place, column)
     return LabelTable(known, place, column), names
+
+
+def _numbers_of(vocabulary: Vocabulary, names: tuple[str, ...], chosen: bool) -> dict[str, int] | None:
+    """The model's numbers of the data set's names; `None` where the model's names say nothing of these."""
+    theirs = vocabulary.names or ()
+    if theirs == names:
+        return _enumerated(theirs)
+    if all(map(str.isdecimal, theirs)) and not set(theirs) & set(names):
+        # Folders called 0, 1, 10, 2 are numbers, not places in the alphabet.
+        return {name: int(name) for name in theirs if int(name) < len(names)}
+    ranks = _enumerated(sorted(theirs))
+    # Ids of WordNet, and a model's labels of the same classes in the same order.
+    if len(theirs) == len(names) and all(
+        one in ranks and word in names[ranks[one]].casefold() for one, word in _WORDNET_IDS.items()
+    ):
+        return ranks
+    if not chosen and not set(theirs) <= set(names):
+        return None
+    # Names that differ in case, spaces or hyphens only are the same where that is unambiguous.
+    exact, folded = _by_name(names), _by_name([_fold(name) for name in names])
+    matched = {name: exact.get(name, folded.get(_fold(name))) for name in theirs}
+    found = {name: number for name, number in matched.items() if number is not None}
+    return found | (_at_the_same_place(theirs, names, found) if vocabulary.numbered else {})
 
 
 def _check_found(
     vocabulary: Vocabulary, known: Mapping[Any, int], names: tuple[str, ...], place: str, column: str
 ) -> None:
     # What no row has may be missing from the model; where rows are read later, what is declared counts.
-    if vocabulary.found is not None:
-        occurring = vocabulary.found
-    elif vocabulary.names is not None and vocabulary.numbered:
-        occurring = tuple(range(len(vocabulary.names)))
-    else:
-        return
+    declared = vocabulary.names if vocabulary.numbered and vocabulary.names is not None else ()
+    occurring = range(len(declared)) if vocabulary.found is None else vocabulary.found
     lacking = [value for value in occurring if value not in known]
-    if lacking:
-        lacked = sorted((_shown(vocabulary, value) for value in lacking), key=str)
-        ids = all(_is_wordnet_id(str(name)) for name in lacked)
-        why = (
-            " WordNet ids are matched by their order, where folders and model have all of ImageNet's classes."
-            if ids
-            else ""
-        )
-        raise InvalidValueError(
-            f"{place}: expected labels of the model ({len(names)}: {shown(names)}) in --label_column_name {column!r}, "
-            f"found {len(lacking)} that it lacks: {shown(lacked)}.{why} Give the data set that the model was trained "
-            "for, or a model trained for these labels."
-        )
-
-
-def _shown(vocabulary: Vocabulary, value: Any) -> Any:
-    named = vocabulary.names is not None and vocabulary.numbered and isinstance(value, int)
-    return vocabulary.names[value] if named and 0 <= value < len(vocabulary.names) else value
-
-
-def _values(vocabulary: Vocabulary) -> list[tuple[str, Any]]:
-    """Every name, with what the rows hold for it."""
-    names = vocabulary.names or ()
-    return [(name, number if vocabulary.numbered else name) for number, name in enumerate(names)]
-
-
-def _enumerated(vocabulary: Vocabulary) -> dict[Any, int]:
-    return {value: number for number, (_, value) in enumerate(_values(vocabulary))}
-
-
-def _is_wordnet_id(name: str) -> bool:
-    return len(name) == 9 and name[0] == "n" and name[1:].isdecimal()
-
-
-def _are_imagenets(ids: tuple[str, ...], names: tuple[str, ...]) -> bool:
-    """Whether ids of WordNet and a model's labels are the same classes in the same order."""
-    places = {name: number for number, name in enumerate(sorted(ids))}
-    return len(ids) == len(names) and all(
-        one in places and word in names[places[one]].casefold() for one, word in _WORDNET_IDS.items()
+    if not lacking:
+        return
+    named = dict(enumerate(declared))
+    lacked = sorted((named.get(value, value) for value in lacking), key=str)
+    why = ""
+    if all(re.fullmatch(r"n\d{8}", str(name)) for name in lacked):
+        why = " WordNet ids are matched by their order, where folders and model have all of ImageNet's classes."
+    raise InvalidValueError(
+        f"{place}: expected labels of the model ({len(names)}: {shown(names)}) in --label_column_name {column!r}, "
+        f"found {len(lacking)} that it lacks: {shown(lacked)}.{why} Give the data set that the model was trained "
+        "for, or a model trained for these labels."
     )
 
 
-def _ranked(vocabulary: Vocabulary) -> dict[Any, int]:
-    """Numbers by the order of the names."""
-    ranks = {name: number for number, name in enumerate(sorted(vocabulary.names or ()))}
-    return {value: ranks[name] for name, value in _values(vocabulary)}
-
-
-def _are_numbers(names: tuple[str, ...]) -> bool:
-    return all(name.isdecimal() for name in names)
-
-
-def _numbered(vocabulary: Vocabulary, count: int) -> dict[Any, int]:
-    """Names that are numbers, as folders called 0, 1, 10, 2 are: not by their place in the alphabet."""
-    return {value: int(name) for name, value in _values(vocabulary) if int(name) < count}
-
-
-def _named(vocabulary: Vocabulary, names: tuple[str, ...]) -> dict[Any, int]:
-    """By name; names that differ in case, spaces or hyphens only are the same where that is unambiguous."""
-    exact, folded = _by_name(names), _by_name(tuple(map(_fold, names)))
-    known = {}
-    for name, value in _values(vocabulary):
-        match = exact.get(name, folded.get(_fold(name)))
-        if match is not None:
-            known[value] = match
-    return known | _at_the_same_place(vocabulary, names, known)
-
-
-def _at_the_same_place(vocabulary: Vocabulary, names: tuple[str, ...], known: Mapping[Any, int]) -> dict[Any, int]:
+def _at_the_same_place(theirs: Sequence[str], names: Sequence[str], found: Mapping[str, int]) -> dict[str, int]:
     """The few labels without a match, where nearly all others have theirs under their own number.
 
     ImageNet is like that: models call two of its classes crane, and a data set cannot have a name twice.
     """
-    if not vocabulary.numbered or len(vocabulary.names or ()) != len(names):
+    same = sum(found.get(name) == place for place, name in enumerate(theirs))
+    if len(theirs) != len(names) or same < _NEARLY_ALL * len(names):
         return {}
-    if sum(number == match for number, match in known.items()) < _NEARLY_ALL * len(names):
-        return {}
-    taken = set(known.values())
-    return {number: number for number in range(len(names)) if number not in known and number not in taken}
+    taken = set(found.values())
+    return {name: place for place, name in enumerate(theirs) if name not in found and place not in taken}
 
 
-def _by_name(names: tuple[str, ...]) -> dict[Any, int]:
+def _enumerated(names: Iterable[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _by_name(names: Sequence[str]) -> dict[str, int]:
     """Names that stand for one number only: two of ImageNet's classes are called crane."""
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
-    return {name: number for number, name in enumerate(names) if name not in twice}
+    counts = Counter(names)
+    return {name: number for number, name in enumerate(names) if counts[name] == 1}
 
 
 def _fold(name: str) -> str:

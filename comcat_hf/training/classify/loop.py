@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
 from ...compression.distillation import DistillationLoss
-from ...errors import ComCATError
+from ...errors import ComCATError, InvalidValueError
 from ...modeling import meta_copy
 from ..checkpoints import Progress
 from ..interruption import Interrupted, Interruption
@@ -22,15 +22,14 @@ from ..seeds import random_states, seeded, set_random_states
 from ..trackers import start_trackers
 from .callbacks import JSONLogCallback, ProgressBar, StopOnSignal, WeightAverageCallback
 from .earlier import readable
-from .engines import prepare_engine
 from .logs import cannot_write
-from .optimizers import learning_rates, rate_at, warmup_steps
+from .planning import learning_rates, rate_at, warmup_steps
 from .routes import Student, gathered, make_loss, prepare_student
 from .settings import CompressSettings
 from .trainer import DistillationTrainer
 
 
-__all__ = ["TrainResult", "TrainRun", "finetune_model"]
+__all__ = ["TrainResult", "TrainRun", "blocks_of", "finetune_model", "prepare_engine"]
 
 Batch = Mapping[str, Any]
 
@@ -266,9 +265,7 @@ class _Flow(TrainerCallback):
     def __init__(self, trainer: _StageTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start trackers; a training that ended between a step and its evaluation makes up for it."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
         start_trackers(accelerator, "comcat-compress", trainer.run.settings)
@@ -278,16 +275,12 @@ class _Flow(TrainerCallback):
             if not any(name.startswith("eval_") for name in logged):
                 trainer.evaluate()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Take no step where a checkpoint has taken all of them."""
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Say what is due."""
         state.epoch = round(state.global_step / self.trainer.run.steps_per_epoch, 4)
         last = state.global_step == state.max_steps
@@ -334,3 +327,52 @@ def _first_step(run: TrainRun) -> int:
     done.compare(run.facts(), run.checkpoint, run.settings, "finetune", run.steps, ("plan",))
     run.say(f"Going on from {run.checkpoint}.")
     return done.step
+
+
+def prepare_engine(accelerator: Accelerator, settings: CompressSettings, model: nn.Module) -> None:
+    """Tell the engine that spreads the training over processes, if there is one, what it cannot find out.
+
+    Raises:
+        InvalidValueError: settings that the engine does not go together with.
+    """
+    _ENGINES.get(accelerator.distributed_type, lambda *_: None)(accelerator, settings, model)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """The classes of a model's blocks, without those that hold its input embeddings.
+
+    accelerate shards the classes that the model names as indivisible, then the input embeddings by themselves. A ViT
+    names the module around its patch embeddings among them, which would so be sharded twice.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    present = {type(module).__name__ for module in model.modules()}
+    around = {
+        type(module).__name__ for module in model.modules() if any(child is embeddings for child in module.modules())
+    }
+    return sorted(set(getattr(model, "_no_split_modules", None) or ()) & present - around)
+
+
+def _prepare_deepspeed(accelerator: Accelerator, settings: CompressSettings, model: nn.Module) -> None:
+    if settings.ema_decay is not None:
+        raise InvalidValueError(
+            "--ema_decay: expected processes that can read their weights between steps, found DeepSpeed, which keeps "
+            "them to itself. Leave the flag out, or launch with FSDP or plain processes."
+        )
+    # It would read these off a data loader, of which accelerate knows none here.
+    accelerator.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": settings.per_device_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_clipping": settings.max_grad_norm,
+    }
+
+
+def _prepare_fsdp(accelerator: Accelerator, settings: CompressSettings, model: nn.Module) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 2 and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = blocks_of(model) or None
+
+
+_ENGINES: Mapping[str, Callable[[Accelerator, CompressSettings, nn.Module], None]] = {
+    DistributedType.DEEPSPEED: _prepare_deepspeed,
+    DistributedType.FSDP: _prepare_fsdp,
+}

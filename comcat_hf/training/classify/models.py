@@ -58,14 +58,14 @@ def load_classifier(
     return model.eval()
 
 
-def load_dense(settings: CompressSettings) -> nn.Module:
-    """The model that is compressed, frozen.
+def load_dense(settings: CompressSettings, flag: str = "--model_name_or_path") -> nn.Module:
+    """The model that the settings name, frozen; errors name it by the flag.
 
     Raises:
         CheckpointError: there is none that loads.
     """
     where = {"revision": settings.model_revision, "cache_dir": settings.cache_dir, "token": settings.token}
-    return load_classifier(settings.model_name_or_path, "--model_name_or_path", **where).requires_grad_(False)
+    return load_classifier(settings.model_name_or_path, flag, **where).requires_grad_(False)
 
 
 def load_teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module:

@@ -8,20 +8,20 @@ from typing import Any
 from torch import nn
 
 from ...errors import CheckpointError
-from ...hub import push_folder, read_json, write_json_atomic
+from ...hub import read_json
 from ...reporting.cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
+from ..settings import push_result
 from .planning import CompressPlan
 from .reporting import NAMES, Metrics, comparison
 from .settings import CompressSettings
 
 
 __all__ = [
-    "ORDINARY",
+    "compressed_summary",
     "push_model",
     "read_results",
     "save_model",
     "write_model_card",
-    "write_results",
 ]
 
 
@@ -30,7 +30,7 @@ _SNIPPET = """
 
 classify = pipeline("image-classification", {repository})
 """
-ORDINARY = "An ordinary model of its library: it loads without comcat_hf and needs no rank file."
+_ORDINARY = "An ordinary model of its library: it loads without comcat_hf and needs no rank file."
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 _MEASURED = {"top1", "top5", "samples"}
 _PUSHED = (".safetensors", ".json", ".md", ".png", ".html")
@@ -51,13 +51,8 @@ def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
             path.replace(folder / path.name)
 
 
-def write_results(path: Path, metrics: Metrics) -> None:
-    """Write what was measured."""
-    write_json_atomic(path, {name: dict(values) for name, values in metrics.items()})
-
-
 def read_results(path: Path) -> Metrics:
-    """What [`write_results`] wrote; nothing where nothing was measured.
+    """What a run measured; nothing where nothing was measured.
 
     Raises:
         CheckpointError: the file holds something else.
@@ -75,6 +70,13 @@ def read_results(path: Path) -> Metrics:
     return found
 
 
+def compressed_summary(base: str, parameters: tuple[int, int], plain: bool) -> str:
+    """What a card says first of a small model, from its parameters and the dense model's."""
+    dense, small = parameters
+    words = f"{code_span(shown_base(base))} compressed with ComCAT: {dense:,} parameters became {small:,} "
+    return f"{words}({small / dense - 1:+.1%}).{' ' + _ORDINARY if plain else ''}"
+
+
 def write_model_card(
     folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics, picture: Path | None = None
 ) -> Path:
@@ -84,15 +86,13 @@ def write_model_card(
         metrics: of the dense, the initial and the final model; those of the final one make the card's results.
         picture: of ranks and spectra, in the same folder.
     """
-    dense, small = plan.parameters
-    name = settings.hub_model_id or folder.resolve().name
+    name = settings.repository
     final = metrics.get("final", {})
     return write_card(
         folder,
         CardFacts(
             title=name.rpartition("/")[-1],
-            summary=f"{code_span(shown_base(settings.model_name_or_path))} compressed with ComCAT: {dense:,} "
-            f"parameters became {small:,} ({small / dense - 1:+.1%}).{' ' + ORDINARY if plan.is_plain else ''}",
+            summary=compressed_summary(settings.model_name_or_path, plan.parameters, plan.is_plain),
             base=settings.model_name_or_path,
             relation="finetune",
             library="transformers",
@@ -108,18 +108,12 @@ def write_model_card(
     )
 
 
-def push_model(folder: Path, settings: CompressSettings) -> str:
+def push_model(settings: CompressSettings) -> str:
     """Upload the model, its plan, its card, its results and the report: no checkpoint, no log, no statistics.
 
     Returns:
         the commit's address.
     """
-    return push_folder(
-        folder,
-        settings.hub_model_id or folder.resolve().name,
-        private=settings.hub_private or None,
-        commit_message="Compress with comcat_hf",
-        token=settings.hub_token,
-        # The record of the stages and a report that shows images, push_folder leaves here.
-        allow_patterns=[path.name for path in folder.iterdir() if path.is_file() and path.suffix in _PUSHED],
-    )
+    # The record of the stages and a report that shows images, push_folder leaves here.
+    names = [path.name for path in settings.output_path.iterdir() if path.is_file() and path.suffix in _PUSHED]
+    return push_result(settings, "Compress with comcat_hf", names)

@@ -1,7 +1,8 @@
-"""What a run comes to: counted before it is trained."""
+"""What a run comes to, counted before it is trained: steps, learning rates, sizes."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,20 @@ from .artefacts import Artefacts
 from .settings import CompressSettings
 
 
-__all__ = ["CompressPlan", "Steps", "describe_run", "plan_steps", "request_of"]
+__all__ = [
+    "CompressPlan",
+    "Steps",
+    "describe_run",
+    "given_plan",
+    "learning_rates",
+    "plan_steps",
+    "rate_at",
+    "request_of",
+    "warmup_steps",
+]
+
+# The images per optimizer step that unscaled rates are for (DeiT).
+_IMAGES = 512
 
 
 def request_of(settings: CompressSettings) -> Request:
@@ -44,16 +58,12 @@ class Steps:
     Attributes:
         total: optimizer steps.
         epoch: optimizer steps per epoch; of a stream of unknown length the whole training counts as one.
-        images: per optimizer step, over all processes.
+        processes: how many share a step.
     """
 
     total: int
     epoch: int
-    images: int
-
-    @property
-    def epochs(self) -> float:
-        return self.total / self.epoch
+    processes: int
 
 
 def plan_steps(settings: CompressSettings, batches: int | None, processes: int) -> Steps:
@@ -62,15 +72,67 @@ def plan_steps(settings: CompressSettings, batches: int | None, processes: int) 
     Raises:
         InvalidValueError: a stream of unknown length without `--max_train_steps`.
     """
-    images = settings.per_device_train_batch_size * processes * settings.gradient_accumulation_steps
     if batches is None:
         if settings.max_train_steps is None:
             raise InvalidValueError(
                 "--streaming: expected --max_train_steps, since nobody knows how many images will come; found none."
             )
-        return Steps(settings.max_train_steps, settings.max_train_steps, images)
+        return Steps(settings.max_train_steps, settings.max_train_steps, processes)
     epoch = max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
-    return Steps(settings.max_train_steps or max(round(settings.num_train_epochs * epoch), 1), epoch, images)
+    return Steps(settings.max_train_steps or max(round(settings.num_train_epochs * epoch), 1), epoch, processes)
+
+
+def learning_rates(settings: CompressSettings, images: int) -> tuple[float, float]:
+    """The highest and the last learning rate.
+
+    Args:
+        settings: `learning_rate`, `min_learning_rate` and `scale_lr`.
+        images: per optimizer step, over all processes and accumulated batches.
+
+    Raises:
+        InvalidValueError: the last is above the highest.
+    """
+    highest, last = settings.learning_rate, settings.min_learning_rate
+    if last > highest:
+        raise InvalidValueError(
+            f"--min_learning_rate must be at most --learning_rate {highest:g}, got {last:g}. Give a lower one."
+        )
+    factor = images / _IMAGES if settings.scale_lr else 1.0
+    return highest * factor, last * factor
+
+
+def warmup_steps(settings: CompressSettings, steps: int) -> int:
+    """How many of the steps the rate rises in.
+
+    Raises:
+        InvalidValueError: both flags are given, or the warmup takes all steps.
+    """
+    if settings.warmup_steps and settings.warmup_ratio:
+        raise InvalidValueError(
+            f"Give one of --warmup_steps and --warmup_ratio, got {settings.warmup_steps} and {settings.warmup_ratio}."
+        )
+    rising = settings.warmup_steps or round(settings.warmup_ratio * steps)
+    if rising >= steps > 0 and rising:
+        raise InvalidValueError(
+            f"The warmup must end before the training, which has {steps} steps, got {rising}. Give a smaller "
+            "--warmup_steps or --warmup_ratio."
+        )
+    return rising
+
+
+def rate_at(step: int, highest: float, last: float, steps: int, rising: int = 0) -> float:
+    """The rate of a step: it rises along a line and falls along half a cosine.
+
+    Args:
+        step: counted from 0; behind the end the rate is the last one.
+        highest, last: rates, as [`learning_rates`] gives them.
+        steps: of the whole training.
+        rising: in so many of them the rate rises; the first has `highest / rising`.
+    """
+    if step < rising:
+        return highest * (step + 1) / rising
+    done = min((step - rising) / max(steps - rising, 1), 1.0)
+    return last + (highest - last) * (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True)
@@ -78,13 +140,12 @@ class CompressPlan:
     """The sizes of a run.
 
     Attributes:
+        model: the dense model's class.
         plan: the ranks; `None` where none can be known yet.
         exact: whether these are the ranks that will be used, and not those of another strategy for the same share.
         parameters, macs: of the dense and the small model; MACs of one image.
-        trained: parameters that fine-tuning changes.
-        bytes: of weights, gradients, optimizer state, moving average and teacher per process, without activations.
-        first_step: how many of them a checkpoint has done.
-        learning_rate: the highest rate, scaled if that was asked.
+        images: to train on; `None` where that is not known.
+        first_step: how many of the steps a checkpoint has done.
     """
 
     settings: CompressSettings
@@ -93,13 +154,9 @@ class CompressPlan:
     exact: bool
     parameters: tuple[int, int]
     macs: tuple[int, int]
-    trained: int
-    bytes: int
     images: int | None
-    processes: int
     steps: Steps
     first_step: int
-    learning_rate: float
     seed: int
 
     @property
@@ -134,35 +191,42 @@ class CompressPlan:
         return "\n".join(f"{name + ':':<{width + 1}} {text}" for name, text in lines.items())
 
     def _training(self) -> dict[str, str]:
-        settings = self.settings
+        settings, steps = self.settings, self.steps
+        accumulated = settings.gradient_accumulation_steps
+        images = settings.per_device_train_batch_size * steps.processes * accumulated
         return {
-            "Trained": f"{self.trained:,} parameters, route {settings.route}",
-            "Memory": f"{readable_size(self.bytes)} per process for weights, gradients, optimizer and teacher; "
+            # The factors and what is not factorised: route peft leaves the latter frozen, in the base that it keeps.
+            "Trained": f"{self.parameters[1]:,} parameters, route {settings.route}",
+            "Memory": f"{readable_size(self._bytes)} per process for weights, gradients, optimizer and teacher; "
             "activations come on top",
-            "Steps": f"{self.steps.total:,} ({self.steps.epochs:.2f} epochs) of "
-            f"{settings.per_device_train_batch_size} images x {self.processes} processes x "
-            f"{settings.gradient_accumulation_steps} accumulated"
+            "Steps": f"{steps.total:,} ({steps.total / steps.epoch:.2f} epochs) of "
+            f"{settings.per_device_train_batch_size} images x {steps.processes} processes x {accumulated} accumulated"
             + (f", {self.first_step:,} of them done" if self.first_step else ""),
-            "Rate": f"{self.learning_rate:g}, cosine to {settings.min_learning_rate:g}",
+            "Rate": f"{learning_rates(settings, images)[0]:g}, cosine to {settings.min_learning_rate:g}",
         }
+
+    @property
+    def _bytes(self) -> int:
+        """Of float32 weights, gradients, two moments, an average and a teacher, without activations."""
+        settings, (dense, small) = self.settings, self.parameters
+        taught = settings.distillation_type != "none" or settings.alignment > 0
+        kept = dense if settings.route == "peft" or taught else 0
+        return 4 * (kept + (4 if settings.ema_decay is None else 5) * small)
 
 
 def describe_run(
     settings: CompressSettings,
     dense: nn.Module,
     artefacts: Artefacts,
-    images: int | None,
-    processes: int,
-    steps: Steps,
-    first_step: int,
-    learning_rate: float,
-    seed: int,
     plan: RankPlan | None = None,
+    **known: Any,
 ) -> CompressPlan:
     """Count what a run comes to; nothing is written.
 
     Args:
         artefacts: of the run so far; a plan that is there is used.
+        plan: the ranks, where these are known.
+        **known: further fields of [`CompressPlan`].
 
     Raises:
         BudgetError: a reduction out of reach.
@@ -172,9 +236,8 @@ def describe_run(
     exact = plan is not None
     if plan is None:
         mlp = request_of(settings).mlp
-        mlp = "width" if mlp == "mixed" else mlp
-        even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "mlp": mlp}
-        even["layout"] = settings.layout
+        even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "layout": settings.layout}
+        even["mlp"] = "width" if mlp == "mixed" else mlp
         # Nothing is timed only to be described.
         timed = settings.metric == "latency"
         plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
@@ -185,41 +248,16 @@ def describe_run(
     if exact:
         plan = count_again(plan, dense, small)
     parameters = count_parameters(dense), count_parameters(small)
-    trained, size = _memory(settings, parameters)
-    return CompressPlan(
-        settings=settings,
-        model=type(dense).__name__,
-        plan=plan,
-        exact=exact,
-        parameters=parameters,
-        macs=(count_macs(dense), count_macs(small)),
-        trained=trained,
-        bytes=size,
-        images=images,
-        processes=processes,
-        steps=steps,
-        first_step=first_step,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
+    macs = count_macs(dense), count_macs(small)
+    return CompressPlan(settings, type(dense).__name__, plan, exact, parameters, macs, **known)
+
+
+def given_plan(settings: CompressSettings) -> RankPlan:
+    """The rank plan that `--plan` names."""
+    return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
 
 
 def _known_plan(settings: CompressSettings, artefacts: Artefacts) -> RankPlan | None:
     if settings.plan is not None:
-        return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
+        return given_plan(settings)
     return RankPlan.from_pretrained(artefacts.folder) if artefacts.was_done("allocate") else None
-
-
-def _memory(settings: CompressSettings, parameters: tuple[int, int]) -> tuple[int, int]:
-    """Trained parameters and bytes: float32 weights, gradients and two moments, an average, a teacher."""
-    dense, small = parameters
-    taught = settings.distillation_type != "none" or settings.alignment > 0
-    # The factors and what is not factorised: route peft leaves the latter frozen, in the base that it keeps.
-    trained = small
-    weights = small
-    if settings.route == "peft":
-        weights = dense + small
-    elif taught:
-        weights += dense
-    averaged = trained if settings.ema_decay is not None else 0
-    return trained, 4 * (weights + 3 * trained + averaged)

@@ -29,7 +29,7 @@ from ...reporting.plots import (
 from ...version import __version__
 from .artefacts import Artefacts
 from .augmentation import ImagePreparation
-from .changes import Changes
+from .evaluation import Changes
 from .labels import model_labels
 from .planning import CompressPlan
 from .sweep import SweepPoint
@@ -179,11 +179,10 @@ def _changed(folder: Path, dense: nn.Module, changes: Changes, preparation: Imag
 
     names, _ = model_labels(dense.config, "The dense model")
     gallery = []
-    for number, image in enumerate(changes.images):
-        pixels = (preparation.restore(image.inputs) * 255).round().byte().movedim(0, -1)
+    for number, (inputs, classes) in enumerate(changes.images):
+        pixels = (preparation.restore(inputs) * 255).round().byte().movedim(0, -1)
         file = folder / f"changed-{number}.png"
         Image.fromarray(pixels.numpy()).save(file)
-        classes = {"dense": image.dense, "compressed": image.compressed, "label": image.label}
         gallery.append(("\n".join(f"{who}: {names[place]}" for who, place in classes.items()), file))
     text = f"The compressed model gives {changes.changed:,} of {changes.compared:,} images another class."
     if len(gallery) < changes.changed:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -65,17 +66,18 @@ def make_student(settings: CompressSettings, dense: nn.Module, initialized: Path
     return Student(model, None if teacher is dense else teacher, "peft")
 
 
-def make_loss(settings: CompressSettings) -> DistillationLoss:
-    """The loss that the settings describe."""
+def make_loss(settings: CompressSettings, **changes: Any) -> DistillationLoss:
+    """The loss that the settings describe, but for changes of its arguments."""
     taught = settings.distillation_type != "none"
-    return DistillationLoss(
-        alpha=settings.distillation_alpha if taught else 0.0,
-        kind=settings.distillation_type if taught else "soft",
-        temperature=settings.distillation_temperature,
-        alignment=settings.alignment,
-        blocks=settings.alignment_blocks,
-        without_token=settings.distillation_without_token,
-    )
+    given = {
+        "alpha": settings.distillation_alpha if taught else 0.0,
+        "kind": settings.distillation_type if taught else "soft",
+        "temperature": settings.distillation_temperature,
+        "alignment": settings.alignment,
+        "blocks": settings.alignment_blocks,
+        "without_token": settings.distillation_without_token,
+    }
+    return DistillationLoss(**given | changes)
 
 
 def finished(model: nn.Module) -> nn.Module:

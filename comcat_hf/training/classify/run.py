@@ -5,28 +5,27 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
 
-from ...compression.calibration.statistics import Statistics
 from ...configs import RankPlan
-from ..checkpoints import Progress, find_checkpoint, remove_checkpoints
+from ...hub import write_json_atomic
+from ..checkpoints import Progress, find_checkpoint
 from ..interruption import Interrupted, Interruption, on_main, until_stopped
 from ..locks import locked
 from ..machine import make_accelerator
+from ..programs import RunResult
 from ..seeds import choose_seed
 from .artefacts import Artefacts, digest_of
 from .augmentation import ImagePreparation, Mixing
-from .changes import Changes, Watch
 from .data import BrokenImages, open_splits
-from .evaluation import evaluate_classifier
+from .evaluation import Changes, Watch, evaluate_classifier
 from .logs import LOG, read_log
 from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor, load_teacher
-from .outputs import push_model, read_results, save_model, write_model_card, write_results
-from .planning import CompressPlan, Steps, describe_run, plan_steps
+from .outputs import push_model, read_results, save_model, write_model_card
+from .planning import CompressPlan
 from .reporting import Findings, draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
@@ -42,25 +41,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CompressResult:
+class CompressResult(RunResult):
     """What became of a run.
 
     Attributes:
-        output_dir: holds the small model, if the run ended.
-        plan: what was to be done; `None` where a signal came before that was known.
         metrics: of `"dense"`, `"initial"` (before fine-tuning) and `"final"`: top1, top5, loss, samples, broken.
-        step: optimizer steps that are done.
-        interrupted: the signal that ended it early, or `None`.
-        checkpoint: what an interrupted fine-tuning goes on from.
+        sweep: other reductions, where these were measured.
     """
 
-    output_dir: Path
     plan: CompressPlan | None = None
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    step: int = 0
-    interrupted: str | None = None
-    checkpoint: Path | None = None
-    commit: str | None = None
     sweep: tuple[SweepPoint, ...] = ()
 
 
@@ -95,42 +85,13 @@ def compress_vit(
     with ExitStack() as stack, Interruption() as interruption:
         try:
             with interruption.at_once():
-                prepared = _prepare(settings, report, accelerator, interruption, stack)
-            result = replace(result, plan=prepared.describe(), step=prepared.first)
-            prepared.run.say(result.plan.describe())
-            return result if settings.dry_run else _carry_out(prepared, result)
+                run = _prepare(settings, report, accelerator, interruption, stack)
+                plan = run.describe()
+            result = replace(result, plan=plan, step=plan.first_step)
+            run.say(plan.describe())
+            return result if settings.dry_run else _carry_out(run, result)
         except Interrupted as stopped:
             return replace(result, interrupted=str(stopped))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A run that is ready to go."""
-
-    run: Setting
-    steps: Steps
-    checkpoint: Path | None
-
-    @property
-    def first(self) -> int:
-        """How many steps the checkpoint has done."""
-        return 0 if self.checkpoint is None else Progress.read(self.checkpoint).step
-
-    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
-        """What the run comes to, with a plan if one is known."""
-        run, settings = self.run, self.run.settings
-        return describe_run(
-            settings,
-            run.dense,
-            run.artefacts,
-            run.splits.train.size if run.splits.train is not None else None,
-            run.accelerator.num_processes,
-            self.steps,
-            self.first,
-            settings.learning_rate * (self.steps.images / 512 if settings.scale_lr else 1),
-            run.seed,
-            plan,
-        )
 
 
 def _prepare(
@@ -139,25 +100,19 @@ def _prepare(
     accelerator: Accelerator | None,
     interruption: Interruption,
     stack: ExitStack,
-) -> _Prepared:
+) -> Setting:
     """Read what the stages need. The folder is locked first, so that what is found there stays as it is."""
-    if accelerator is None:
-        accelerator = make_accelerator(
-            settings.output_path,
-            logging_dir=settings.logging_dir,
-            report_to=settings.report_to,
-            mixed_precision=settings.mixed_precision,
-        )
+    accelerator = make_accelerator(settings) if accelerator is None else accelerator
     accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
     artefacts = Artefacts(settings.output_path)
     if not settings.dry_run:
         on_main(accelerator, lambda: stack.enter_context(locked(artefacts.folder, "output_dir")))
-    checkpoint = find_checkpoint(
-        artefacts.folder, settings.resume_from_checkpoint, settings.overwrite_output_dir or _is_over(artefacts)
-    )
+    # Checkpoints of a fine-tuning that ended may stay.
+    over = settings.overwrite_output_dir or artefacts.was_done("finetune")
+    checkpoint = find_checkpoint(artefacts.folder, settings.resume_from_checkpoint, over)
     accelerator.wait_for_everyone()
     if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
-        on_main(accelerator, lambda: _clear(artefacts))
+        on_main(accelerator, artefacts.clear)
     before = artefacts.seed() if checkpoint is None else Progress.read(checkpoint).seed
     seed = choose_seed(settings.seed, before)
     with accelerator.main_process_first():
@@ -170,7 +125,7 @@ def _prepare(
         if settings.teacher is not None:
             # Needed after hours only, but what is wrong with it is said before.
             preparation.check(load_teacher(settings, dense), f"--teacher {settings.teacher}")
-    run = Setting(
+    return Setting(
         settings=settings,
         accelerator=accelerator,
         artefacts=artefacts,
@@ -182,36 +137,35 @@ def _prepare(
         seed=seed,
         say=report if report is not None and accelerator.is_main_process else lambda text: None,
         interruption=interruption,
+        checkpoint=checkpoint,
     )
-    return _Prepared(run, _steps(run), checkpoint)
 
 
-def _carry_out(prepared: _Prepared, result: CompressResult) -> CompressResult:
-    run = prepared.run
+def _carry_out(run: Setting, result: CompressResult) -> CompressResult:
     last = run.settings.stage_names[-1]
-    statistics = calibrate(run)
+    calibrate(run)
     if last == "calibrate":
         return result
     run.end_if_stopped()
-    ranks = allocate(run, statistics)
-    result = replace(result, plan=prepared.describe(ranks))
+    ranks = allocate(run)
+    result = replace(result, plan=run.describe(ranks))
     reached = result.plan.plan.reached
     run.say(f"The plan removes {reached:.1%}." if reached is not None else "The plan is read.")
     if last == "allocate":
         return result
-    initialize(run, ranks, statistics)
+    initialize(run, ranks)
     models: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: run.dense,
         "initial": lambda: load_classifier(run.artefacts.initial, "--output_dir"),
     }
     models["final"] = models["initial"]
     # Before fine-tuning, which by route peft makes a small model of the dense one.
-    points = _sweep(run, statistics)
+    points = _sweep(run)
     run.end_if_stopped()
     if run.done("finetune"):
         models["final"] = lambda: load_classifier(run.artefacts.folder, "--output_dir")
     elif "finetune" in run.settings.stage_names:
-        trained, student = _finetune(prepared, ranks)
+        trained, student = _finetune(run, ranks)
         result = replace(result, step=trained.step, checkpoint=trained.checkpoint)
         if trained.interrupted is not None:
             return replace(result, interrupted=trained.interrupted)
@@ -221,24 +175,24 @@ def _carry_out(prepared: _Prepared, result: CompressResult) -> CompressResult:
         if student.route == "peft":
             # The dense model has become the small one.
             models["dense"] = lambda: load_dense(run.settings)
-    return _conclude(run, replace(result, sweep=points), models, statistics)
+    return _conclude(run, replace(result, sweep=points), models)
 
 
-def _sweep(run: Setting, statistics: Statistics | None) -> tuple[SweepPoint, ...]:
+def _sweep(run: Setting) -> tuple[SweepPoint, ...]:
     if "evaluate" not in run.settings.stage_names or not run.settings.sweep_reductions:
         return ()
     if run.splits.validation is None:
         run.say("Sweep: left out, as there are no validation images.")
         return ()
-    return measure_sweep(run, statistics, partial(_evaluate, run))
+    return measure_sweep(run, partial(_evaluate, run))
 
 
-def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Student]:
-    run, steps = prepared.run, prepared.steps
+def _finetune(run: Setting, ranks: RankPlan) -> tuple[TrainResult, Student]:
+    steps = run.steps
     settings, accelerator = run.settings, run.accelerator
     student = make_student(settings, run.dense, run.artefacts.initial)
     reader = run.reader(run.train_split("fine-tuning"), run.broken)
-    mixing = Mixing.of(settings, run.dense.config.num_labels)
+    mixing = Mixing(settings, run.dense.config.num_labels)
     run.say(f"Stage finetune: {steps.total:,} steps.")
     evaluate = None if run.splits.validation is None else lambda model: _evaluate(run, model)
     trained = finetune_model(
@@ -254,7 +208,7 @@ def _finetune(prepared: _Prepared, ranks: RankPlan) -> tuple[TrainResult, Studen
             evaluate=evaluate,
             interruption=run.interruption,
             say=run.say,
-            checkpoint=prepared.checkpoint,
+            checkpoint=run.checkpoint,
         )
     )
     if run.broken.count:
@@ -266,9 +220,8 @@ def _conclude(
     run: Setting,
     result: CompressResult,
     models: Mapping[str, Callable[[], nn.Module]],
-    statistics: Statistics | None,
 ) -> CompressResult:
-    names, folder = run.settings.stage_names, run.artefacts.folder
+    names = run.settings.stage_names
     metrics: dict[str, Mapping[str, float]] = {}
     changes = Changes()
     if "evaluate" not in names:
@@ -282,15 +235,15 @@ def _conclude(
             # Without fine-tuning the initial model is the final one.
             same = next((metrics[other] for other in metrics if models[other] is load), None)
             metrics[name] = _evaluate(run, load(), name, changes.watch(name == "dense")) if same is None else same
-        on_main(run.accelerator, lambda: write_results(run.artefacts.results, metrics))
+        on_main(run.accelerator, lambda: write_json_atomic(run.artefacts.results, metrics))
         for name, found in metrics.items():
             run.say(f"{name:8} top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['samples']:,} images")
         _warn_if_worse(run, metrics)
     result = replace(result, metrics=metrics)
     if "export" in names:
-        run.on_main(lambda: _export(run, result, models, statistics, changes))
+        run.on_main(lambda: _export(run, result, models, changes))
     if "push" in names:
-        result = replace(result, commit=run.on_main(lambda: push_model(folder, run.settings)))
+        result = replace(result, commit=run.on_main(lambda: push_model(run.settings)))
     # Wrapped models go first: freed behind their process group, they may wait for that for ever.
     run.accelerator.free_memory()
     run.accelerator.end_training()
@@ -301,7 +254,6 @@ def _export(
     run: Setting,
     result: CompressResult,
     models: Mapping[str, Callable[[], nn.Module]],
-    statistics: Statistics | None,
     changes: Changes,
 ) -> None:
     folder, plan, metrics = run.artefacts.folder, result.plan, result.metrics
@@ -311,10 +263,10 @@ def _export(
     trained = run.artefacts.was_done("finetune")
     if not trained:
         save_model(small, run.processor, folder)
-    picture = draw_ranks(dense, plan, statistics, run.artefacts.picture)
+    picture = draw_ranks(dense, plan, run.statistics, run.artefacts.picture)
     found = Findings(
         metrics=metrics,
-        statistics=statistics,
+        statistics=run.statistics,
         points=result.sweep,
         log=read_log(folder / LOG) if trained else (),
         speed=speed,
@@ -346,24 +298,8 @@ def _keep(run: Setting, model: nn.Module) -> None:
 
 def _evaluate(run: Setting, model: nn.Module, name: str | None = None, watch: Watch | None = None) -> dict[str, float]:
     split, accelerator = run.splits.validation, run.accelerator
-    batches = run.reader(split, BrokenImages.of(run.settings, split)).evaluate()
+    reader = run.reader(split, BrokenImages.of(run.settings, split))
+    batches = reader.evaluate()
     asking = Batches(lambda: until_stopped(batches, accelerator, run.interruption), batches.count)
     progress = name and f"Evaluating {name}"
-    return evaluate_classifier(model, asking, accelerator, progress=progress, watch=watch)
-
-
-def _steps(run: Setting) -> Steps:
-    if run.splits.train is None:
-        return plan_steps(run.settings, 1, run.accelerator.num_processes)
-    batches = run.reader(run.splits.train, run.broken).batches_per_epoch
-    return plan_steps(run.settings, batches, run.accelerator.num_processes)
-
-
-def _is_over(artefacts: Artefacts) -> bool:
-    """Whether the checkpoints in the folder are of a fine-tuning that ended."""
-    return artefacts.was_done("finetune")
-
-
-def _clear(artefacts: Artefacts) -> None:
-    artefacts.clear()
-    remove_checkpoints(artefacts.folder)
+    return evaluate_classifier(model, asking, accelerator, progress=progress, broken=reader.broken, watch=watch)

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from ...errors import InvalidValueError
-from ..flags import ABOVE_ZERO, BELOW_ONE, COUNT, FROM_ZERO, NOTHING, SHARE, Rule, check_flags, flag, values_deciding
+from ..flags import ABOVE_ZERO, BELOW_ONE, COUNT, FROM_ZERO, NOTHING, SHARE, Rule, flag, values_deciding
 from ..recipes import parse_settings
+from ..settings import TRAINING, RunSettings
 
 
-__all__ = ["ALTERNATIVES", "STAGES", "CompressSettings", "parse_compress_settings"]
+__all__ = ["ALTERNATIVES", "MAGNITUDES", "STAGES", "CompressSettings", "ImageSettings", "parse_compress_settings"]
 
 STAGES = ("calibrate", "allocate", "initialize", "finetune", "evaluate", "export", "push")
 
@@ -27,27 +27,50 @@ ALTERNATIVES = MappingProxyType(
     }
 )
 
-Precision = Literal["no", "fp16", "bf16"]
 Strategy = Literal["uniform", "spectrum", "sensitivity", "curvature", "search"]
 
 _STAGES_KEPT = ("calibrate", "allocate", "initialize", "finetune")
 # What a setting decides, for its flag. A stage "by search" depends on it only where ranks are searched.
 EVERYTHING = _STAGES_KEPT
 SMALL_MODEL = ("calibrate", "allocate", "initialize")
-PLAN, FACTORS, TRAINING = ("allocate",), ("initialize",), ("finetune",)
+PLAN, FACTORS = ("allocate",), ("initialize",)
 SEARCH = ("allocate by search",)
 TEACHING = (*SEARCH, *TRAINING)
 # The search cuts its images off those of all stages.
 SEARCHED_IMAGES = tuple(f"{stage} by search" for stage in _STAGES_KEPT)
 
+MAGNITUDES = 30
+MAGNITUDE = Rule(lambda value: 0 <= value <= MAGNITUDES, f"from 0 to {MAGNITUDES}")
 INTERVAL = Rule(
     lambda value: value in ("epoch", "none") or (value.isdecimal() and int(value) >= 1),
     "a whole number from 1, epoch, or none",
 )
 
 
-@dataclass(frozen=True)
-class CompressSettings:
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """Which images a classifier is measured on, and how they are read; the help texts of the fields say the rest."""
+
+    cache_dir: str | None = flag(None, "Where downloads are kept.", NOTHING)
+    token: str | None = flag(None, "Token for gated or private repositories.", NOTHING)
+    dataset_name: str | None = flag(None, "Data set on the Hub, or a folder.", EVERYTHING)
+    dataset_config_name: str | None = flag(None, "Configuration of the data set.", EVERYTHING)
+    validation_file: str | None = flag(None, "Validation images as a parquet file, or several by a pattern.", NOTHING)
+    validation_dir: str | None = flag(None, "Folder with a folder of validation images per class.", NOTHING)
+    validation_split_name: str | None = flag(None, "Split to evaluate on; default: validation, else test.", NOTHING)
+    image_column_name: str = flag("image", "Column with the images.", EVERYTHING)
+    label_column_name: str = flag("label", "Column with the labels.", EVERYTHING)
+    streaming: bool = flag(False, "Read the data set while training, not before.", EVERYTHING)
+    max_eval_samples: int | None = flag(None, "Use so many validation images only.", NOTHING, COUNT)
+    max_broken_images: float = flag(
+        0.01, "Stop when more images cannot be read: a count, or a share below 1.", NOTHING, FROM_ZERO
+    )
+    dataloader_num_workers: int = flag(0, "Processes that read images; 0 reads in the main one.", NOTHING, FROM_ZERO)
+    per_device_eval_batch_size: int = flag(64, "Images per evaluation step and process.", NOTHING, COUNT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings(ImageSettings, RunSettings):
     """Everything about one compression run.
 
     Args:
@@ -59,8 +82,6 @@ class CompressSettings:
         None, "Folder or Hub id of the dense image classifier.", EVERYTHING, fixed=True
     )
     model_revision: str | None = flag(None, "Branch, tag or commit of it.", EVERYTHING)
-    cache_dir: str | None = flag(None, "Where downloads are kept.", NOTHING)
-    token: str | None = flag(None, "Token for gated or private repositories.", NOTHING)
     teacher: str | None = flag(None, "Folder or Hub id of the teacher; default: the dense model itself.", TEACHING)
     # What becomes of it
     reduction: float | None = flag(None, "Share to remove, of the whole model or of the scope's own.", PLAN, BELOW_ONE)
@@ -112,23 +133,10 @@ class CompressSettings:
         NOTHING,
     )
     # Data
-    dataset_name: str | None = flag(None, "Data set on the Hub, or a folder.", EVERYTHING)
-    dataset_config_name: str | None = flag(None, "Configuration of the data set.", EVERYTHING)
-    train_file: str | None = flag(None, "Training images as a parquet file, or several by a pattern.", EVERYTHING)
-    validation_file: str | None = flag(None, "Validation images likewise.", NOTHING)
-    train_dir: str | None = flag(None, "Folder with a folder of training images per class.", EVERYTHING)
-    validation_dir: str | None = flag(None, "Validation images likewise.", NOTHING)
+    train_file: str | None = flag(None, "Training images likewise.", EVERYTHING)
+    train_dir: str | None = flag(None, "Training images likewise.", EVERYTHING)
     train_split_name: str = flag("train", "Split of the data set to train on.", EVERYTHING)
-    validation_split_name: str | None = flag(None, "Split to evaluate on; default: validation, else test.", NOTHING)
-    image_column_name: str = flag("image", "Column with the images.", EVERYTHING)
-    label_column_name: str = flag("label", "Column with the labels.", EVERYTHING)
-    streaming: bool = flag(False, "Read the data set while training, not before.", EVERYTHING)
     max_train_samples: int | None = flag(None, "Use so many training images only.", EVERYTHING, COUNT)
-    max_eval_samples: int | None = flag(None, "Use so many validation images only.", NOTHING, COUNT)
-    max_broken_images: float = flag(
-        0.01, "Stop when more images cannot be read: a count, or a share below 1.", NOTHING, FROM_ZERO
-    )
-    dataloader_num_workers: int = flag(0, "Processes that read images; 0 reads in the main one.", NOTHING, FROM_ZERO)
     # Augmentation
     random_resized_crop_scale: float = flag(
         0.08, "Least share of an image's area that is cropped; 1 leaves it out.", TRAINING, SHARE
@@ -136,7 +144,7 @@ class CompressSettings:
     horizontal_flip: float = flag(0.5, "Probability of mirroring.", TRAINING, SHARE)
     color_jitter: float = flag(0.0, "Strength of colour jitter; 0 leaves it out.", TRAINING, FROM_ZERO)
     rand_augment_num_ops: int = flag(0, "Operations of RandAugment per image; 0 leaves it out.", TRAINING, FROM_ZERO)
-    rand_augment_magnitude: int = flag(9, "Magnitude of RandAugment, 0 to 30.", TRAINING, FROM_ZERO)
+    rand_augment_magnitude: int = flag(9, "Magnitude of RandAugment, 0 to 30.", TRAINING, MAGNITUDE)
     random_erasing: float = flag(0.0, "Probability of erasing a rectangle.", TRAINING, SHARE)
     mixup_alpha: float = flag(0.0, "Mixup; 0 leaves it out.", TRAINING, FROM_ZERO)
     cutmix_alpha: float = flag(0.0, "CutMix; 0 leaves it out.", TRAINING, FROM_ZERO)
@@ -168,19 +176,13 @@ class CompressSettings:
         "classifier", "Modules that route peft trains as well, separated by commas.", TRAINING, fixed=True
     )
     output_dir: str = flag("comcat-vit", "Where the model goes, with checkpoint-N folders beside it.", NOTHING)
-    overwrite_output_dir: bool = flag(False, "Remove what an earlier run left in output_dir.", NOTHING)
     seed: int | None = flag(
         None, "Makes the run repeatable; default: that of the earlier run, else 42.", EVERYTHING, FROM_ZERO
     )
     num_train_epochs: float = flag(
         3.0, "Times through the training images, where max_train_steps is not given.", TRAINING, ABOVE_ZERO
     )
-    max_train_steps: int | None = flag(None, "Optimizer steps.", TRAINING, COUNT)
     per_device_train_batch_size: int = flag(64, "Images per step and process.", TRAINING, COUNT)
-    per_device_eval_batch_size: int = flag(64, "Images per evaluation step and process.", NOTHING, COUNT)
-    gradient_accumulation_steps: int = flag(1, "Batches per optimizer step.", TRAINING, COUNT)
-    gradient_checkpointing: bool = flag(False, "Less memory, slower steps.", TRAINING)
-    mixed_precision: Precision | None = flag(None, "Dtype of the forward pass; default: accelerate's.", TRAINING)  # noqa: RUF009
     torch_compile: bool = flag(False, "Compile the model.", TRAINING)
     learning_rate: float = flag(1e-4, "Highest learning rate.", TRAINING, ABOVE_ZERO)
     scale_lr: bool = flag(False, "Multiply the rate by the images per optimizer step / 512.", TRAINING)
@@ -190,10 +192,6 @@ class CompressSettings:
     warmup_steps: int = flag(0, "Steps in which the rate rises.", TRAINING, FROM_ZERO)
     warmup_ratio: float = flag(0.0, "The same as a share of all steps.", TRAINING, BELOW_ONE)
     weight_decay: float = flag(0.05, "Weight decay of matrices; norms and biases have none.", TRAINING, FROM_ZERO)
-    adam_beta1: float = flag(0.9, "First decay rate of AdamW.", TRAINING, BELOW_ONE)
-    adam_beta2: float = flag(0.999, "Second decay rate of AdamW.", TRAINING, BELOW_ONE)
-    adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", TRAINING, ABOVE_ZERO)
-    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", TRAINING, ABOVE_ZERO)
     ema_decay: float | None = flag(
         None, "Keep a moving average of the weights; it is evaluated and saved.", TRAINING, BELOW_ONE, fixed=True
     )
@@ -201,25 +199,11 @@ class CompressSettings:
     checkpointing_steps: str | None = flag(
         "epoch", "Write checkpoint-N every so many steps, or every epoch.", NOTHING, INTERVAL
     )
-    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the latest.", NOTHING, COUNT)
-    resume_from_checkpoint: str | None = flag(
-        None, "Path of a checkpoint, its name in output_dir, or latest.", NOTHING
-    )
     eval_steps: str | None = flag("epoch", "Evaluate every so many steps, every epoch, or none.", NOTHING, INTERVAL)
     logging_steps: int = flag(10, "Log the losses every so many steps.", NOTHING, COUNT)
     report_to: str = flag(
         "auto", "Tracker: tensorboard, wandb, ..., all, none; auto: tensorboard if installed.", NOTHING
     )
-    logging_dir: str = flag("logs", "Where a tracker writes, in output_dir.", NOTHING)
-    push_to_hub: bool = flag(False, "Upload the model at the end.", NOTHING)
-    hub_model_id: str | None = flag(None, "Repository to upload to; default: the name of output_dir.", NOTHING)
-    hub_token: str | None = flag(None, "Token for the upload.", NOTHING)
-    hub_private: bool = flag(False, "Make the repository private.", NOTHING)
-    dry_run: bool = flag(False, "Say what would be done, and stop before training.", NOTHING)
-
-    @property
-    def output_path(self) -> Path:
-        return Path(self.output_dir).expanduser()
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -274,7 +258,7 @@ class CompressSettings:
         Raises:
             InvalidValueError: one cannot.
         """
-        check_flags(self)
+        super().check()
         if not self.model_name_or_path:
             raise InvalidValueError("--model_name_or_path is needed, got none. Give the dense image classifier.")
         if not self._asked_stages or not set(self._asked_stages) <= set(STAGES):
@@ -309,9 +293,12 @@ class CompressSettings:
                 "--sweep measures reductions one after the other, got --strategy search, which would be run for each. "
                 "Leave --sweep out, or take another strategy."
             )
-        if self.output_path.is_file():
-            raise InvalidValueError(f"--output_dir {self.output_dir}: expected a folder, found a file. Give another.")
-        self._check_sources()
+        given = [name for name, value in self._sources.items() if value]
+        if len(given) > 1 or (not given and self.needs_images):
+            raise InvalidValueError(
+                f"Give one of {', '.join(self._sources)} (with their validation counterparts), got "
+                f"{' and '.join(given) or 'none'}."
+            )
 
     @property
     def where(self) -> dict[str, Any]:
@@ -331,14 +318,6 @@ class CompressSettings:
             "--train_file": self.train_file or self.validation_file,
             "--train_dir": self.train_dir or self.validation_dir,
         }
-
-    def _check_sources(self) -> None:
-        given = [name for name, value in self._sources.items() if value]
-        if len(given) > 1 or (not given and self.needs_images):
-            raise InvalidValueError(
-                f"Give one of {', '.join(self._sources)} (with their validation counterparts), got "
-                f"{' and '.join(given) or 'none'}."
-            )
 
 
 def parse_compress_settings(arguments: Sequence[str]) -> CompressSettings:

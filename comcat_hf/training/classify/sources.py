@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,21 @@ from ..images import SUFFIXES
 from .settings import CompressSettings
 
 
-__all__ = ["Source", "open_sources"]
+__all__ = ["open_sources", "size_of"]
 
 logger = logging.getLogger(__name__)
 
 _SAVED = ("dataset_dict.json", "state.json")
 
-
-@dataclass(frozen=True)
-class Source:
-    """Rows with an image and a label.
-
-    Attributes:
-        size: number of rows; `None` where only the end of the stream tells.
-    """
-
-    place: str
-    rows: Any
-    features: Mapping[str, Any]
-    size: int | None
+Opened = dict[str, tuple[str, Any]]
 
 
-def open_sources(settings: CompressSettings) -> dict[str, Source]:
+def open_sources(settings: CompressSettings) -> Opened:
     """Open what the settings name.
 
     Returns:
-        the sources by role, `"train"` and `"validation"`, as far as they are there.
+        by role, `"train"` and `"validation"`, as far as they are there: a name for messages, and the rows, of which
+        two columns are left, images not decoded.
 
     Raises:
         InvalidValueError: one is missing or cannot be read, or lacks a column.
@@ -52,61 +40,48 @@ def open_sources(settings: CompressSettings) -> dict[str, Source]:
     for open_rows, flags in _SOURCES.items():
         if any(getattr(settings, flag) for flag in flags):
             opened = open_rows(settings)
-            return {role: _select(settings, place, rows) for role, (place, rows) in opened.items()}
-    raise InvalidValueError(
-        "Expected images from --dataset_name, --train_file or --train_dir (or their validation counterparts), found "
-        "none of them. Give one."
-    )
+            return {role: (place, _select(settings, place, rows)) for role, (place, rows) in opened.items()}
+    return {}
 
 
-Opened = dict[str, tuple[str, Any]]
+def size_of(rows: Any) -> int | None:
+    """The number of rows; `None` where only the end of the stream tells."""
+    from datasets import Dataset
+
+    if isinstance(rows, Dataset):
+        return len(rows)
+    declared = (rows.info.splits or {}).get(str(rows.split))
+    return (declared.num_examples or None) if declared is not None else None
 
 
 def _open_dataset(settings: CompressSettings) -> Opened:
-    place = f"--dataset_name {settings.dataset_name}"
-    parts = (
-        _load_saved(settings, place)
-        if _is_saved(settings.dataset_name)
-        else _load(
-            place,
-            path=settings.dataset_name,
-            name=settings.dataset_config_name,
-            streaming=settings.streaming,
-            cache_dir=settings.cache_dir,
-            token=settings.token,
-        )
-    )
-    # The defaults may be missing, as long as one split is there; a name that was given may not.
-    train = settings.train_split_name if settings.train_split_name in parts else None
-    if train is None and settings.train_split_name != "train":
-        raise _no_split(place, "train_split_name", settings.train_split_name, parts)
-    validation = settings.validation_split_name
+    from datasets import load_dataset
+
+    place, name = f"--dataset_name {settings.dataset_name}", settings.dataset_name
+    if any((Path(name).expanduser() / file).is_file() for file in _SAVED):
+        parts = _saved(settings, place)
+    else:
+        further = {"streaming": settings.streaming, "cache_dir": settings.cache_dir, "token": settings.token}
+        parts = _loaded(place, load_dataset, name, settings.dataset_config_name, **further)
+    train, validation = settings.train_split_name, settings.validation_split_name
     if validation is None:
         validation = next((name for name in ("validation", "test") if name in parts), None)
-    elif validation not in parts:
-        raise _no_split(place, "validation_split_name", validation, parts)
-    if train is None and validation is None:
-        raise _no_split(place, "train_split_name", settings.train_split_name, parts)
-    roles = {"train": train, "validation": validation}
+    # The default may be missing where the other split is there; a name that was given may not.
+    absent = train == "train" and train not in parts and validation is not None
+    roles = {"train": None if absent else train, "validation": validation}
+    for role, name in roles.items():
+        if name is not None and name not in parts:
+            raise InvalidValueError(
+                f"{place}: expected the --{role}_split_name {name!r}, found {', '.join(parts)}. Name one of these."
+            )
     return {role: (f"{place} split {name!r}", parts[name]) for role, name in roles.items() if name is not None}
 
 
-def _no_split(place: str, flag: str, name: str, parts: Mapping[str, Any]) -> InvalidValueError:
-    return InvalidValueError(f"{place}: expected the --{flag} {name!r}, found {', '.join(parts)}. Name one of these.")
-
-
-def _is_saved(name: str) -> bool:
-    return any((Path(name).expanduser() / file).is_file() for file in _SAVED)
-
-
-def _load_saved(settings: CompressSettings, place: str) -> Mapping[str, Any]:
+def _saved(settings: CompressSettings, place: str) -> Mapping[str, Any]:
     """What `save_to_disk` wrote."""
     from datasets import Dataset, load_from_disk
 
-    try:
-        saved = load_from_disk(str(Path(settings.dataset_name).expanduser()))
-    except Exception as error:
-        raise _unreadable(place, error) from error
+    saved = _loaded(place, load_from_disk, str(Path(settings.dataset_name).expanduser()))
     parts = {settings.train_split_name: saved} if isinstance(saved, Dataset) else dict(saved)
     if not settings.streaming:
         return parts
@@ -114,20 +89,15 @@ def _load_saved(settings: CompressSettings, place: str) -> Mapping[str, Any]:
 
 
 def _open_parquet(settings: CompressSettings) -> Opened:
+    from datasets import load_dataset
+
     opened = {}
+    # Each by itself: the two may name their labels differently.
     for role in ("train", "validation"):
-        pattern = getattr(settings, f"{role}_file")
-        if pattern:
-            place = f"--{role}_file {pattern}"
-            # Each by itself: the two may name their labels differently.
-            parts = _load(
-                place,
-                path="parquet",
-                data_files={role: str(Path(pattern).expanduser()) if "://" not in pattern else pattern},
-                streaming=settings.streaming,
-                cache_dir=settings.cache_dir,
-            )
-            opened[role] = (place, parts[role])
+        if pattern := getattr(settings, f"{role}_file"):
+            place, files = f"--{role}_file {pattern}", pattern if "://" in pattern else str(Path(pattern).expanduser())
+            how = {"data_files": {role: files}, "streaming": settings.streaming, "cache_dir": settings.cache_dir}
+            opened[role] = (place, _loaded(place, load_dataset, "parquet", **how)[role])
     return opened
 
 
@@ -249,30 +219,27 @@ _SOURCES: Mapping[Callable[[CompressSettings], Opened], tuple[str, ...]] = {
 }
 
 
-def _load(place: str, **arguments: Any) -> Mapping[str, Any]:
-    from datasets import load_dataset
-
+def _loaded(place: str, load: Callable[..., Any], *arguments: Any, **further: Any) -> Any:
+    """What a function of `datasets` reads."""
     try:
-        return load_dataset(**arguments)
+        return load(*arguments, **further)
     # What is wrong with a data set comes in errors of many kinds.
     except Exception as error:
-        raise _unreadable(place, error) from error
+        cause = f"; {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ is not None else ""
+        raise InvalidValueError(
+            f"{place}: expected a data set, found none that loads ({type(error).__name__}: {error}{cause}). Check the "
+            "path or name, and the network if it is one on the Hub."
+        ) from error
 
 
-def _unreadable(place: str, error: Exception) -> InvalidValueError:
-    cause = f"; {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ is not None else ""
-    return InvalidValueError(
-        f"{place}: expected a data set, found none that loads ({type(error).__name__}: {error}{cause}). Check the "
-        "path or name, and the network if it is one on the Hub."
-    )
-
-
-def _select(settings: CompressSettings, place: str, rows: Any) -> Source:
+def _select(settings: CompressSettings, place: str, rows: Any) -> Any:
     """Leave the two columns only, with undecoded images."""
-    from datasets import Dataset, Image
+    from datasets import Image
 
     image, label = settings.image_column_name, settings.label_column_name
-    rows = _resolved(rows, place)
+    if rows.features is None:
+        # Some streams know their columns only once something was read.
+        rows = _loaded(place, rows._resolve_features)
     features = rows.features or {}
     missing = [
         f"--{flag} {column!r}"
@@ -293,21 +260,9 @@ def _select(settings: CompressSettings, place: str, rows: Any) -> Source:
             f"{place}: expected images in --image_column_name {image!r}, found {features[image]}. Name the column "
             "that holds them."
         )
-    size = len(rows) if isinstance(rows, Dataset) else _declared_size(rows)
-    if size == 0:
+    if size_of(rows) == 0:
         raise InvalidValueError(f"{place}: expected images, found no rows. Give a data set that has some.")
-    rows = rows.select_columns([image, label]).cast_column(image, Image(decode=False))
-    return Source(place, rows, {label: features[label], image: features[image]}, size)
-
-
-def _resolved(rows: Any, place: str) -> Any:
-    """Some streams know their columns only once something was read."""
-    if rows.features is not None:
-        return rows
-    try:
-        return rows._resolve_features()
-    except Exception as error:
-        raise _unreadable(place, error) from error
+    return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
 
 
 def _holds_images(feature: Any) -> bool:
@@ -318,9 +273,3 @@ def _holds_images(feature: Any) -> bool:
     if isinstance(feature, Value):
         return "binary" in feature.dtype
     return isinstance(feature, Mapping) and "bytes" in feature
-
-
-def _declared_size(rows: Any) -> int | None:
-    splits = rows.info.splits or {}
-    split = splits.get(str(rows.split)) if rows.split is not None else None
-    return (split.num_examples or None) if split is not None else None

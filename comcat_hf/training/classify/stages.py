@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +18,20 @@ from ...compression.budget.sensitivity import Sensitivities, measure_sensitiviti
 from ...compression.budget.timing import measure_latency
 from ...compression.calibration.statistics import Statistics, collect_statistics
 from ...compression.compress import compress
-from ...compression.distillation import DistillationLoss
 from ...compression.search.search import SearchState, search_ranks
 from ...configs import RankPlan
 from ...errors import CheckpointError, InvalidValueError
+from ..checkpoints import Progress
 from ..images import BrokenImageError
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from .artefacts import Artefacts, digest_of, whole_folder
 from .augmentation import ImagePreparation
 from .data import BrokenImages, Split, Splits
 from .models import load_teacher
-from .planning import request_of
+from .planning import CompressPlan, Steps, describe_run, given_plan, plan_steps, request_of
+from .routes import make_loss
 from .settings import CompressSettings
-from .stream import ImageReader
+from .stream import Batches, ImageReader
 
 
 __all__ = ["Setting", "allocate", "allocated", "calibrate", "factorised", "initialize"]
@@ -46,6 +48,8 @@ class Setting:
         dense: the model that is compressed, frozen, in eval mode.
         say: called on the main process with lines for the user.
         interruption: notes signals; the caller has entered it.
+        checkpoint: what the fine-tuning goes on from, if anything.
+        statistics: of training images, once [`calibrate`] has run; `None` where factors come from weights alone.
     """
 
     settings: CompressSettings
@@ -59,7 +63,8 @@ class Setting:
     seed: int
     say: Callable[[str], None]
     interruption: Interruption
-    _sensitivities: list[Sensitivities] = field(default_factory=list)
+    checkpoint: Path | None
+    statistics: Statistics | None = None
 
     @cached_property
     def calibration_batches(self) -> list[dict[str, Tensor]]:
@@ -71,25 +76,44 @@ class Setting:
         share = self.accelerator.process_index, self.accelerator.num_processes
         return ImageReader(split, self.preparation, self.settings, broken, self.seed, *share)
 
-    def sensitivities(self, statistics: Statistics | None) -> Sensitivities:
-        """Of the dense model; measured once, by this process alone."""
-        if not self._sensitivities:
-            found = measure_sensitivities(
-                self.dense,
-                self.calibration_batches,
-                **self.settings.where,
-                mlp=request_of(self.settings).mlp,
-                statistics=statistics,
-                step=self.settings.rank_step,
-                progress=True,
-            )
-            self._sensitivities.append(found)
-        return self._sensitivities[0]
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
+        """Of the dense model; measured by this process alone."""
+        return measure_sensitivities(
+            self.dense,
+            self.calibration_batches,
+            **self.settings.where,
+            mlp=request_of(self.settings).mlp,
+            statistics=self.statistics,
+            step=self.settings.rank_step,
+            progress=True,
+        )
 
     @cached_property
     def latency(self) -> LatencyTable:
         """Of the dense model with one image; measured by this process alone."""
         return measure_latency(self.dense, progress=True)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """How long the fine-tuning is."""
+        train = self.splits.train
+        batches = 1 if train is None else self.reader(train, self.broken).batches_per_epoch
+        return plan_steps(self.settings, batches, self.accelerator.num_processes)
+
+    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
+        """What the run comes to, with a plan if one is known."""
+        train = self.splits.train
+        return describe_run(
+            self.settings,
+            self.dense,
+            self.artefacts,
+            plan,
+            images=None if train is None else train.size,
+            steps=self.steps,
+            first_step=0 if self.checkpoint is None else Progress.read(self.checkpoint).step,
+            seed=self.seed,
+        )
 
     def train_split(self, purpose: str) -> Split:
         if self.splits.train is None:
@@ -124,41 +148,19 @@ class Setting:
         self.artefacts.note(stage, self.settings.facts(stage, self.seed))
 
 
-def calibrate(run: Setting) -> Statistics | None:
-    """The statistics of training images; `None` where the stage is left out, or factors come from weights alone.
+def calibrate(run: Setting) -> None:
+    """Gather the statistics of training images, unless factors come from weights alone, or the stage is left out.
 
     Raises:
         Interrupted: a signal came.
     """
-    if run.settings.weights_only:
-        return None
-    if not run.done("calibrate"):
-        if "calibrate" not in run.settings.stage_names:
-            return None
-        accelerator = run.accelerator
-        run.say(f"Stage calibrate: statistics of {run.settings.calibration_samples} images.")
-        curvature = run.settings.strategy == "curvature"
-        found = collect_statistics(
-            run.dense.to(accelerator.device),
-            _OwnBatches(run),
-            **run.settings.where,
-            curvature=curvature,
-            mlp=request_of(run.settings).mlp,
-            progress=True,
-            accelerator=accelerator,
-        )
-
-        def save() -> None:
-            with whole_folder(run.artefacts.statistics) as folder:
-                found.save_pretrained(folder)
-            run.finish("calibrate")
-
-        on_main(accelerator, save)
+    if run.settings.weights_only or not (run.done("calibrate") or _gather(run)):
+        return
     # Read by all: what one process gathered may differ from another's in the last digit.
-    return Statistics.from_pretrained(run.artefacts.statistics)
+    run.statistics = Statistics.from_pretrained(run.artefacts.statistics)
 
 
-def allocate(run: Setting, statistics: Statistics | None) -> RankPlan:
+def allocate(run: Setting) -> RankPlan:
     """The rank plan: read, searched or allocated.
 
     Raises:
@@ -169,7 +171,7 @@ def allocate(run: Setting, statistics: Statistics | None) -> RankPlan:
     if not run.done("allocate"):
         if "allocate" not in run.settings.stage_names:
             raise _missing(run, "allocate", "a rank plan")
-        plan = _make_plan(run, statistics)
+        plan = _make_plan(run)
 
         def save() -> None:
             plan.save_pretrained(run.artefacts.folder)
@@ -180,7 +182,7 @@ def allocate(run: Setting, statistics: Statistics | None) -> RankPlan:
     found = RankPlan.from_pretrained(run.artefacts.folder)
     asked = run.settings.plan is not None and "allocate" in run.settings.stage_names
     # Under the same name there may be another plan now.
-    if asked and digest_of(_given_plan(run.settings)) != digest_of(found):
+    if asked and digest_of(given_plan(run.settings)) != digest_of(found):
         raise InvalidValueError(
             f"{run.artefacts.folder}: the stage allocate was done with another plan than --plan {run.settings.plan} "
             "holds now. Give another --output_dir, or --overwrite_output_dir."
@@ -188,7 +190,7 @@ def allocate(run: Setting, statistics: Statistics | None) -> RankPlan:
     return found
 
 
-def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
+def initialize(run: Setting, plan: RankPlan) -> None:
     """Make the factorised model before fine-tuning, in its folder.
 
     Raises:
@@ -200,25 +202,31 @@ def initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> N
             raise _missing(run, "initialize", "a factorised model")
         steps = run.settings.refine_steps
         run.say(f"Stage initialize: factors{f', then {steps} steps without labels' if steps else ''}.")
-        run.on_main(lambda: _initialize(run, plan, statistics))
+        run.on_main(lambda: _initialize(run, plan))
 
 
-def factorised(run: Setting, plan: RankPlan, statistics: Statistics | None) -> nn.Module:
+def factorised(run: Setting, plan: RankPlan) -> nn.Module:
     """A small model as the settings make it, on the CPU; by this process alone."""
     request = request_of(run.settings)
-    how: dict[str, Any] = {"compensate": request.compensate, "refine": request.refine, "statistics": statistics}
-    how["layout"] = request.layout
-    batches = run.calibration_batches if request.compensate or request.refine else None
-    return compress(run.dense.to(run.accelerator.device), plan=plan, batches=batches, **how, progress=True).cpu()
+    return compress(
+        run.dense.to(run.accelerator.device),
+        plan=plan,
+        batches=run.calibration_batches if request.compensate or request.refine else None,
+        statistics=run.statistics,
+        compensate=request.compensate,
+        refine=request.refine,
+        layout=request.layout,
+        progress=True,
+    ).cpu()
 
 
-def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> RankPlan:
+def allocated(run: Setting, reduction: float) -> RankPlan:
     """A plan as the settings make it, for any reduction; by this process alone."""
     settings, request = run.settings, request_of(run.settings)
     run.dense.to(run.accelerator.device)
     # One reduction measures what it needs by itself; several share it.
     measured = settings.strategy == "sensitivity" and settings.sweep_reductions
-    shared: dict[str, Any] = {"sensitivities": run.sensitivities(statistics)} if measured else {}
+    shared: dict[str, Any] = {"sensitivities": run.sensitivities} if measured else {}
     if settings.metric == "latency":
         shared["latency"] = run.latency
     return allocate_ranks(
@@ -229,7 +237,7 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
         strategy=settings.strategy,
         mlp=request.mlp,
         layout=request.layout,
-        statistics=statistics,
+        statistics=run.statistics,
         batches=run.calibration_batches if request.measures else None,
         step=settings.rank_step,
         progress=True,
@@ -237,48 +245,63 @@ def allocated(run: Setting, reduction: float, statistics: Statistics | None) -> 
     )
 
 
-def _initialize(run: Setting, plan: RankPlan, statistics: Statistics | None) -> None:
-    small = factorised(run, plan, statistics)
+def _gather(run: Setting) -> bool:
+    """Gather and save statistics; `False` where the stage is left out."""
+    if "calibrate" not in run.settings.stage_names:
+        return False
+    run.say(f"Stage calibrate: statistics of {run.settings.calibration_samples} images.")
+    found = collect_statistics(
+        run.dense.to(run.accelerator.device),
+        Batches(partial(_own_batches, run)),
+        **run.settings.where,
+        curvature=run.settings.strategy == "curvature",
+        mlp=request_of(run.settings).mlp,
+        progress=True,
+        accelerator=run.accelerator,
+    )
+
+    def save() -> None:
+        with whole_folder(run.artefacts.statistics) as folder:
+            found.save_pretrained(folder)
+        run.finish("calibrate")
+
+    on_main(run.accelerator, save)
+    return True
+
+
+def _initialize(run: Setting, plan: RankPlan) -> None:
+    small = factorised(run, plan)
     with whole_folder(run.artefacts.initial) as folder:
         small.save_pretrained(folder)
         run.processor.save_pretrained(folder)
     run.finish("initialize")
 
 
-@dataclass(frozen=True)
-class _OwnBatches:
+def _own_batches(run: Setting) -> Iterator[dict[str, Tensor]]:
     """The calibration batches of this process; between two, all processes ask for signals together."""
-
-    run: Setting
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        accelerator = self.run.accelerator
-        with self.run.interruption.at_once() if accelerator.num_processes == 1 else nullcontext():
-            batches = self.run.calibration_batches
-        for first in range(0, len(batches), accelerator.num_processes):
-            self.run.end_if_stopped()
-            yield from batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]
+    process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    with run.interruption.at_once() if processes == 1 else nullcontext():
+        batches = run.calibration_batches
+    for first in range(0, len(batches), processes):
+        run.end_if_stopped()
+        yield from batches[first : first + processes][process:][:1]
 
 
-def _make_plan(run: Setting, statistics: Statistics | None) -> RankPlan:
+def _make_plan(run: Setting) -> RankPlan:
     settings = run.settings
     if settings.plan is not None:
         run.say(f"Stage allocate: the plan of {settings.plan}.")
-        plan = _given_plan(settings)
+        plan = given_plan(settings)
         plan.check_model(run.dense)
         return plan
     run.say(f"Stage allocate: {settings.strategy}, {settings.reduction:.0%} of the {settings.metric}.")
     if settings.strategy == "search":
-        return _search(run, statistics)
+        return _search(run)
     # One process decides: what each measures for itself might differ.
-    return run.on_main(lambda: allocated(run, settings.reduction, statistics))
+    return run.on_main(lambda: allocated(run, settings.reduction))
 
 
-def _given_plan(settings: CompressSettings) -> RankPlan:
-    return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
-
-
-def _search(run: Setting, statistics: Statistics | None) -> RankPlan:
+def _search(run: Setting) -> RankPlan:
     settings, accelerator = run.settings, run.accelerator
     if run.splits.search is None:
         raise CheckpointError(
@@ -293,9 +316,7 @@ def _search(run: Setting, statistics: Statistics | None) -> RankPlan:
     state = SearchState.load(path) if path.is_file() else SearchState()
     # With other settings its state is not gone on from.
     on_main(accelerator, lambda: run.artefacts.begin("allocate", settings.facts("allocate", run.seed)))
-    taught = settings.distillation_type != "none"
-    kind = settings.distillation_type if taught else "soft"
-    loss = DistillationLoss(settings.distillation_alpha if taught else 0.0, kind, settings.distillation_temperature)
+    loss = make_loss(settings, alignment=0.0, without_token=False)
     return search_ranks(
         run.dense,
         _Watched(loader, state, run),
@@ -303,11 +324,11 @@ def _search(run: Setting, statistics: Statistics | None) -> RankPlan:
         **settings.where,
         metric=settings.metric,
         epochs=settings.search_epochs,
-        teacher=load_teacher(settings, run.dense) if taught else None,
+        teacher=load_teacher(settings, run.dense) if loss.needs_teacher else None,
         loss=loss,
         beta=settings.search_beta,
         learning_rate=settings.search_learning_rate,
-        statistics=statistics,
+        statistics=run.statistics,
         step=settings.rank_step,
         accelerator=accelerator,
         state=state,

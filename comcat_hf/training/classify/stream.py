@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...errors import InvalidValueError
-from ..batches import make_loader, positions
+from ..batches import make_loader
 from ..images import BrokenImageError
 from ..seeds import seeded
 from .augmentation import ImagePreparation, Mixing
@@ -48,7 +48,7 @@ class Batches:
     """
 
     make: Callable[[], Iterator[dict[str, Tensor]]]
-    count: int | None
+    count: int | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self.make()
@@ -89,26 +89,27 @@ class ImageReader:
         count = self.split.size * self.settings.repeated_augmentation
         return math.ceil(count / (self.settings.per_device_train_batch_size * self.processes))
 
-    def train(self, mixing: Mixing, start: int, count: int) -> Iterator[dict[str, Tensor]]:
-        """Batches `start` and the following; all processes together take `B` positions each at a time.
+    def train(self, mixing: Mixing, start: int, number: int) -> Iterator[dict[str, Tensor]]:
+        """So many batches from batch `start`; all processes together take `B` positions each at a time.
 
         Returns:
             batches of `pixel_values` `(B, 3, H, W)` and `labels`: `(B,)`, or `(B, classes)` where `mixing` mixes or
             smooths.
         """
-        settings, order = self.settings, _Order(self.split, self.seed)
-        share = settings.per_device_train_batch_size, start, count, self.process, self.processes
+        size, repeated = self.settings.per_device_train_batch_size, self.settings.repeated_augmentation
+        together = size * self.processes
+        first = start * together + self.process * size
         # Rows of a stream are read here, once for all workers.
-        wanted: Iterable[list[Wanted]] = (
-            [(p, order.window(p // settings.repeated_augmentation)) for p in own] for own in positions(*share)
-        )
-        for (first, *_), items in zip(positions(*share), self._load(wanted), strict=True):
+        ahead = _from_position(self.split, self.seed, first, repeated)
+        wanted = (list(islice(ahead, together))[:size] for _ in range(number))
+        places = range(first, first + number * together, together)
+        for place, items in zip(places, self._load(wanted), strict=True):
             if not bool(items["valid"].all()):
                 raise InvalidValueError(
                     f"{self.split.name}: expected images, found {_CANDIDATES} one after the other that cannot be read "
                     f"({'; '.join(self.broken.places)}). Replace or remove them."
                 )
-            generator = seeded(self.seed, "mix", first) if mixing.mixes else None
+            generator = seeded(self.seed, "mix", place) if mixing.mixes else None
             pixel_values, labels = mixing(items["pixel_values"], items["labels"], generator)
             yield {"pixel_values": pixel_values, "labels": labels}
 
@@ -202,51 +203,38 @@ def _shares(split: Split, size: int, process: int, processes: int) -> Iterator[l
         yield [*((None, (row,)) for row in own), *[(None, ())] * (size - len(own))]
 
 
-class _Order:
-    """The images without end, every epoch in an order of its own; numbers asked for must not fall."""
+def _from_position(split: Split, seed: int, first: int, repeated: int) -> Iterator[Wanted]:
+    """What stands at each position from one on: an image, at several side by side, and those behind it."""
+    number = first // repeated
+    # Where the length is known, the epochs before need not be read again.
+    epoch = number // split.size if split.size else 0
+    rows = islice(_from_epoch(split, seed, epoch), number - epoch * (split.size or 0), None)
+    images = deque(islice(rows, _CANDIDATES), maxlen=_CANDIDATES)
+    for position in count(first):
+        if position // repeated > number:
+            images.append(next(rows))
+            number += 1
+        yield position, tuple(images)
 
-    def __init__(self, split: Split, seed: int) -> None:
-        self._split, self._seed = split, seed
-        self._rows: Iterator[Candidate] | None = None
-        self._ahead: deque[Candidate] = deque()
-        self._first = 0
 
-    def window(self, number: int) -> tuple[Candidate, ...]:
-        """The image that is at the turn, and those behind it."""
-        if self._rows is None:
-            # Where the length is known, the epochs before need not be read again.
-            epoch = number // self._split.size if self._split.size else 0
-            self._first, self._rows = epoch * (self._split.size or 0), self._from(epoch)
-        while self._first < number:
-            if self._ahead:
-                self._ahead.popleft()
-            else:
-                next(self._rows)
-            self._first += 1
-        while len(self._ahead) < _CANDIDATES:
-            self._ahead.append(next(self._rows))
-        return tuple(self._ahead)
+def _from_epoch(split: Split, seed: int, epoch: int) -> Iterator[Candidate]:
+    for number in count(epoch):
+        yield from islice(_epoch(split, seed, number), split.size)
 
-    def _from(self, epoch: int) -> Iterator[Candidate]:
-        while True:
-            yield from islice(self._epoch(epoch), self._split.size)
-            epoch += 1
 
-    def _epoch(self, epoch: int) -> Iterator[Candidate]:
-        """One time through, or more often where the length that was declared is too long."""
-        if not self._split.streaming:
-            yield from torch.randperm(self._split.size, generator=seeded(self._seed, "order", epoch)).tolist()
+def _epoch(split: Split, seed: int, epoch: int) -> Iterator[Candidate]:
+    """One time through, or more often where the length that was declared is too long."""
+    if not split.streaming:
+        yield from torch.randperm(split.size, generator=seeded(seed, "order", epoch)).tolist()
+        return
+    for again in count():
+        row = None
+        for row in split.stream(seeded(seed, "order", epoch, again)):
+            yield row
+        if row is None:
+            raise InvalidValueError(f"{split.name}: expected images, found an empty stream.")
+        if split.size is None:
             return
-        again = 0
-        while True:
-            row = None
-            for row in self._split.stream(seeded(self._seed, "order", epoch, again)):
-                yield row
-            if row is None:
-                raise InvalidValueError(f"{self._split.name}: expected images, found an empty stream.")
-            if self._split.size is None:
-                return
-            again += 1
 
 
 def _collate(items: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any]:

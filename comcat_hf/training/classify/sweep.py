@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from ...compression.calibration.statistics import Statistics
 from ...errors import CheckpointError
 from ...hub import read_json, write_json_atomic
 from ..interruption import on_main
@@ -37,7 +36,6 @@ class SweepPoint:
 
 def measure_sweep(
     run: Setting,
-    statistics: Statistics | None,
     evaluate: Callable[[nn.Module, str], Mapping[str, float]],
 ) -> tuple[SweepPoint, ...]:
     """Compress the dense model by each of `sweep_reductions` and evaluate it; all processes call it together.
@@ -52,7 +50,7 @@ def measure_sweep(
     try:
         for reduction in run.settings.sweep_reductions:
             run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
-            reached = run.on_main(partial(_make, run, reduction, statistics))
+            reached = run.on_main(partial(_make, run, reduction))
             small = load_classifier(run.artefacts.sweep, "--output_dir")
             found = evaluate(small, f"{reduction:.0%} less")
             points.append(SweepPoint(reduction, reached, found["top1"], found["top5"]))
@@ -81,8 +79,8 @@ def read_sweep(path: Path) -> tuple[SweepPoint, ...]:
         ) from error
 
 
-def _make(run: Setting, reduction: float, statistics: Statistics | None) -> float:
-    plan = allocated(run, reduction, statistics)
+def _make(run: Setting, reduction: float) -> float:
+    plan = allocated(run, reduction)
     with whole_folder(run.artefacts.sweep) as folder:
-        factorised(run, plan, statistics).save_pretrained(folder)
+        factorised(run, plan).save_pretrained(folder)
     return plan.reached

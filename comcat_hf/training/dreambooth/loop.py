@@ -12,19 +12,30 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...customization.parts import state_of
+from ...customization.pipelines import WEIGHTS
 from ...errors import ComCATError
-from ..checkpoints import Progress, find_checkpoint, remove_checkpoints
+from ...tensor_files import check_shapes, read_safetensors
+from ..checkpoints import (
+    Progress,
+    find_checkpoint,
+    new_checkpoint,
+    remove_checkpoints,
+    restore_random_states,
+    restore_states,
+    write_states,
+)
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from ..locks import locked
+from ..programs import RunResult
 from ..seeds import choose_seed, seeded
 from ..trackers import start_trackers
 from .captions import BESIDE, TABLES, warn_of_unread_captions
-from .checkpoints import restore, save_checkpoint
 from .data import Example, class_examples, instance_examples
 from .families import Denoiser, load_pipeline
 from .losses import DiffusionLoss, FlowLoss, Loss
 from .optimizers import check_extras, make_optimizer, make_scheduler
-from .outputs import push_outputs, write_outputs
+from .outputs import push_outputs, save_adapter, write_outputs
 from .planning import CustomizePlan
 from .preparing import (
     DTYPES,
@@ -46,25 +57,11 @@ __all__ = ["CustomizeResult", "customize"]
 
 
 @dataclass(frozen=True)
-class CustomizeResult:
-    """What became of a training.
+class CustomizeResult(RunResult):
+    """What became of a training; `loss` is of the last step."""
 
-    Attributes:
-        output_dir: holds the adapter, if the training ended.
-        plan: what was to be done; `None` where a signal came before that was known.
-        step: optimizer steps that are done.
-        loss: of the last step.
-        interrupted: the signal that ended it early, or `None`.
-        checkpoint: what an interrupted training goes on from.
-    """
-
-    output_dir: Path
     plan: CustomizePlan | None = None
-    step: int = 0
     loss: float | None = None
-    interrupted: str | None = None
-    checkpoint: Path | None = None
-    commit: str | None = None
 
 
 def customize(
@@ -93,7 +90,7 @@ def customize(
     """
     settings.check()
     check_extras(settings)
-    result = CustomizeResult(Path(settings.output_dir).expanduser())
+    result = CustomizeResult(settings.output_path)
     with ExitStack() as stack, Interruption() as interruption:
         try:
             with interruption.at_once():
@@ -116,7 +113,7 @@ def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack
         folder = Path(settings.class_data_dir).expanduser()
         warn_of_unread_captions(folder, (*BESIDE, *TABLES), "all class images get the --class_prompt")
         classes = tuple(class_examples(settings))
-    output_dir = Path(settings.output_dir).expanduser()
+    output_dir = settings.output_path
     accelerator = make_accelerator(settings) if accelerator is None else accelerator
     accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
     if not settings.dry_run:
@@ -140,7 +137,7 @@ def _compare(prepared: PreparedRun, plan: CustomizePlan) -> list[str]:
     if prepared.done is None:
         latest = settings.resume_from_checkpoint == "latest"
         return [f"No checkpoint in {settings.output_dir} yet: starting from the beginning."] if latest else []
-    prepared.done.compare(prepared.facts(plan.steps), prepared.checkpoint, settings, "training", plan.steps)
+    prepared.done.compare(prepared.facts(plan.steps), prepared.checkpoint, settings, "finetune", plan.steps)
     return [f"Going on from {prepared.checkpoint}."]
 
 
@@ -183,9 +180,31 @@ class _Run:
         return {name: state for name, state in found.items() if state is not None}
 
     def save(self, step: int) -> Path:
-        progress = Progress(step, self.prepared.seed, self.prepared.facts(self.plan.steps))
-        prepared = self.prepared
-        return save_checkpoint(prepared.accelerator, prepared.settings, progress, prepared.pipeline, self.states())
+        """Write a checkpoint: all that an exact continuation needs, and never the base; all processes together."""
+        prepared, settings = self.prepared, self.prepared.settings
+        progress = Progress(step, prepared.seed, prepared.facts(self.plan.steps))
+        accelerator, limit = prepared.accelerator, settings.checkpoints_total_limit
+        with new_checkpoint(accelerator, settings.output_path, progress, limit) as folder:
+            if accelerator.is_main_process:
+                save_adapter(settings, prepared.pipeline, folder)
+                write_states(folder, self.states())
+        return folder
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Path) -> None:
+        """Put everything back as it was when a checkpoint was written.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or does not fit.
+        """
+        for name, model in self.prepared.parts.items():
+            file, own = checkpoint / name / WEIGHTS, state_of(model, self.prepared.settings.adapter_name)
+            saved, _ = read_safetensors(file, "an adapter", "Give another checkpoint.")
+            check_shapes(saved, own, file, "Give a checkpoint of this base and of these ranks.")
+            for key, tensor in own.items():
+                tensor.copy_(saved[key])
+        restore_states(checkpoint, self.states())
+        restore_random_states(self.prepared.accelerator, checkpoint)
 
     def validate(self, step: int, last: bool) -> None:
         prepared = self.prepared
@@ -320,13 +339,12 @@ def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: Loss, interrupti
         for name in family.encoders if settings.train_text_encoder else ():
             parts[name].activation_checkpointing_enable({"use_reentrant": False})
     stream, latents, texts = make_sources(prepared, interruption)
-    trained = [p for model in parts.values() for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(settings, trained, plan.learning_rate)
+    optimizer = make_optimizer(settings, parts.values(), plan.learning_rate)
     scheduler = make_scheduler(settings, optimizer, plan.steps)
     denoiser = Denoiser(pipeline, family, settings.train_text_encoder, settings.guidance_scale)
     # The schedule stays out: prepared, it would take a step for every process.
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     run = _Run(prepared, plan, model, optimizer, scheduler, loss, stream, latents, texts, interruption)
     if prepared.checkpoint is not None:
-        restore(accelerator, prepared.checkpoint, parts, settings.adapter_name, run.states())
+        run.restore(prepared.checkpoint)
     return run

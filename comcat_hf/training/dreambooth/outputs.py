@@ -8,8 +8,8 @@ import torch
 
 from ...configs.index import INDEX
 from ...customization.pipelines import save_comcat_weights
-from ...hub import push_folder
 from ...reporting.cards import CardFacts, code_span, quoted, shown_base, write_card
+from ..settings import push_result
 from .planning import CustomizePlan
 from .preparing import DTYPES
 from .sampling import BEFORE_AFTER
@@ -43,10 +43,10 @@ def save_adapter(settings: CustomizeSettings, pipeline: Any, folder: Path, dtype
 
 def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePlan) -> Path:
     """Write the adapter and its card into the output folder."""
-    folder = Path(settings.output_dir).expanduser()
+    folder = settings.output_path
     save_adapter(settings, pipeline, folder, DTYPES[settings.save_precision])
     base, prompt = shown_base(settings.pretrained_model_name_or_path), settings.instance_prompt
-    repository = settings.hub_model_id or folder.resolve().name
+    repository = settings.repository
     compared = folder / BEFORE_AFTER
     drawn = sorted(folder.glob("validation/*.png"))[-1:]
     write_card(
@@ -78,12 +78,5 @@ def push_outputs(settings: CustomizeSettings, parts: Iterable[str]) -> str:
     Returns:
         the commit's address.
     """
-    folder = Path(settings.output_dir).expanduser()
-    return push_folder(
-        folder,
-        settings.hub_model_id or folder.resolve().name,
-        private=settings.hub_private or None,
-        commit_message="Train with comcat_hf",
-        token=settings.hub_token,
-        allow_patterns=["README.md", INDEX, BEFORE_AFTER, *(f"{name}/*" for name in (*parts, "validation"))],
-    )
+    folders = [f"{name}/*" for name in (*parts, "validation")]
+    return push_result(settings, "Train with comcat_hf", ["README.md", INDEX, BEFORE_AFTER, *folders])

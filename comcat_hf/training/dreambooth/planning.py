@@ -21,7 +21,6 @@ class CustomizePlan:
 
     Attributes:
         parameters: trained parameters by part.
-        adapter_bytes: of the adapter's weights on disk.
         base_parameters: of the parts that are adapted.
         images, class_images: of the subject; of the class, that are there.
         first_step: how many of them a checkpoint has done.
@@ -32,7 +31,6 @@ class CustomizePlan:
     pipeline: str
     base_dtype: str
     parameters: Mapping[str, int]
-    adapter_bytes: int
     base_parameters: int
     images: int
     class_images: int
@@ -45,17 +43,16 @@ class CustomizePlan:
     def describe(self) -> str:
         """The plan in lines of text."""
         settings, total = self.settings, sum(self.parameters.values())
-        rank: dict[Any, str] = {None: "none"}
         kind = "core matrices" if settings.core else "full factors"
         gains = [f", {name}" for name in ("gains", "head_gains") if getattr(settings, name)]
         base = shown_base(settings.pretrained_model_name_or_path)
         lines = {
             "Pipeline": f"{base} ({self.pipeline}), base in {self.base_dtype}",
-            "Adapter": f"{kind}, rank {rank.get(settings.qk_rank, settings.qk_rank)} for query/key, "
-            f"{rank.get(settings.vo_rank, settings.vo_rank)} for value/output{''.join(gains)}",
+            "Adapter": f"{kind}, rank {settings.qk_rank or 'none'} for query/key, "
+            f"{settings.vo_rank or 'none'} for value/output{''.join(gains)}",
             "Parameters": f"{total:,} trained ({total / self.base_parameters:.3%} of the adapted parts): "
             + ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()),
-            "Bytes": f"{self.adapter_bytes:,} ({readable_size(self.adapter_bytes)}) in float32",
+            "Bytes": f"{4 * total:,} ({readable_size(4 * total)}) in float32",
             "Images": f"{self.images} of the subject" + self._describe_class(),
             "Steps": f"{self.steps:,} of {settings.train_batch_size} images x {self.processes} processes x "
             f"{settings.gradient_accumulation_steps} accumulated"
@@ -86,15 +83,13 @@ def plan_training(
     together = settings.train_batch_size * processes * settings.gradient_accumulation_steps
     length = max(images[0], settings.num_class_images if settings.with_prior_preservation else 0)
     steps = settings.max_train_steps or settings.num_train_epochs * math.ceil(length / together)
-    trained = {name: [p for p in model.parameters() if p.requires_grad] for name, model in parts.items()}
-    counts = {name: sum(p.numel() for p in found) for name, found in trained.items()}
+    counts = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in parts.items()}
     everything = sum(p.numel() for model in parts.values() for p in model.parameters())
     return CustomizePlan(
         settings=settings,
         pipeline=type(pipeline).__name__,
         base_dtype=str(next(iter(parts.values())).dtype).removeprefix("torch."),
         parameters=counts,
-        adapter_bytes=sum(p.numel() * 4 for found in trained.values() for p in found),
         base_parameters=everything - sum(counts.values()),
         images=images[0],
         class_images=images[1],

@@ -81,7 +81,7 @@ class PreparedRun:
 
     def facts(self, steps: int) -> dict[str, Any]:
         """What a continuation must share with this training to be exact."""
-        facts = values_deciding(self.settings, "training")
+        facts = values_deciding(self.settings, "finetune")
         # It counts in the number of steps.
         del facts["num_train_epochs"]
         return facts | {
@@ -97,18 +97,8 @@ class PreparedRun:
 def make_sources(prepared: PreparedRun, interruption: Interruption) -> tuple[ExampleStream, Latents, Texts]:
     """The stream of examples, and how these become latents and texts; raises Interrupted where a signal comes."""
     settings, pipeline, device = prepared.settings, prepared.pipeline, prepared.accelerator.device
-    stream = ExampleStream(
-        prepared.images,
-        prepared.classes,
-        prepared.seed,
-        settings.resolution,
-        settings.center_crop or settings.cache_latents,
-        settings.random_flip,
-        not settings.cache_latents,
-        settings.caption_dropout,
-        settings.buckets,
-        settings.train_batch_size * prepared.accelerator.num_processes,
-    )
+    together = settings.train_batch_size * prepared.accelerator.num_processes
+    stream = ExampleStream(prepared.images, prepared.classes, prepared.seed, settings, together)
     latents = Latents(pipeline.vae, device)
     texts = Texts(pipeline, prepared.family, device, settings.train_text_encoder)
     prompts = [example.prompt for example in (*prepared.images, *prepared.classes)]
@@ -154,7 +144,7 @@ def with_class_images(prepared: PreparedRun, interruption: Interruption) -> Prep
     if on_main(accelerator, lambda: len(prepared.classes) >= settings.num_class_images):
         return prepared
     with ExitStack() as stack:
-        if folder.resolve() != Path(settings.output_dir).expanduser().resolve():
+        if folder.resolve() != settings.output_path.resolve():
             on_main(accelerator, lambda: stack.enter_context(locked(folder, "class_data_dir")))
         # Another run may have drawn some in the meantime.
         missing = range(on_main(accelerator, lambda: len(class_examples(settings))), settings.num_class_images)
@@ -187,14 +177,9 @@ def make_accelerator(settings: CustomizeSettings) -> Accelerator:
     Raises:
         InvalidValueError: the machine or the accelerate configuration does not suit the training.
     """
-    accelerator = machine.make_accelerator(
-        settings.output_dir,
-        logging_dir=settings.logging_dir,
-        report_to=settings.report_to,
-        mixed_precision=settings.mixed_precision,
-        # The first text encoder of SDXL is read before its last layer, which so gets no gradient.
-        handlers=(DistributedDataParallelKwargs(find_unused_parameters=settings.train_text_encoder),),
-    )
+    # The first text encoder of SDXL is read before its last layer, which so gets no gradient.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=settings.train_text_encoder)
+    accelerator = machine.make_accelerator(settings, [parallel])
     if accelerator.distributed_type not in _PROCESSES:
         raise InvalidValueError(
             f"The accelerate configuration: expected one process, or several that each hold the model, found "

@@ -115,7 +115,7 @@ def validate(
     rows = math.ceil(len(images) / columns)
     blank = Image.new("RGB", images[0].size)
     grid = make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns)
-    _write(grid, Path(settings.output_dir).expanduser() / "validation" / f"step-{step:06d}.png")
+    _write(grid, settings.output_path / "validation" / f"step-{step:06d}.png")
     for tracker in trackers:
         if hasattr(tracker, "log_images"):
             tracker.log_images({"validation": images}, step=step)
@@ -142,7 +142,7 @@ def compare(
     rows = {"before": before, "after": after}
     shown = {name: torch.stack([to_tensor(image) for image in images[:_COMPARED]]) for name, images in rows.items()}
     columns = [str(number + 1) for number in range(len(shown["before"]))]
-    path = Path(settings.output_dir).expanduser() / BEFORE_AFTER
+    path = settings.output_path / BEFORE_AFTER
     return plot_image_grid(shown, path, columns=columns, title=settings.validation_prompt, size=1.8)
 
 

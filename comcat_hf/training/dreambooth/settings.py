@@ -9,22 +9,22 @@ from typing import Any, Literal
 
 from ...configs.adapter import ComCATConfig
 from ...errors import InvalidValueError
-from ..flags import ABOVE_ZERO, BELOW_ONE, COUNT, FROM_ZERO, NOTHING, check_flags, flag
+from ..flags import ABOVE_ZERO, BELOW_ONE, COUNT, FROM_ZERO, NOTHING, flag
 from ..recipes import parse_settings
+from ..settings import TRAINING, RunSettings
 
 
 __all__ = ["CustomizeSettings", "parse_customize_settings"]
 
-Precision = Literal["no", "fp16", "bf16"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 _PROMPTS = ("instance_prompt", "class_prompt", "validation_prompt")
 # What a setting decides, for its flag. Images are compared by their names and prompts, wherever they came from.
-IMAGES, CLASS_IMAGES, TRAINING = ("images",), ("class images",), ("training",)
+IMAGES, CLASS_IMAGES = ("images",), ("class images",)
 
 
-@dataclass(frozen=True)
-class CustomizeSettings:
+@dataclass(frozen=True, kw_only=True)
+class CustomizeSettings(RunSettings):
     """Everything about one training run.
 
     Args:
@@ -85,17 +85,11 @@ class CustomizeSettings:
     adapter_name: str = flag("default", "Name of the adapter.", NOTHING)
     train_text_encoder: bool = flag(False, "Adapt the text encoders as well.", TRAINING, fixed=True)
     # The training
-    output_dir: str = flag("comcat-model", "Where the adapter and the checkpoints go.", NOTHING)
-    overwrite_output_dir: bool = flag(False, "Remove the checkpoints of an earlier run from output_dir.", NOTHING)
     seed: int | None = flag(
         None, "Makes the run repeatable; default: that of the resumed run, else 42.", TRAINING, FROM_ZERO
     )
     train_batch_size: int = flag(4, "Images of the subject per step and process.", TRAINING, COUNT)
     num_train_epochs: int = flag(1, "Times through the data, where max_train_steps is not given.", TRAINING, COUNT)
-    max_train_steps: int | None = flag(None, "Optimizer steps.", TRAINING, COUNT)
-    gradient_accumulation_steps: int = flag(1, "Batches per optimizer step.", TRAINING, COUNT)
-    gradient_checkpointing: bool = flag(False, "Less memory, slower steps.", TRAINING)
-    mixed_precision: Precision | None = flag(None, "Dtype of the frozen base; default: accelerate's.", TRAINING)  # noqa: RUF009
     cache_latents: bool = flag(
         False, "Encode images (cropped at the centre) and texts once, before training.", TRAINING
     )
@@ -111,6 +105,12 @@ class CustomizeSettings:
     logit_std: float = flag(1.0, "Flow matching: standard deviation of logit_normal.", TRAINING, ABOVE_ZERO)
     guidance_scale: float = flag(3.5, "Guidance that a distilled transformer (FLUX) is told.", TRAINING, FROM_ZERO)
     learning_rate: float = flag(2.5e-3, "Highest learning rate.", TRAINING, ABOVE_ZERO)
+    gains_lr_ratio: float | None = flag(
+        None,
+        "Learning rate of gains, as a multiple of the others'; default: 3, and 1 with prodigy.",
+        TRAINING,
+        ABOVE_ZERO,
+    )
     scale_lr: bool = flag(False, "Multiply the rate by processes, accumulation steps and batch size.", TRAINING)
     lr_scheduler: Schedule = flag("linear", "How the learning rate changes.", TRAINING)  # noqa: RUF009
     lr_warmup_steps: int = flag(0, "Steps in which the rate rises.", TRAINING, FROM_ZERO)
@@ -120,31 +120,16 @@ class CustomizeSettings:
         "adamw", "prodigy finds its rate by itself: give --learning_rate 1.", TRAINING
     )
     use_8bit_adam: bool = flag(False, "Adam of bitsandbytes.", TRAINING)
-    adam_beta1: float = flag(0.9, "First decay rate of Adam.", TRAINING, BELOW_ONE)
-    adam_beta2: float = flag(0.999, "Second decay rate of Adam.", TRAINING, BELOW_ONE)
     adam_weight_decay: float = flag(1e-2, "Weight decay.", TRAINING, FROM_ZERO)
-    adam_epsilon: float = flag(1e-8, "Epsilon of Adam.", TRAINING, ABOVE_ZERO)
-    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", TRAINING, ABOVE_ZERO)
     # Checkpoints, validation, reports
     save_precision: Literal["fp32", "fp16", "bf16"] = flag(
         "fp32", "Dtype of the adapter's weights in its file.", NOTHING
     )
     checkpointing_steps: int = flag(500, "Write checkpoint-N in output_dir every so many steps.", NOTHING, COUNT)
-    checkpoints_total_limit: int | None = flag(None, "Keep so many checkpoints, the latest.", NOTHING, COUNT)
-    resume_from_checkpoint: str | None = flag(
-        None, "Path of a checkpoint, its name in output_dir, or latest.", NOTHING
-    )
     validation_prompt: str | None = flag(None, "Generate images for this prompt during training.", NOTHING)
     num_validation_images: int = flag(4, "How many.", NOTHING, COUNT)
     validation_steps: int = flag(100, "Generate them every so many steps, and at the end.", NOTHING, COUNT)
     num_inference_steps: int = flag(25, "Denoising steps of class and validation images.", CLASS_IMAGES)
-    report_to: str = flag("none", "Tracker: tensorboard, wandb, comet_ml, ..., all or none.", NOTHING)
-    logging_dir: str = flag("logs", "Where a tracker writes, in output_dir.", NOTHING)
-    push_to_hub: bool = flag(False, "Upload the adapter when it is trained.", NOTHING)
-    hub_model_id: str | None = flag(None, "Repository to upload to; default: the name of output_dir.", NOTHING)
-    hub_token: str | None = flag(None, "Token for the upload.", NOTHING)
-    hub_private: bool = flag(False, "Make the repository private.", NOTHING)
-    dry_run: bool = flag(False, "Say what would be trained, and stop before.", NOTHING)
 
     def __post_init__(self) -> None:
         for name in ("qk_rank", "vo_rank"):
@@ -156,7 +141,7 @@ class CustomizeSettings:
         Raises:
             InvalidValueError: one cannot.
         """
-        check_flags(self)
+        super().check()
         for name in _PROMPTS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -175,10 +160,12 @@ class CustomizeSettings:
                 "--qk_rank and --vo_rank are both none, which leaves nothing to train. Give one, --gains or "
                 "--head_gains."
             )
-        if Path(self.output_dir).expanduser().is_file():
-            raise InvalidValueError(f"--output_dir {self.output_dir}: expected a folder, found a file. Give another.")
         if self.optimizer == "prodigy" and self.use_8bit_adam:
             raise InvalidValueError("--use_8bit_adam is for --optimizer adamw, got prodigy. Leave one of them out.")
+        if self.optimizer == "prodigy" and self.gains_lr_ratio not in (None, 1):
+            raise InvalidValueError(
+                f"--gains_lr_ratio: prodigy has one rate for all, got {self.gains_lr_ratio}. Leave it out."
+            )
         if self.buckets and self.with_prior_preservation:
             raise InvalidValueError(
                 "--aspect_ratio_buckets: class images are square, so they cannot stand in a batch with images of "

@@ -95,7 +95,7 @@ class Texts:
 def cache_latents(stream: ExampleStream, latents: Latents, watch: Watch) -> Latents:
     """Encode every image of a stream, and its mirror image where images are mirrored."""
     kept = {}
-    flips = (False, True) if stream.random_flip else (False,)
+    flips = (False, True) if stream.settings.random_flip else (False,)
     for kind, examples in {"instance": stream.instances, "class": stream.classes}.items():
         for index in watch(range(len(examples))):
             for flip in flips:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..batches import make_loader, positions
+from ..batches import make_loader
 from ..seeds import seeded
 from .data import Example, Prepared, prepare_image
+from .settings import CustomizeSettings
 
 
 __all__ = ["ExampleStream", "stream_loader"]
@@ -29,23 +30,14 @@ class ExampleStream(Dataset):
 
     Attributes:
         instances, classes: the examples; `classes` may be empty.
-        resolution, center_crop, random_flip: how images are made ready.
-        open_images: whether items hold pixels; not where the latents are cached.
-        caption_dropout: share of the subject's prompts that are left empty.
-        buckets: heights and widths, of which images of the subject take the one nearest to their shape; the
-            resolution if there are none.
+        settings: how images are made ready. Where latents are cached, items hold no pixels.
         together: how many positions, from a multiple of their number, must have images of one size.
     """
 
     instances: tuple[Example, ...]
     classes: tuple[Example, ...]
     seed: int
-    resolution: int
-    center_crop: bool
-    random_flip: bool
-    open_images: bool = True
-    caption_dropout: float = 0.0
-    buckets: tuple[tuple[int, int], ...] = ()
+    settings: CustomizeSettings
     together: int = 1
 
     def __len__(self) -> int:
@@ -64,7 +56,7 @@ class ExampleStream(Dataset):
         from diffusers.training_utils import find_nearest_bucket
 
         sizes = (example.open().size for example in self.instances)
-        return tuple(find_nearest_bucket(height, width, self.buckets) for width, height in sizes)
+        return tuple(find_nearest_bucket(height, width, self.settings.buckets) for width, height in sizes)
 
     @functools.cached_property
     def _lengths(self) -> dict[str, int]:
@@ -73,13 +65,14 @@ class ExampleStream(Dataset):
 
     def size_of(self, kind: str, index: int) -> int | tuple[int, int]:
         """The size to which one image is brought."""
-        return self.buckets[self.nearest[index]] if self.buckets and kind == "instance" else self.resolution
+        buckets = self.settings.buckets if kind == "instance" else ()
+        return buckets[self.nearest[index]] if buckets else self.settings.resolution
 
     def _order(self, kind: str, epoch: int) -> list[int]:
         """The images of one epoch; those of a bucket stand together, filled up with images of that bucket."""
         count, generator = len(getattr(self, _EXAMPLES[kind])), seeded(self.seed, f"{kind} order", epoch)
         drawn = torch.randperm(count, generator=generator).tolist()
-        if kind == "class" or not self.buckets:
+        if kind == "class" or not self.settings.buckets:
             return drawn
         steps = []
         for bucket in sorted(set(self.nearest)):
@@ -92,22 +85,22 @@ class ExampleStream(Dataset):
         epoch, place = divmod(position, self._lengths[kind])
         index = self._order(kind, epoch)[place]
         generator = seeded(self.seed, f"{kind} image", position)
-        flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
+        flip = self.settings.random_flip and bool(torch.rand((), generator=generator) < 0.5)
         prompt = "" if kind == "instance" and self._drops(position) else examples[index].prompt
         item = {"kind": kind, "index": index, "flip": flip, "prompt": prompt}
-        if self.open_images:
+        if not self.settings.cache_latents:
             item["image"] = self.prepare(kind, index, flip, generator)
         return item
 
     def _drops(self, position: int) -> bool:
-        if self.caption_dropout == 0:
-            return False
-        return bool(torch.rand((), generator=seeded(self.seed, "caption", position)) < self.caption_dropout)
+        share = self.settings.caption_dropout
+        return share > 0 and bool(torch.rand((), generator=seeded(self.seed, "caption", position)) < share)
 
     def prepare(self, kind: str, index: int, flip: bool, generator: torch.Generator | None = None) -> Prepared:
         """Open an image and make it ready."""
         image = getattr(self, _EXAMPLES[kind])[index].open()
-        return prepare_image(image, self.size_of(kind, index), self.center_crop, flip, generator)
+        centered = self.settings.center_crop or self.settings.cache_latents
+        return prepare_image(image, self.size_of(kind, index), centered, flip, generator)
 
 
 def stream_loader(
@@ -122,7 +115,9 @@ def stream_loader(
     Returns:
         batches as lists of items: those of the subject, then those of the class.
     """
-    batches = positions(batch_size, start, steps, process, processes)
+    together = batch_size * processes
+    firsts = range(start * together + process * batch_size, (start + steps) * together, together)
+    batches = [list(range(first, first + batch_size)) for first in firsts]
     return make_loader(stream, batches, _collate, workers, stream.seed)
 
 

@@ -16,7 +16,7 @@ from comcat_hf import ComCATConfig
 from comcat_hf.errors import CheckpointError
 from comcat_hf.training.checkpoints import list_checkpoints
 from comcat_hf.training.classify.earlier import readable
-from comcat_hf.training.classify.engines import blocks_of, prepare_engine
+from comcat_hf.training.classify.loop import blocks_of, prepare_engine
 from comcat_hf.training.classify.settings import CompressSettings
 from tests.helpers import MODELS, small_deit, small_dinov2, small_vit
 from tests.processes import in_processes

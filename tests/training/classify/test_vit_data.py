@@ -105,7 +105,7 @@ def reader(split, settings, process=0, processes=1, seed=3, broken=None):
 
 
 def run_batches(split, settings, start, count, *further, **how):
-    return list(reader(split, settings, *further, **how).train(Mixing.of(settings, len(NAMES)), start, count))
+    return list(reader(split, settings, *further, **how).train(Mixing(settings, len(NAMES)), start, count))
 
 
 def seen(batches):
@@ -524,7 +524,7 @@ def test_a_declared_length_spares_reading_the_epochs_before(given, tmp_path):
 def test_signals_are_left_to_the_main_process(given):
     settings = given(dataloader_num_workers=1)
     split = train_of(settings)
-    batches = reader(split, settings).train(Mixing.of(settings, 3), 0, 40)
+    batches = reader(split, settings).train(Mixing(settings, 3), 0, 40)
     found = seen([next(batches)])
     import multiprocessing
 

@@ -24,10 +24,10 @@ from transformers.trainer_pt_utils import safe_globals
 from comcat_hf.compression.distillation import DistillationLoss, OwnBase, ask_teacher
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.training.checkpoints import Progress, last_checkpoint, list_checkpoints
-from comcat_hf.training.classify.ema import WeightAverage
+from comcat_hf.training.classify.callbacks import WeightAverageCallback
 from comcat_hf.training.classify.logs import LOG, LossMeter, read_log, write_log
 from comcat_hf.training.classify.loop import TrainRun, finetune_model
-from comcat_hf.training.classify.optimizers import learning_rates, rate_at, warmup_steps
+from comcat_hf.training.classify.planning import learning_rates, rate_at, warmup_steps
 from comcat_hf.training.classify.routes import finished, make_student
 from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.interruption import Interruption
@@ -326,9 +326,9 @@ def test_a_step_that_was_skipped_leaves_the_rate_and_the_average(folder, tmp_pat
             return model, optimizer
 
     rates, averaged = [], []
-    real = WeightAverage.update
+    real = WeightAverageCallback.update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WeightAverage, "update", lambda self: (averaged.append(1), real(self)))
+        patch.setattr(WeightAverageCallback, "update", lambda self: (averaged.append(1), real(self)))
         train(folder, tmp_path, accelerator=Skipping(cpu=True), ema_decay=0.5)
     expected = [rate_at(step, 3e-3, 1e-4, STEPS) for step in (0, 1, 1, 1, 2, 3)]
     assert rates[0] == pytest.approx(expected, rel=1e-12)
@@ -365,17 +365,19 @@ def test_the_average_is_evaluated_and_saved_in_place_of_the_weights(folder, tmp_
 def test_the_average_of_a_peft_student_holds_what_is_trained(folder, tmp_path):
     run = prepare(folder, tmp_path, route="peft")
     trained = {name for name, parameter in run.student.model.named_parameters() if parameter.requires_grad}
-    average = WeightAverage(run.student.model, 0.9)
+    average = WeightAverageCallback(0.9)
+    average.start(run.student.model)
     assert set(average.state_dict()) == trained
     assert any("classifier" in name for name in trained)
-    with pytest.raises(ValueError, match=r"classifier.*expected shape \(.*found None"):
+    with pytest.raises(CheckpointError, match=r"expected .*classifier.* of shape \(.*found None.*ema_decay"):
         average.load_state_dict({})
 
 
 def test_averages_are_kept_in_full_precision():
     model = torch.nn.Linear(2, 2, bias=False).to(torch.bfloat16)
     torch.nn.init.ones_(model.weight)
-    average = WeightAverage(model, 0.999)
+    average = WeightAverageCallback(0.999)
+    average.start(model)
     torch.nn.init.zeros_(model.weight)
     for _ in range(3):
         average.update()

@@ -36,8 +36,9 @@ def add_junk(folder):
 
 
 def stream(examples, classes=(), **changes):
-    given = {"seed": 5, "resolution": 16, "center_crop": False, "random_flip": True}
-    return ExampleStream(tuple(examples), tuple(classes), **(given | changes))
+    own = {name: changes.pop(name) for name in ("seed", "together") if name in changes}
+    how = settings(random_flip=True, **changes)
+    return ExampleStream(tuple(examples), tuple(classes), settings=how, **({"seed": 5} | own))
 
 
 def test_files_that_are_no_images_are_passed_over(folder):
@@ -190,7 +191,7 @@ def test_a_position_says_everything(folder):
 def test_epochs_hold_every_image_and_processes_share_them(folder):
     """Six positions per step of two processes; together they are what one process with batches of six gets."""
     examples = instance_examples(settings(folder))
-    source = stream(examples, open_images=False)
+    source = stream(examples, cache_latents=True)
     seen = [item["index"] for position in range(12) for item in source[position]]
     assert all(sorted(seen[start : start + 4]) == [0, 1, 2, 3] for start in (0, 4, 8))
     assert len({tuple(seen[start : start + 4]) for start in (0, 4, 8)}) > 1
@@ -204,7 +205,7 @@ def test_buckets_fill_every_batch_with_images_of_one_shape(tmp_path):
     for index, (width, height) in enumerate(shapes):
         Image.effect_noise((width, height), 50).convert("RGB").save(tmp_path / f"{index}.png")
     examples = [Example(str(path), "a sks", path) for path in find_images(tmp_path)]
-    source = stream(examples, (), buckets=((20, 20), (16, 24), (24, 16)), together=4)
+    source = stream(examples, (), aspect_ratio_buckets="20,20;16,24;24,16", together=4)
     # Three, five and two images in fours.
     assert len(source) == 4 + 8 + 4
     seen = []
@@ -216,7 +217,7 @@ def test_buckets_fill_every_batch_with_images_of_one_shape(tmp_path):
     for epoch in (0, 1):
         indices = [source[epoch * 16 + place][0]["index"] for place in range(16)]
         assert set(indices) == set(range(10))
-    assert source[3][0]["image"].time_ids[4:] in source.buckets
+    assert source[3][0]["image"].time_ids[4:] in source.settings.buckets
     other = [list(stream_loader(source, 2, 0, 8, process, 2)) for process in (0, 1)]
     pairs = zip(*other, strict=True)
     assert all(a[0]["image"].pixels.shape == b[0]["image"].pixels.shape for a, b in pairs)
