@@ -350,8 +350,6 @@ def test_a_plan_has_its_targets_already():
         compress(model, plan=RankPlan({}))
     with pytest.raises(InvalidValueError, match=r"With a plan.*target_modules, step cannot be used"):
         compress(model, plan=RankPlan({"classifier": 2}), target_modules=["classifier"], step=2)
-    with pytest.raises(TypeError, match="'ratio'"):
-        compress(model, ratio=0.5)
 
 
 def test_poolers_are_no_reason_to_refuse():

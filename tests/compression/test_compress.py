@@ -197,8 +197,6 @@ def test_arguments_that_do_not_go_together_are_refused():
         compress(model, 0.5, statistics=collect_statistics(model, [inputs]), compensate=True)
     with pytest.raises(TypeError, match="redaction"):
         compress(model, 0.5, redaction=0.5)
-    with pytest.raises(InvalidValueError, match="step"):
-        compress(model, plan=plan, step=4)
     with pytest.raises(InvalidValueError, match="empty"):
         compress(model, 0.4, batches=[])
     with pytest.raises(BudgetError):

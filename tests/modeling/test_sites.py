@@ -384,12 +384,3 @@ def test_lora_on_attention_is_refused_until_merged():
     merged = adapted.merge_and_unload()
     apply_ranks(merged, full_ranks(merged))
     assert_close(outputs(merged, inputs), expected)
-
-
-def test_lora_on_a_linear_layer_is_refused_until_merged():
-    model, _ = small_vit()
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc1"]))
-    state, classes = state_of(model), classes_of(model)
-    with pytest.raises(UnsupportedModuleError, match=r"^vit\.layers\.0\.mlp\.fc1 carries an adapter of peft"):
-        apply_ranks(model, {ATTENTION: {"qk": 4}, FC1: 4})
-    assert_unchanged(model, state, classes)
