@@ -21,7 +21,6 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     ViTConfig,
-    ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTModel,
     pipeline,
@@ -272,8 +271,7 @@ def test_pull_copies_a_folder_and_push_says_what_is_missing(tmp_path):
 
 
 def test_info_says_what_a_folder_holds(tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
+    vit, _ = small_vit()
     small = comcat_hf.compress(vit, 0.4)
     small.save_pretrained(tmp_path / "model")
     result = run("info", str(tmp_path / "model"))
@@ -300,8 +298,7 @@ def test_info_says_what_a_folder_holds(tmp_path):
 
 
 def test_info_refuses_what_is_not_ours_by_name(tmp_path):
-    vit = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    get_peft_model(vit, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    get_peft_model(small_vit()[0], LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     result = run("info", str(tmp_path / "lora"))
     assert result.exit_code == 1
     assert "found an adapter of PEFT of the method LORA; load it with PeftModel.from_pretrained" in result.stderr

@@ -14,14 +14,13 @@ from transformers import (
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from comcat_hf import allocate_ranks, compress, count_macs, count_parameters, plan_of
 from comcat_hf.compression.budget.allocation import TOLERANCE
 from comcat_hf.compression.budget.budget import METRICS, find_budget, find_options
 from comcat_hf.compression.request import Request
+from comcat_hf.demos.compress import DemoSettings, build_vit
 from comcat_hf.errors import BudgetError, InvalidValueError
 from comcat_hf.modeling import find_sites
 from tests.helpers import assert_unchanged, classes_of, small_vit, state_of
@@ -61,17 +60,7 @@ def without_weights(build):
 
 def demo_vit():
     """The demo's: 8x8 images in patches of 2, where a single rank is more than a percent of the attention."""
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=128,
-            image_size=8,
-            patch_size=2,
-            num_labels=10,
-        )
-    ).eval()
+    return build_vit(DemoSettings()).eval()
 
 
 def attention_ranks(plan):
