@@ -3,6 +3,7 @@
 import pytest
 
 from tests.hub.server import Fault
+from tests.hub.test_kinds import START
 
 
 RUN = """
@@ -24,13 +25,7 @@ def run(client, monkeypatch):
 @pytest.fixture
 def repository(hub, client, tmp_path):
     """A compressed model on the Hub; returns the size of its weights."""
-    client(
-        "import comcat_hf\n"
-        "from transformers import ViTConfig, ViTForImageClassification\n"
-        "sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)\n"
-        "vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))\n"
-        f"comcat_hf.compress(vit, 0.4).save_pretrained({str(tmp_path / 'out')!r})"
-    )
+    client(f"{START}comcat_hf.compress(vit(), 0.4).save_pretrained({str(tmp_path / 'out')!r})")
     hub.put("user/small", {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
     return (tmp_path / "out" / "model.safetensors").stat().st_size
 
