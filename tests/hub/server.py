@@ -115,7 +115,6 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         disable_nagle_algorithm = True
         routes = (
             ("POST", r"/api/repos/create", "create"),
-            ("GET", r"/api/whoami-v2", "whoami"),
             ("POST", r"/api/validate-yaml", "validate"),
             ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)", "branch"),
             ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
@@ -133,22 +132,20 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             parts = urlsplit(self.path)
             self.query = {key: values[0] for key, values in parse_qs(parts.query).items()}
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if self.headers.get("Transfer-Encoding") == "chunked":
-                self.body = self.chunks()
             hub.requests.append(f"{self.command} {parts.path}")
             fault = hub.fault(self.command, parts.path)
-            self.action = fault.action if fault else None
-            if self.action == "drop":
+            action = fault.action if fault else None
+            if action == "drop":
                 self.hang_up()
                 return
-            if callable(self.action):
-                self.action()
+            if callable(action):
+                action()
             try:
-                if self.action == "page":
+                if action == "page":
                     self.send(200, b"<html>Please log in to the network.</html>", {"Content-Type": "text/html"})
                     return
-                if isinstance(self.action, int):
-                    raise _Stop(self.action, fault.message)
+                if isinstance(action, int):
+                    raise _Stop(action, fault.message)
                 for method, pattern, name in self.routes:
                     if method == self.command and (match := re.fullmatch(pattern, parts.path)):
                         groups = {key: unquote(value) for key, value in match.groupdict().items()}
@@ -160,14 +157,6 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.send(stop.status, {"error": stop.message}, headers)
 
         do_GET = do_HEAD = do_POST = do_PUT = answer
-
-        def chunks(self) -> bytes:
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return body
 
         def hang_up(self) -> None:
             self.close_connection = True
@@ -217,11 +206,6 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             return sha, found.commits[sha]
 
         # What is asked.
-
-        def on_whoami(self) -> None:
-            if self.user() is None:
-                raise _Stop(401, "Invalid username or password.")
-            self.send(200, {"name": self.user(), "type": "user", "orgs": [], "auth": {}})
 
         def on_validate(self) -> None:
             self.send(200, {"errors": [], "warnings": []})
