@@ -18,10 +18,10 @@ from ...errors import ComCATError, InvalidValueError
 from ...modeling import meta_copy
 from ..checkpoints import Progress
 from ..interruption import Interrupted, Interruption
+from ..machine import start_trackers
 from ..seeds import random_states, seeded, set_random_states
-from ..trackers import start_trackers
 from .callbacks import JSONLogCallback, ProgressBar, StopOnSignal, WeightAverageCallback
-from .earlier import readable
+from .earlier import EarlierCheckpoint, is_earlier
 from .logs import cannot_write
 from .planning import learning_rates, rate_at, warmup_steps
 from .routes import Student, gathered, make_loss, prepare_student
@@ -34,6 +34,11 @@ __all__ = ["TrainResult", "TrainRun", "blocks_of", "finetune_model", "prepare_en
 Batch = Mapping[str, Any]
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+# Settings that `Trainer` knows by the same names.
+_SAME = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "logging_steps"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 # Steps between two questions whether another process was told to stop: each waits for all devices.
 _ASK_EVERY = 10
 
@@ -120,8 +125,7 @@ def finetune_model(run: TrainRun) -> TrainResult:
     # What dropout draws, on each process something else.
     start = seeded(run.seed, "dropout", accelerator.process_index, first).initial_seed()
     set_seed(start % 2**32)
-    with nullcontext() if run.checkpoint is None else readable(trainer, run.checkpoint, run.steps) as checkpoint:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if trainer.earlier else run.checkpoint)
     result = TrainResult(
         max(trainer.state.global_step, first), trainer.loss, trainer.stopper.signal, trainer.checkpoint
     )
@@ -140,17 +144,10 @@ def _arguments(run: TrainRun, rate: float) -> TrainingArguments:
     saving = settings.interval("checkpointing_steps", run.steps_per_epoch)
     args = TrainingArguments(
         str(settings.output_path),
+        **{name: getattr(settings, name) for name in _SAME},
         max_steps=run.steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=rate,
-        weight_decay=settings.weight_decay,
         optim="adamw_torch",
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_epsilon=settings.adam_epsilon,
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.logging_steps,
         save_strategy="no" if saving is None else "steps",
         save_steps=saving or 500,
         save_total_limit=settings.checkpoints_total_limit,
@@ -183,12 +180,14 @@ class _StageTrainer(DistillationTrainer):
         self.stopper = StopOnSignal(run.interruption, accelerator, min(_ASK_EVERY, settings.logging_steps))
         log = JSONLogCallback(settings.output_path)
         average = [] if settings.ema_decay is None else [WeightAverageCallback(settings.ema_decay)]
+        old = run.checkpoint is not None and is_earlier(accelerator.distributed_type, run.checkpoint)
+        self.earlier = [EarlierCheckpoint(self, run.checkpoint)] if old else []
         super().__init__(
             model=run.student.model,
             teacher=run.student.teacher,
             args=_arguments(run, highest),
             distillation=loss,
-            callbacks=[*average, self.stopper, log, ProgressBar("Fine-tuning", True), _Flow(self)],
+            callbacks=[*average, *self.earlier, self.stopper, log, ProgressBar("Fine-tuning", True), _Flow(self)],
         )
         self.remove_callback(PrinterCallback)
         if self.teacher is not None and settings.torch_compile:

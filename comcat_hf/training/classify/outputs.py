@@ -12,7 +12,7 @@ from ...hub import read_json
 from ...reporting.cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
 from ..settings import push_result
 from .planning import CompressPlan
-from .reporting import NAMES, Metrics, comparison
+from .reporting import NAMES, Metrics, SweepPoint, comparison
 from .settings import CompressSettings
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "compressed_summary",
     "push_model",
     "read_results",
+    "read_sweep",
     "save_model",
     "write_model_card",
 ]
@@ -68,6 +69,22 @@ def read_results(path: Path) -> Metrics:
             "stage evaluate again."
         )
     return found
+
+
+def read_sweep(path: Path) -> tuple[SweepPoint, ...]:
+    """What a run measured of other reductions; nothing where nothing was measured.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(SweepPoint(**point) for point in read_json(path)["points"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected points of a sweep, found something else. Run the stage evaluate with --sweep again."
+        ) from error
 
 
 def compressed_summary(base: str, parameters: tuple[int, int], plain: bool) -> str:

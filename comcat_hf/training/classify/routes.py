@@ -59,7 +59,7 @@ def make_student(settings: CompressSettings, dense: nn.Module, initialized: Path
         InvalidValueError: `modules_to_save` that the dense model does not have.
     """
     small = load_classifier(initialized, "--output_dir")
-    teacher = _teacher(settings, dense)
+    teacher = load_teacher(settings, dense) if make_loss(settings).needs_teacher else None
     if settings.route == "full":
         return Student(small.requires_grad_(True), teacher, "full")
     model = _with_factors(settings, dense, small, initialized)
@@ -153,10 +153,6 @@ def gathered(accelerator: Accelerator, model: nn.Module, empty: nn.Module) -> nn
             path, _, last = name.rpartition(".")
             setattr(empty.get_submodule(path), last, buffers[name].cpu())
     return empty
-
-
-def _teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module | None:
-    return load_teacher(settings, dense) if make_loss(settings).needs_teacher else None
 
 
 def _with_factors(settings: CompressSettings, dense: nn.Module, small: nn.Module, folder: Path) -> PeftModel:

@@ -27,9 +27,9 @@ from ..checkpoints import (
 )
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from ..locks import locked
+from ..machine import start_trackers
 from ..programs import RunResult
 from ..seeds import choose_seed, seeded
-from ..trackers import start_trackers
 from .captions import BESIDE, TABLES, warn_of_unread_captions
 from .data import Example, class_examples, instance_examples
 from .families import Denoiser, load_pipeline

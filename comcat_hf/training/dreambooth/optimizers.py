@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ...errors import InvalidValueError
-from ..trackers import tracker_of
+from ..machine import tracker_of
 from .settings import CustomizeSettings
 
 

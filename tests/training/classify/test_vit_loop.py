@@ -31,7 +31,7 @@ from comcat_hf.training.classify.planning import learning_rates, rate_at, warmup
 from comcat_hf.training.classify.routes import finished, make_student
 from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.interruption import Interruption
-from comcat_hf.training.trackers import tracker_of
+from comcat_hf.training.machine import tracker_of
 from tests.processes import forked, in_processes, until
 from tests.training.classify.conftest import CLASSES, SIZE
 from tests.training.conftest import Recorder
