@@ -110,7 +110,7 @@ def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack
     images = tuple(instance_examples(settings))
     classes: tuple[Example, ...] = ()
     if settings.with_prior_preservation:
-        folder = Path(settings.class_data_dir).expanduser()
+        folder = settings.class_folder
         warn_of_unread_captions(folder, (*BESIDE, *TABLES), "all class images get the --class_prompt")
         classes = tuple(class_examples(settings))
     output_dir = settings.output_path
