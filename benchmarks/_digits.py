@@ -22,6 +22,7 @@ from comcat_hf.demos.customize.base import (
     HELD_OUT,
     NEW,
     OLD,
+    OLD_DIGITS,
     WIDTH,
     Loss,
     build_pipeline,
@@ -37,7 +38,6 @@ from comcat_hf.demos.customize.methods import Lesson, teach
 
 HEADS, HEAD = 4, 16
 ADAPTER, BATCH, PRIOR, GUIDANCE = "digit", 16, 8, 2.0
-_OLD_DIGITS = tuple(digit for digit in range(10) if digit != HELD_OUT)
 _DRAWN_BY_BASE = 2**20  # apart from the seeds of runs
 
 Guided = Callable[[Tensor, Tensor], Tensor]  # of latents and their time
@@ -81,9 +81,7 @@ class Kind:
 
         return velocity_loss if self.flow else noise_loss(pipeline.scheduler)
 
-    def denoise(
-        self, guided: Callable[[Tensor, Tensor], Tensor], latents: Tensor, pipeline: Any, steps: int
-    ) -> Tensor:
+    def denoise(self, guided: Guided, latents: Tensor, pipeline: Any, steps: int) -> Tensor:
         """Latents from noise, by Euler's method or the pipeline's own."""
         if self.flow:
             for step in range(steps):
@@ -255,6 +253,6 @@ class Studio:
         """Shares of new and of old digits that the judge reads as meant, in images that hang on the seed alone."""
         count, each = self.kind.settings.samples, self.kind.settings.caption_samples
         captions = [len(OLD)] * count + [i for i in range(len(OLD)) for _ in range(each)]
-        wanted = torch.tensor([HELD_OUT] * count + [digit for digit in _OLD_DIGITS for _ in range(each)])
+        wanted = torch.tensor([HELD_OUT] * count + [digit for digit in OLD_DIGITS for _ in range(each)])
         right = (self.judge.read(self.draw(model, captions, seed)) == wanted).double()
         return right[:count].mean().item(), right[count:].mean().item()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from _measuring import Kept
+from _report import DEIT
 from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
@@ -24,10 +25,6 @@ from comcat_hf.training.seeds import seeded
 
 
 TRAINING, VALIDATION = 1_281_167, 50_000
-SIZES: Mapping[str, Mapping[str, int]] = {
-    "deit_small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    "deit_base": {},
-}
 # Floating-point operations per second of an A100, by its data sheet, and the share that is assumed to be reached.
 BF16, FP32 = 0.35 * 312e12, 0.5 * 19.5e12
 # Passes over the calibration images by stage, as benchmarks/results/calibration-base.json has them; curvature is
@@ -40,7 +37,7 @@ def probe(recipe: str) -> dict[str, float]:
     """What a recipe needs per image, measured on a CPU with random weights."""
     settings = parse_compress_settings([recipe])
     torch.manual_seed(0)
-    dense = ViTForImageClassification(ViTConfig(num_labels=1000, **SIZES[recipe])).eval()
+    dense = ViTForImageClassification(ViTConfig(num_labels=1000, **DEIT[recipe.replace("_", "-")])).eval()
     small = comcat_hf.compress(dense, settings.reduction, mlp="width").train()
     kept = [_kept_bytes(small, count) for count in (1, 3)]
     preparation = ImagePreparation.of(settings, ViTImageProcessorPil(size={"height": 224, "width": 224}))

@@ -1,6 +1,9 @@
-"""Time on a GPU, which is still at work when a call returns and may be slower to launch than to run, and memory."""
+"""Time of several sides in turns, also on a GPU, which is still at work when a call returns; and memory."""
 
-from collections.abc import Callable
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +15,42 @@ def wait(device: str | torch.device) -> None:
     """Let a device come to its end; a CPU is done when it returns."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
+
+
+def interleave(
+    sides: Mapping[Any, Callable[[], Any]], args: argparse.Namespace, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[Any, float]]:
+    """Seconds of every side by round; the order alternates from round to round.
+
+    A side's time in a round is its fastest of `--runs`, one after another: what else a shared machine does only adds.
+    A side with a method `prepare` is made ready by it before its turn.
+    """
+    found = []
+    for index in range(args.warmup + args.repeats):
+        taken = {}
+        for name in list(sides)[:: 1 if index % 2 else -1]:
+            getattr(sides[name], "prepare", lambda: None)()
+            runs = []
+            for _ in range(getattr(args, "runs", 1) if index >= args.warmup else 1):
+                wait(args.device)
+                start = clock()
+                sides[name]()
+                wait(args.device)
+                runs.append(clock() - start)
+            taken[name] = min(runs)
+        if index >= args.warmup:
+            found.append(taken)
+    return found
+
+
+def seconds_of(rounds: list[dict[Any, float]], side: Any) -> float:
+    """The median time of a side."""
+    return statistics.median(taken[side] for taken in rounds)
+
+
+def ratio(rounds: list[dict[Any, float]], side: Any, beside: Any) -> float:
+    """The median over rounds of the time of a side as a multiple of another's in the same round."""
+    return statistics.median(taken[side] / taken[beside] for taken in rounds)
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], None]:

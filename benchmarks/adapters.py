@@ -115,6 +115,7 @@ METHODS: Mapping[str, tuple[Attach, float]] = {
     "ComCAT core 1 + head gains": (_cores(1, head_gains=True), 3e-1),
     "ComCAT core 2 + head gains": (_cores(2, head_gains=True), 3e-1),
     "ComCAT core 3 + head gains": (_cores(3, head_gains=True), 3e-1),
+    "ComCAT core 4 + head gains": (_cores(4, head_gains=True), 3e-1),
     "ComCAT core 1 + all gains": (_cores(1, gains=True, head_gains=True), 3e-1),
     "ComCAT gains": (_ours(gains=True), 1e-1),
     "ComCAT head gains": (_ours(head_gains=True), 3e-1),

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import _report
@@ -32,10 +31,6 @@ from comcat_hf.compression.budget.sensitivity import measure
 from comcat_hf.compression.request import Request, sites_by_way
 
 
-MODELS: Mapping[str, Mapping[str, int]] = {
-    "deit-small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    "deit-base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-}
 REDUCTION = 0.5
 
 # Pairs and MLPs whose sensitivities are measured, from the first, a middle and the last block.
@@ -44,7 +39,7 @@ BLOCKS = (0, 6, 11)
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return DeiTForImageClassification(DeiTConfig(**MODELS[name], num_labels=1000)).eval()
+    return DeiTForImageClassification(DeiTConfig(**_report.DEIT[name], num_labels=1000)).eval()
 
 
 def batches_of(images: int, batch: int) -> list[Tensor]:
@@ -127,15 +122,13 @@ def measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser = _report.parser(__doc__, threads=1)
+    parser.add_argument("--models", nargs="+", choices=_report.DEIT, default=list(_report.DEIT))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="of the dense pass, each time")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.part:
         print(json.dumps(run_part(args)))
@@ -148,9 +141,7 @@ def main() -> None:
         for part, found in row["parts"].items()
     ]
     _report.print_table(table, ["model", "part", "dense passes", "CPU seconds", "GB above the model and images"])
-    if args.output:
-        settings = {key: value for key, value in vars(args).items() if key not in ("output", "part")}
-        _report.write_json(args.output, {"environment": _report.environment(), "settings": settings, "rows": rows})
+    _report.write(args, {"rows": rows}, hidden=("part",))
 
 
 if __name__ == "__main__":

@@ -18,16 +18,14 @@ at its peak is measured too, and `--graph` replays the inference as a CUDA graph
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import _report
 import torch
-from _measuring import Kept, captured, peak_bytes, wait
+from _measuring import Kept, captured, interleave, peak_bytes, ratio, seconds_of
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -142,7 +140,8 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
                 side(states, encoder_hidden_states=text).sum().backward()
 
             calls = {name: lambda side=side: step(side) for name, side in sides.items()}
-            seconds = interleave(calls, args)
+            rounds = interleave(calls, args)
+            seconds = {name: seconds_of(rounds, name) for name in sides}
             kind = f"{tokens} tokens, {width} wide, {'cross' if cross else 'self'}"
             rows.append(
                 {"shape": kind, "count": count, "seconds": seconds, "kept_bytes": kept, "difference": difference}
@@ -191,11 +190,10 @@ def inference(args: argparse.Namespace) -> dict[str, Any]:
             "full, merged": Variant(unet, inputs, way, "full", merged=True),
             "core, merged": Variant(unet, inputs, way, "core", merged=True),
         }
-        rounds = interleave(sides, args, rounds=True)
+        rounds = interleave(sides, args)
         for name in sides:
-            overhead = statistics.median(taken[name] / taken["base"] for taken in rounds) - 1
-            seconds = statistics.median(taken[name] for taken in rounds)
-            row = {"way": way, "side": name, "seconds": seconds, "overhead": overhead}
+            overhead = ratio(rounds, name, "base") - 1
+            row = {"way": way, "side": name, "seconds": seconds_of(rounds, name), "overhead": overhead}
             rows.append(row | ({"holds": overhead <= OVERHEAD[name]} if name in OVERHEAD else {}))
     _report.print_table(
         [[row["way"], row["side"], row["seconds"], f"{row['overhead']:+.1%}", row.get("holds", "")] for row in rows],
@@ -258,14 +256,15 @@ def training(args: argparse.Namespace) -> dict[str, Any]:
             unet(**inputs).sample.square().mean().backward()
 
         sides[name] = step
-    rounds = interleave(sides, args, rounds=True)
-    ratio = statistics.median(taken["comcat"] / taken["lora"] for taken in rounds)
-    seconds = {name: statistics.median(taken[name] for taken in rounds) for name in sides}
+    rounds = interleave(sides, args)
+    beside_lora = ratio(rounds, "comcat", "lora")
+    seconds = {name: seconds_of(rounds, name) for name in sides}
     _report.print_table(
         [[name, counts[name], seconds[name]] for name in sides], ["training step", "parameters", "seconds"]
     )
-    print(f"ComCAT / LoRA: {ratio:.3f} (LoRA rank {rank}); no slower: {ratio <= 1}\n")
-    found = {"parameters": counts, "seconds": seconds, "ratio": ratio, "lora_rank": rank, "holds": ratio <= 1}
+    holds = beside_lora <= 1
+    print(f"ComCAT / LoRA: {beside_lora:.3f} (LoRA rank {rank}); no slower: {holds}\n")
+    found = {"parameters": counts, "seconds": seconds, "ratio": beside_lora, "lora_rank": rank, "holds": holds}
     return found | peaks(sides, args)
 
 
@@ -338,29 +337,6 @@ def trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def interleave(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace, rounds: bool = False) -> Any:
-    """Seconds of every side, the median or by round; the order alternates from round to round.
-
-    A side's time in a round is its fastest of `--runs`, one after another: what else a shared machine does only adds.
-    """
-    found = []
-    for index in range(args.warmup + args.repeats):
-        taken = {}
-        for name in list(sides)[:: 1 if index % 2 else -1]:
-            getattr(sides[name], "prepare", lambda: None)()
-            runs = []
-            for _ in range(args.runs if index >= args.warmup else 1):
-                wait(args.device)
-                start = time.perf_counter()
-                sides[name]()
-                wait(args.device)
-                runs.append(time.perf_counter() - start)
-            taken[name] = min(runs)
-        if index >= args.warmup:
-            found.append(taken)
-    return found if rounds else {name: statistics.median(taken[name] for taken in found) for name in sides}
-
-
 def peaks(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, dict[str, int]]:
     """What each side allocates on a GPU at its peak; nothing on a CPU."""
     if torch.device(args.device).type != "cuda":
@@ -372,27 +348,15 @@ PARTS = {"attention": attention, "inference": inference, "training": training, "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shared = {"device": "cpu", "dtype": torch.float32, "threads": 2, "batch_size": 1}
+    parser = _report.parser(__doc__, **shared, warmup=1, repeats=5, runs=1)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--unet", choices=UNETS, default="sd15", help="of inference and training")
     parser.add_argument("--rank", type=int, default=2, help="of full adapters, per head")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=1, help="of a side in a round; the fastest counts")
     parser.add_argument("--graph", action="store_true", help="inference as CUDA graphs, too")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = {name: PARTS[name](args) for name in args.parts}
-    if args.output:
-        settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "parts")}
-        _report.write_json(
-            args.output, {"environment": _report.environment(args.device), "settings": settings, **results}
-        )
+    _report.write(args, {name: PARTS[name](args) for name in args.parts}, hidden=("parts",))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ again; its ONNX programs in float32 and float16, run by onnxruntime. Bytes count
     PYTHONPATH=.venv/torchao python benchmarks/files.py --cases minilm cifar10 --data FOLDER
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,8 @@ import comcat_hf
 
 
 REDUCTION = 0.5
+# Of weights that share a scale, in four bits.
+GROUPS = (32, 16, 8, 4)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -36,10 +37,29 @@ def saved(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def quantised(model: nn.Module, folder: Path, bits: int) -> nn.Module:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(model, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig())
+    if bits == 8:
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        to_four_bits(model)
     return saved(model, folder)
+
+
+def to_four_bits(model: nn.Module) -> None:
+    """Weights of four bits in groups, a byte each: the packed form of torchao has kernels for GPUs alone."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+    def size_of(module: nn.Module) -> int | None:
+        """The largest group that divides the inputs."""
+        return (
+            next((g for g in GROUPS if module.in_features % g == 0), None) if isinstance(module, nn.Linear) else None
+        )
+
+    for size in GROUPS:
+        chosen = [name for name, module in model.named_modules() if size_of(module) == size]
+        how = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(size))
+        quantize_(model, how, filter_fn=lambda _, name, chosen=chosen: name in chosen)
 
 
 def exported(model: nn.Module, folder: Path, dtype: torch.dtype) -> Callable[..., Any]:
@@ -93,14 +113,12 @@ def rows_of(case: Case, subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _report.parser(__doc__, threads=1)
     parser.add_argument("--data", type=Path, help="folder with vit-cifar10 and cifar10")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["minilm", "cifar10"])
     parser.add_argument("--seeds", type=int, default=1, help="models of the digits; the first is measured")
     parser.add_argument("--calibration", type=int)
     parser.add_argument("--held-out", type=int)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = {}

@@ -18,24 +18,20 @@ whatever is computed. `--allocator default` measures with them.
 import argparse
 import itertools
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import _report
 import torch
-from _measuring import captured, wait
+from _measuring import captured, interleave, ratio, seconds_of
 from transformers import DeiTConfig, DeiTForImageClassification
 
 import comcat_hf
 
 
 MODELS = {
-    "deit-small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    "deit-base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    **_report.DEIT,
     # For a dry run.
     "tiny": {
         "hidden_size": 64,
@@ -57,14 +53,6 @@ KEEP_MEMORY = {
 }
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    wait(device)
-    start = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - start
-
-
 def build(name: str) -> DeiTForImageClassification:
     torch.manual_seed(0)
     config = DeiTConfig(**MODELS[name], num_labels=1000, attn_implementation="sdpa")
@@ -72,9 +60,9 @@ def build(name: str) -> DeiTForImageClassification:
 
 
 @torch.inference_mode()
-def interleave(
+def in_rounds(
     models: list[torch.nn.Module], dtype: str, size: int, args: argparse.Namespace
-) -> dict[str, list[list[float]]]:
+) -> dict[str, list[dict[int, float]]]:
     """Seconds of every model by round, of each way to run them on a batch of some size."""
     side = models[0].config.image_size
     images = torch.randn(size, 3, side, side).to(args.device, getattr(torch, dtype))
@@ -85,20 +73,7 @@ def interleave(
         ways["compiled"] = [
             partial(torch.compile(model, backend=args.compile), pixel_values=images) for model in models
         ]
-    rounds = {way: [] for way in ways}
-    for index in range(args.warmup + args.repeats):
-        for way, calls in ways.items():
-            taken = [0.0] * len(models)
-            # The order alternates, so that no side always finds the caches of the other.
-            for side in list(range(len(models)))[:: 1 if index % 2 else -1]:
-                taken[side] = seconds(calls[side], args.device)
-            if index >= args.warmup:
-                rounds[way].append(taken)
-    return rounds
-
-
-def ratio_of(rounds: list[list[float]], side: int) -> float:
-    return statistics.median(taken[side] / taken[0] for taken in rounds)
+    return {way: interleave(dict(enumerate(calls)), args) for way, calls in ways.items()}
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[dict]:
@@ -109,22 +84,22 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict]:
     macs = [comcat_hf.count_macs(model) for model in models]
     parameters = [comcat_hf.count_parameters(model) for model in models]
     for dtype, size in itertools.product(args.dtype, args.batch_size):
-        found = interleave(models, dtype, size, args).items()
+        found = in_rounds(models, dtype, size, args).items()
         for (way, rounds), (side, reduction) in itertools.product(found, enumerate(reductions, start=1)):
-            ratio, mac_ratio = ratio_of(rounds, side), macs[side] / macs[0]
+            latency_ratio, mac_ratio = ratio(rounds, side, 0), macs[side] / macs[0]
             yield {
                 "model": name,
                 "dtype": dtype,
                 "batch_size": size,
                 "way": way,
                 "reduction": reduction,
-                "dense_ms": 1000 * statistics.median(taken[0] for taken in rounds),
-                "compressed_ms": 1000 * statistics.median(taken[side] for taken in rounds),
+                "dense_ms": 1000 * seconds_of(rounds, 0),
+                "compressed_ms": 1000 * seconds_of(rounds, side),
                 "parameter_ratio": parameters[side] / parameters[0],
                 "mac_ratio": mac_ratio,
-                "latency_ratio": ratio,
-                "latency_over_macs": ratio / mac_ratio,
-                "holds": ratio <= ALLOWED * mac_ratio,
+                "latency_ratio": latency_ratio,
+                "latency_over_macs": latency_ratio / mac_ratio,
+                "holds": latency_ratio <= ALLOWED * mac_ratio,
             }
 
 
@@ -149,15 +124,15 @@ def measure_predicted_in(name: str, dtype: str, size: int, args: argparse.Namesp
             continue
         models.append(small)
         row |= {"predicted": comcat_hf.plan_of(small).reached, "side": len(models) - 1}
-    rounds = interleave(models, dtype, size, args)["launched"]
+    rounds = in_rounds(models, dtype, size, args)["launched"]
     for row in rows:
-        row["dense_ms"] = 1000 * statistics.median(taken[0] for taken in rounds)
+        row["dense_ms"] = 1000 * seconds_of(rounds, 0)
         row["table_dense_ms"] = table.total / 1e6
         if "side" in row:
             side = row.pop("side")
-            row["compressed_ms"] = 1000 * statistics.median(taken[side] for taken in rounds)
+            row["compressed_ms"] = 1000 * seconds_of(rounds, side)
             row["mac_ratio"] = comcat_hf.count_macs(models[side]) / comcat_hf.count_macs(dense)
-            row["measured"] = 1 - ratio_of(rounds, side)
+            row["measured"] = 1 - ratio(rounds, side, 0)
             row["holds"] = abs(row["measured"] - row["predicted"]) <= OFF
     return rows
 
@@ -212,34 +187,27 @@ WAYS = {"params": (measure, show), "macs": (measure, show), "latency": (measure_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _report.parser(__doc__, device="cpu", threads=2, warmup=2, repeats=15)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["deit-small", "deit-base"])
     parser.add_argument("--reduction", type=float, nargs="+", help="0.5 by default, 0.3 and 0.5 of latency")
     parser.add_argument("--metric", choices=WAYS, default="params")
     parser.add_argument("--mlp", choices=("rank", "width"), default="rank")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--graph", action="store_true", help="also as CUDA graphs")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="also compiled")
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.allocator == "keep" and not KEEP_MEMORY.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     torch.set_num_threads(args.threads)
     run, tell = WAYS[args.metric]
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
-    content = {"environment": _report.environment(args.device), "settings": settings, "rows": []}
+    rows = []
     for row in itertools.chain.from_iterable(run(name, args) for name in args.models):
-        content["rows"].append(row)
+        rows.append(row)
         # Each at once: who stops the program keeps what was measured.
-        if args.output:
-            _report.write_json(args.output, content)
-    tell(content["rows"])
+        _report.write(args, {"rows": rows})
+    tell(rows)
 
 
 if __name__ == "__main__":

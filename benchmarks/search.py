@@ -38,10 +38,6 @@ from comcat_hf.compression.search.search import Candidates
 from comcat_hf.modeling import find_sites
 
 
-MODELS = {
-    "deit-small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    "deit-base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-}
 FASTER, SMALLER = 15, 1 / 5
 TEMPERATURE = 5.0
 
@@ -101,7 +97,8 @@ class WrittenOutLinear(nn.Module):
 
 def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, Candidates]:
     torch.manual_seed(0)
-    config = DeiTConfig(**MODELS[name], num_hidden_layers=args.layers, num_labels=1000, attn_implementation="sdpa")
+    sizes = _report.DEIT[name]
+    config = DeiTConfig(**sizes, num_hidden_layers=args.layers, num_labels=1000, attn_implementation="sdpa")
     model = DeiTForImageClassification(config).eval().requires_grad_(False).to(args.device)
     sites = find_sites(model)
     budget, _ = find_budget(model, sites, 0.5, METRICS["params"], Request())
@@ -285,46 +282,27 @@ def compare(name: str, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser = _report.parser(__doc__, device="cpu", threads=2, batch_size=8)
+    parser.add_argument("--model", nargs="+", choices=_report.DEIT, default=list(_report.DEIT))
     parser.add_argument("--layers", type=int, default=2, help="blocks, the same on both sides; the models have 12")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [compare(name, args) for name in args.model]
-    shown = (
-        "nested_s",
-        "written_out_s",
-        "times_faster",
-        "times_faster_cpu",
-        "nested_mib",
-        "written_out_mib",
-        "memory_ratio",
-    )
-    headers = [
-        "model",
-        "layers",
-        "nested s",
-        "written out s",
-        "faster",
-        "in CPU time",
-        "nested MiB",
-        "written out MiB",
-        "memory",
-    ]
-    table = [
-        [row["model"], row["layers"], *(row[key] for key in shown), "yes" if row["holds"] else "no"] for row in rows
-    ]
-    _report.print_table(table, [*headers, f">= {FASTER}x, <= {SMALLER}"])
-    if args.output:
-        settings = {key: value for key, value in vars(args).items() if key != "output"}
-        _report.write_json(
-            args.output, {"environment": _report.environment(args.device), "settings": settings, "rows": rows}
-        )
+    shown = {
+        "model": "model",
+        "layers": "layers",
+        "nested_s": "nested s",
+        "written_out_s": "written out s",
+        "times_faster": "faster",
+        "times_faster_cpu": "in CPU time",
+        "nested_mib": "nested MiB",
+        "written_out_mib": "written out MiB",
+        "memory_ratio": "memory",
+    }
+    table = [[*(row[key] for key in shown), "yes" if row["holds"] else "no"] for row in rows]
+    _report.print_table(table, [*shown.values(), f">= {FASTER}x, <= {SMALLER}"])
+    _report.write(args, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 
 import _report
 import torch
+from _measuring import ratio, seconds_of
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,8 +61,7 @@ MODELS: Mapping[str, Mapping[str, int]] = {
         "patch_size": 4,
     },
     "deit-tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
-    "deit-small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    "deit-base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    **_report.DEIT,
 }
 WARMUP = 3
 SIDES = ("peft", "two copies", "full")
@@ -103,10 +103,9 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
             ours = partial(our_loop, settings, accelerator, dense, initial)
             bare = partial(bare_loop, settings, accelerator, dense, initial)
             rounds = in_turns({"ours": ours, "bare": bare}, batches, accelerator.device, args.repeats)
-        seconds = {side: statistics.median(taken[side] for taken in rounds) for side in rounds[0]}
-        ratio = statistics.median(taken["bare"] / taken["ours"] for taken in rounds)
-        images = {side: args.steps * args.batch_size / taken for side, taken in seconds.items()}
-        rows.append({"model": name, "images_per_second": images, "ratio": ratio, "holds": ratio >= LEAST})
+        images = {side: args.steps * args.batch_size / seconds_of(rounds, side) for side in rounds[0]}
+        share = ratio(rounds, "bare", "ours")
+        rows.append({"model": name, "images_per_second": images, "ratio": share, "holds": share >= LEAST})
     _report.print_table(
         [
             [
@@ -319,20 +318,17 @@ PARTS = {"throughput": throughput, "memory": memory}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _report.parser(__doc__, threads=2, batch_size=32)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["cifar", "deit-tiny"], help="of throughput")
     parser.add_argument("--memory-model", choices=MODELS, default="deit-base")
     parser.add_argument("--reduction", type=float, default=0.5)
-    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--memory-batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10, help="that are timed in a round")
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--memory-repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -342,12 +338,7 @@ def main() -> None:
         print(json.dumps(measure_side(args)))
         return
     results = {name: PARTS[name](args) for name in args.parts}
-    if args.output:
-        hidden = ("output", "parts", "side", "folder")
-        settings = {key: str(value) for key, value in vars(args).items() if key not in hidden}
-        _report.write_json(
-            args.output, {"environment": _report.environment(args.device), "settings": settings, **results}
-        )
+    _report.write(args, results, hidden=("parts", "side", "folder"))
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ turns in one run; a side's time in a round is its fastest of three, and a ratio 
 
 import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import _report
 import diffusers
 import torch
-from _measuring import wait
+from _measuring import interleave, ratio, seconds_of
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from peft import LoKrConfig, LoraConfig, PsoftConfig, inject_adapter_in_model
@@ -33,12 +31,7 @@ from comcat_hf.modeling import attention_views
 from comcat_hf.tuners import ComCATLayer
 
 
-ALLOWED = {
-    "full": ("forward", "base", 1.15),
-    "full, merged": ("forward", "base", 1.08),
-    "core, merged": ("forward", "base", 1.01),
-    "full, training": ("training", "lora, training", 1.15),
-}
+ALLOWED = {"full": 1.15, "full, merged": 1.08, "core, merged": 1.01, "full, training": 1.15}
 PROJECTIONS = [f"to_{name}" for name in ("q", "k", "v", "out.0", "add_out")] + [f"add_{n}_proj" for n in "qkv"]
 # What models of diffusers differ in from the defaults of their classes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,16 +66,15 @@ def block(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for width in (64, 128):
         sides, counts = block_sides(width, args)
-        rounds = interleave(sides, args)
+        clock = time.process_time if torch.device(args.device).type == "cpu" else time.perf_counter
+        rounds = interleave(sides, args, clock)
         for name in sides:
-            kind = "training" if "training" in name else "forward"
-            beside = "lora, training" if kind == "training" else "base"
-            ratio = statistics.median(taken[name] / taken[beside] for taken in rounds)
-            seconds = statistics.median(taken[name] for taken in rounds)
-            allowed = ALLOWED.get(name)
-            holds = {} if allowed is None else {"allowed": allowed[2], "holds": ratio <= allowed[2]}
-            row = {"width": width, "side": name, "parameters": counts.get(name.partition(",")[0]), "seconds": seconds}
-            rows.append(row | {"beside": beside, "ratio": ratio} | holds)
+            beside = "lora, training" if "training" in name else "base"
+            row = {"width": width, "side": name, "parameters": counts.get(name.partition(",")[0])}
+            row |= {"seconds": seconds_of(rounds, name), "beside": beside, "ratio": ratio(rounds, name, beside)}
+            if name in ALLOWED:
+                row |= {"allowed": ALLOWED[name], "holds": row["ratio"] <= ALLOWED[name]}
+            rows.append(row)
     _report.print_table(
         [[r["width"], r["side"], r["parameters"] or "", r["seconds"], r["ratio"], r.get("holds", "")] for r in rows],
         ["head", "side", "parameters", "seconds", "ratio", "holds"],
@@ -142,29 +134,6 @@ def train(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     sum(part.sum() for part in model(**states)).backward()
 
 
-def interleave(sides: Mapping[str, Callable[[], None]], args: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds of every side by round; the order alternates from round to round.
-
-    A side's time in a round is its fastest of `--runs`, one after another: what else a shared machine does only adds.
-    """
-    clock = time.process_time if torch.device(args.device).type == "cpu" else time.perf_counter
-    found = []
-    for index in range(args.warmup + args.repeats):
-        taken = {}
-        for name in list(sides)[:: 1 if index % 2 else -1]:
-            runs = []
-            for _ in range(args.runs if index >= args.warmup else 1):
-                wait(args.device)
-                start = clock()
-                sides[name]()
-                wait(args.device)
-                runs.append(clock() - start)
-            taken[name] = min(runs)
-        if index >= args.warmup:
-            found.append(taken)
-    return found
-
-
 def sizes(args: argparse.Namespace) -> dict[str, Any]:
     """The numbers that adapters of several methods train in models of real sizes."""
     rows = []
@@ -203,27 +172,16 @@ PARTS = {"block": block, "sizes": sizes}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shared = {"device": "cpu", "dtype": torch.float32, "threads": 1, "warmup": 1, "repeats": 7, "runs": 3}
+    parser = _report.parser(__doc__, **shared)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rank", type=int, default=4, help="of full adapters, per head")
     parser.add_argument("--dim", type=int, default=768, help="of the block; FLUX.1 has 3072")
     parser.add_argument("--image-tokens", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=128)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--runs", type=int, default=3, help="of a side in a round; the fastest counts")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = {name: PARTS[name](args) for name in args.parts}
-    if args.output:
-        settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "parts")}
-        _report.write_json(
-            args.output, {"environment": _report.environment(args.device), "settings": settings, **results}
-        )
+    _report.write(args, {name: PARTS[name](args) for name in args.parts}, hidden=("parts",))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ says what a width costs beside the next power of two, and that no width takes th
 """
 
 import argparse
-import statistics
-import time
-from pathlib import Path
+from functools import partial
 
 import _report
 import torch
-from _measuring import wait
+from _measuring import interleave, seconds_of
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
@@ -35,16 +33,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """Forward and backward passes of all widths, in turns."""
     pairs = [*((width, width) for width in args.widths), (args.widths[-1], args.widths[0])]
     given = {pair: tensors(args, *pair) for pair in pairs}
-    taken = {pair: [] for pair in pairs}
-    for index in range(args.warmup + args.repeats):
-        for pair in pairs[:: 1 if index % 2 else -1]:
-            wait(args.device)
-            start = time.perf_counter()
-            step(*given[pair])
-            wait(args.device)
-            if index >= args.warmup:
-                taken[pair].append(time.perf_counter() - start)
-    medians = {pair: statistics.median(seconds) for pair, seconds in taken.items()}
+    rounds = interleave({pair: partial(step, *given[pair]) for pair in pairs}, args)
+    medians = {pair: seconds_of(rounds, pair) for pair in pairs}
     rows = []
     for pair in pairs:
         above = [width for width in args.widths if width >= pair[0] and width.bit_count() == 1]
@@ -63,27 +53,17 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shared = {"device": "cpu", "dtype": torch.float32, "threads": 1, "batch_size": 1, "warmup": 2, "repeats": 9}
+    parser = _report.parser(__doc__, **shared)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = measure(args)
     keys = ("width", "value_width", "kernel", "ms", "beside", "ratio", "holds")
     _report.print_table([["" if row[key] is None else row[key] for key in keys] for row in rows], list(keys))
-    if args.output:
-        settings = {key: str(value) for key, value in vars(args).items() if key != "output"}
-        _report.write_json(
-            args.output, {"environment": _report.environment(args.device), "settings": settings, "rows": rows}
-        )
+    _report.write(args, {"rows": rows})
 
 
 if __name__ == "__main__":

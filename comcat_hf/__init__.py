@@ -35,7 +35,7 @@ from .errors import ComCATError
 from .modeling import AttentionFamily, MLPFamily, register_attention_family, register_mlp_family
 from .native import plan_of
 from .native.diffusers import register as _register_diffusers
-from .tuners import initialize_comcat_weights
+from .tuners import initialize_comcat_weights, parameter_groups
 from .tuners import register as _register
 from .version import __version__ as __version__
 
@@ -67,6 +67,7 @@ __all__ = [
     "load_comcat_weights",
     "measure_latency",
     "measure_sensitivities",
+    "parameter_groups",
     "plan_of",
     "refine",
     "register_attention_family",

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from comcat_hf.modeling import apply_ranks, find_sites, known_sites
+from comcat_hf.modeling import LowRankAttention, apply_ranks, find_sites, known_sites
 
 
 # At these sizes further threads only wait for each other.
@@ -317,6 +317,10 @@ def compressed(family: str = "vit", qk: int = 5, vo: int = 12, linear: int | Non
         ranks |= dict.fromkeys(find_sites(model, "mlp"), linear)
     apply_ranks(model, ranks)
     return model, inputs
+
+
+def attentions_of(model: nn.Module) -> list[LowRankAttention]:
+    return [module for module in model.modules() if isinstance(module, LowRankAttention)]
 
 
 def _sides(linear: nn.Linear) -> tuple[int, int]:

@@ -77,7 +77,7 @@ import comcat_hf
 from comcat_hf import ComCATConfig, RankPlan
 from comcat_hf.errors import ComCATError
 from peft import get_peft_model
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
 from transformers import AutoModelForImageClassification, TorchAoConfig, ViTConfig, ViTForImageClassification
 
 torch.manual_seed(0)
@@ -118,6 +118,12 @@ with torch.no_grad():
     loaded.save_pretrained(folder + "/second")
     facts["loaded"] = torch.equal(loaded(pixels).logits, found) and not hasattr(loaded, "hf_quantizer")
     facts["plans"] = [comcat_hf.plan_of(model).to_dict() for model in (small, loaded)]
+    four = AutoModelForImageClassification.from_pretrained(folder + "/small").eval()
+    quantize_(four, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0)))
+    found = four(pixels).logits
+    four.save_pretrained(folder + "/four")
+    loaded = AutoModelForImageClassification.from_pretrained(folder + "/four").eval()
+    facts["int4"] = [((found - expected).norm() / expected.norm()).item(), torch.equal(loaded(pixels).logits, found)]
     facts["sizes"] = [os.path.getsize(f"{folder}/{n}/model.safetensors") for n in ("quantised", "second", "small")]
 
 def refused(action):
@@ -149,7 +155,8 @@ facts["from_pretrained"] = refused(load)
 with torch.no_grad():
     base = dense(pixels).logits
     for core in (False, True):
-        options = ComCATConfig(mode="customize", qk_rank=2, vo_rank=2, core=core, gains=core, init_weights=False)
+        kind = dict.fromkeys(("core", "gains", "head_gains"), core)
+        options = ComCATConfig(mode="customize", qk_rank=2, vo_rank=2, **kind, init_weights=False)
         model = get_peft_model(dense, options).eval()
         adapted = model(pixels).logits
         model.merge_adapter()
@@ -177,7 +184,7 @@ def torchao(tmp_path_factory):
 
 
 @pytest.mark.processes
-def test_a_compressed_vit_in_int8_answers_as_before(torchao):
+def test_a_compressed_vit_in_int8_and_int4_answers_as_before(torchao):
     _, facts = torchao
     # Eight bits per row round by at most 1/254 of the largest weight: under two percent after a few layers.
     assert 0 < facts["error"] < 0.02
@@ -189,6 +196,9 @@ def test_a_compressed_vit_in_int8_answers_as_before(torchao):
     assert facts["loaded"] and facts["plans"][0] == facts["plans"][1]
     first, second, floats = facts["sizes"]
     assert first == second < 0.65 * floats
+    # Four bits round by at most 1/14.
+    error, same = facts["int4"]
+    assert 0.02 < error < 0.3 and same
 
 
 @pytest.mark.processes
@@ -208,7 +218,7 @@ ADAPTERS = {
     "width": {"mlp_width": 20},
     "full factors": {"mode": "customize", "qk_rank": 2, "vo_rank": 2, "init_weights": False},
     "cores": {"mode": "customize", "qk_rank": 2, "vo_rank": 2, "core": True, "init_weights": False},
-    "gains": {"mode": "customize", "gains": True, "init_weights": False},
+    "gains": {"mode": "customize", "gains": True, "head_gains": True, "init_weights": False},
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from ..checks import check, whole
 from ..compression.clock import in_turns
 from ..compression.counting import count_macs, count_parameters
 from ..compression.elastic import ELASTIC_NAME, Elastic
@@ -159,8 +160,7 @@ def classify(pair: Pair | None, image: "Image | str | Path | None", repeats: int
         raise InvalidValueError("Expected a dense and a compressed model, found none; load them first.")
     if image is None:
         raise InvalidValueError("Expected an image, found none; drop one into the field.")
-    if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
-        raise InvalidValueError(f"repeats: expected a whole number from 1 to {MOST_REPEATS}, found {repeats!r}.")
+    check(repeats, whole(1, MOST_REPEATS), "repeats")
     both = (pair.dense, pair.compressed)
     image = read_image(image, "The image")
     inputs = [_inputs(classifier, image) for classifier in both]

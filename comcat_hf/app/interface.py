@@ -164,10 +164,11 @@ def _compress(gr: Any, first: Pair | None) -> None:
                 ]
             sizes = gr.Markdown()
     event = functools.partial(_listen, gr, _CLASSIFYING)
-    opened = (_pair_opener(gr), [dense, compressed], [pair, about, reduction])
+    opened = (functools.partial(_open_pair, gr), [dense, compressed], [pair, about, reduction])
     event([load.click, dense.submit, compressed.submit], *opened, "load_classifiers", about)
     event([image.upload, again.click], _classify, [pair, image, repeats], [*answers, sizes], "classify", answers)
-    resized = (_resizer(gr), [pair, reduction, image, repeats], [pair, about, *answers, sizes])
+    resize = functools.partial(_resize, gr)
+    resized = (resize, [pair, reduction, image, repeats], [pair, about, *answers, sizes])
     event([reduction.release], *resized, "set_reduction", about)
 
 
@@ -257,23 +258,17 @@ def _range(pair: Pair | None) -> dict[str, Any]:
     return {"minimum": pair.elastic.low, "maximum": pair.elastic.high, "value": pair.reduction, "visible": True}
 
 
-def _pair_opener(gr: Any) -> Callable[..., tuple[Any, ...]]:
-    def opened(dense: str, compressed: str) -> tuple[Any, ...]:
-        pair = load_pair(dense, compressed)
-        return pair, _loaded(pair), gr.Slider(**_range(pair))
-
-    return opened
+def _open_pair(gr: Any, dense: str, compressed: str) -> tuple[Any, ...]:
+    pair = load_pair(dense, compressed)
+    return pair, _loaded(pair), gr.Slider(**_range(pair))
 
 
-def _resizer(gr: Any) -> Callable[..., tuple[Any, ...]]:
-    def resized(pair: Pair | None, reduction: float, image: Any, repeats: int) -> tuple[Any, ...]:
-        if pair is None:
-            raise InvalidValueError("Expected an elastic model, found none; load one first.")
-        pair = pair.with_reduction(reduction)
-        shown = (gr.skip(), gr.skip(), gr.skip()) if image is None else _classify(pair, image, repeats)
-        return pair, _loaded(pair), *shown
-
-    return resized
+def _resize(gr: Any, pair: Pair | None, reduction: float, image: Any, repeats: int) -> tuple[Any, ...]:
+    if pair is None:
+        raise InvalidValueError("Expected an elastic model, found none; load one first.")
+    pair = pair.with_reduction(reduction)
+    shown = (gr.skip(), gr.skip(), gr.skip()) if image is None else _classify(pair, image, repeats)
+    return pair, _loaded(pair), *shown
 
 
 def _classify(pair: Pair | None, image: Any, repeats: int) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..checks import check, finite, whole
 from ..compression.clock import wait_for
 from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
 from ..errors import CheckpointError, ComCATError, InvalidValueError, brief
@@ -200,7 +200,7 @@ class Studio:
         scales = {**dict.fromkeys(self._adapters, 1.0), **(scales or {})}
         self._check_names(scales)
         for name, scale in scales.items():
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            if not finite().holds(scale):
                 raise InvalidValueError(f"{name}: expected a number as its scale, found {scale!r}.")
         active = {name: float(scale) for name, scale in scales.items() if scale}
         if self._adapters:
@@ -347,17 +347,10 @@ def _check_kind(pipeline: Any, source: str) -> None:
 def _check(settings: DrawSettings) -> None:
     sides = {"height": settings.height, "width": settings.width}
     sides = {name: side for name, side in sides.items() if side is not None}
-    limits = {
-        "steps": (settings.steps, 1, _MOST_STEPS),
-        "seed": (settings.seed, 0, _MOST_SEED),
-        **{name: (side, _MULTIPLE, LARGEST) for name, side in sides.items()},
-    }
-    for name, (value, low, high) in limits.items():
-        if type(value) is not int or not low <= value <= high:
-            raise InvalidValueError(f"{name}: expected a whole number from {low} to {high}, found {value!r}.")
+    check(settings.steps, whole(1, _MOST_STEPS), "steps")
+    check(settings.seed, whole(0, _MOST_SEED), "seed")
     for name, side in sides.items():
+        check(side, whole(_MULTIPLE, LARGEST), name)
         if side % _MULTIPLE:
             raise InvalidValueError(f"{name}: expected a multiple of {_MULTIPLE}, found {side}.")
-    guidance = settings.guidance
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-        raise InvalidValueError(f"guidance: expected a number, found {guidance!r}.")
+    check(settings.guidance, finite(), "guidance")

@@ -13,7 +13,7 @@ from ..configs.index import INDEX, read_index
 from ..configs.ranks import RANKS_FORMAT, RANKS_NAME, RankPlan
 from ..errors import CheckpointError
 from ..hub import kind_of, list_files, pull_folder, push_folder, read_json, readable_size, sizes_in
-from .shell import app, command, table
+from .shell import Revision, app, command, table
 
 
 _CONFIG = "adapter_config.json"
@@ -25,7 +25,6 @@ _ADAPTER = {
     **dict.fromkeys(_SIZES, optional(whole(1))),
     **dict.fromkeys(_FLAGS, optional(FLAG)),
 }
-_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 
 
 @command(app, light=True)
@@ -33,7 +32,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help="What to upload: a folder or a file.")],
     repo_id: Annotated[str, typer.Argument(help="user/name, or a name of your own.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: _Revision = None,
+    revision: Revision = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     pull_request: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave out files that fit (*.png); repeat.")] = None,
@@ -60,7 +59,7 @@ def push(
 def pull(
     repo_id: Annotated[str, typer.Argument(help="Hub id.")],
     folder: Annotated[Path, typer.Argument(help="Where the files should lie.")],
-    revision: _Revision = None,
+    revision: Revision = None,
     include: Annotated[list[str] | None, typer.Option(help="Take only files that fit (*.json); repeat.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave out files that fit; repeat.")] = None,
 ) -> None:
@@ -73,7 +72,7 @@ def pull(
 @command(app, light=True)
 def info(
     source: Annotated[str, typer.Argument(help="Folder or Hub id.")],
-    revision: _Revision = None,
+    revision: Revision = None,
 ) -> None:
     """Say what a folder or a repository holds: its kind, base and ranks, and its files; no weights are downloaded."""
     folder = pull_folder(source, revision=revision, allow_patterns="*.json")
@@ -93,12 +92,10 @@ def info(
 
 def _sizes(source: str, folder: Path) -> tuple[dict[str, int], str]:
     """The files of a folder or a repository; of what the cache holds of it while the Hub is not reached."""
-    if not Path(source).expanduser().is_dir():
-        try:
-            return list_files(source, revision=folder.name), ""
-        except CheckpointError:
-            return sizes_in(folder), " in the cache"
-    return sizes_in(folder), ""
+    try:
+        return list_files(source, folder.name), ""
+    except CheckpointError:
+        return sizes_in(folder), " in the cache"
 
 
 def _parameters(folder: Path) -> str | None:

@@ -8,10 +8,9 @@ import typer
 from ..configs import RankPlan
 from ..errors import CheckpointError
 from ..hub import resolve_file
-from .shell import app, command, table
+from .shell import Revision, app, command, table
 
 
-_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 ranks = typer.Typer(name="ranks", help="Look at rank plans.", no_args_is_help=True)
 app.add_typer(ranks)
 
@@ -19,7 +18,7 @@ app.add_typer(ranks)
 @command(ranks, light=True)
 def show(
     plan: Annotated[str, typer.Argument(help="Folder, file or Hub id.")],
-    revision: _Revision = None,
+    revision: Revision = None,
 ) -> None:
     """Print the ranks and widths of a plan."""
     found = RankPlan.from_pretrained(plan, revision=revision)
@@ -64,7 +63,7 @@ def plot(
         str | None,
         typer.Option(help="Model that the plan is for: folder or Hub id.", show_default="what the plan names"),
     ] = None,
-    revision: _Revision = None,
+    revision: Revision = None,
 ) -> None:
     """Draw which ranks and widths a plan keeps, layer by layer. Of the model only the configuration is read."""
     from ..native import dense_skeleton

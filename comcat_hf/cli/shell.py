@@ -12,7 +12,9 @@ from ..hub import without_secrets
 from ..version import __version__
 
 
-__all__ = ["app", "command", "commands", "main", "table"]
+__all__ = ["Revision", "app", "command", "commands", "main", "table"]
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")]
 
 
 class _Commands(typer.core.TyperGroup):

@@ -371,21 +371,15 @@ def shift(images: Tensor) -> Tensor:
 
 def _measure(models: Mapping[str, nn.Module], data: Digits, repeats: int) -> tuple[Row, ...]:
     """Accuracy, sizes and latency of each model."""
-    latencies = _latencies(models, data.held_images[:BATCH], repeats)
-    rows = []
-    for name, model in models.items():
-        with torch.inference_mode():
-            right = model(data.held_images).logits.argmax(-1) == data.held_labels
-        accuracy = right.double().mean().item()
-        rows.append(Row(name, accuracy, count_parameters(model), count_macs(model), latencies[name]))
-    return tuple(rows)
-
-
-@torch.inference_mode()
-def _latencies(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds for a batch."""
+    batch, rows = data.held_images[:BATCH], []
     calls = {name: partial(model, batch) for name, model in models.items()}
-    return {name: median(times) for name, times in in_turns(calls, batch.device, range(repeats)).items()}
+    with torch.inference_mode():
+        times = in_turns(calls, batch.device, range(repeats))
+        right = {n: model(data.held_images).logits.argmax(-1) == data.held_labels for n, model in models.items()}
+    for name, model in models.items():
+        accuracy = right[name].double().mean().item()
+        rows.append(Row(name, accuracy, count_parameters(model), count_macs(model), median(times[name])))
+    return tuple(rows)
 
 
 def _write_image(pixels: Tensor, path: Path) -> None:

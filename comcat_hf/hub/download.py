@@ -121,27 +121,17 @@ def pull_folder(
     return _place_files(source, chosen, Path(local_dir).expanduser())
 
 
-def list_files(
-    name_or_path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
-) -> dict[str, int]:
-    """The files of a folder or a Hub repository with their sizes; nothing is downloaded.
-
-    Args:
-        name_or_path: a folder or a Hub id.
-        revision: branch, tag or commit; default: `main`.
-        token: for private repositories; default: the token of `hf auth login`.
-
-    Returns:
-        sizes in bytes by name.
+def list_files(name_or_path: str, revision: str | None = None) -> dict[str, int]:
+    """The sizes in bytes of the files of a folder or a Hub repository, by name; nothing is downloaded.
 
     Raises:
-        CheckpointError: there is no such folder or repository, or the Hub did not answer.
+        CheckpointError: there is no such repository, or the Hub did not answer.
     """
     local = _expanded(name_or_path)
     if local.is_dir():
         return sizes_in(local)
-    repo_id = str(name_or_path)
-    return asking(repo_id, "its files", revision, token, lambda: sizes_on_the_hub(repo_id, revision, token))
+    sizes = partial(sizes_on_the_hub, name_or_path, revision, None)
+    return asking(name_or_path, "its files", revision, None, sizes)
 
 
 def _download(

@@ -143,6 +143,11 @@ class AttentionFamily:
         """What stands between projections and scores; `None` for a processor that is not known."""
         return self.processors.get(type(module.processor).__name__) if self.processors else self.form
 
+    def streams_of(self, module: nn.Module) -> tuple[Stream, ...]:
+        """The streams whose projections a module has; the first is that of the family."""
+        further = form.further if (form := self.form_of(module)) else ()
+        return (self.stream, *(stream for stream in further if getattr(module, stream.query, None) is not None))
+
     def sibling_of(self, module: nn.Module) -> str | None:
         """Path of the output projection, seen from the parent, where it lies outside of the module."""
         if self.output_in_parent:
@@ -206,23 +211,16 @@ class MLPFamily:
 
 
 class Registry(Generic[Family]):
-    """Families by the import path of their host class; filled on first use, so that no host library is imported.
+    """Families by the import path of their host class.
 
     Args:
         what: what the families describe, for errors.
-        rows: gives the rows of the libraries we know.
+        rows: those of the libraries we know.
     """
 
-    def __init__(self, what: str, rows: Callable[[], Iterable[Family]]) -> None:
+    def __init__(self, what: str, rows: Iterable[Family]) -> None:
         self._what = what
-        self._rows: Callable[[], Iterable[Family]] = rows
-        self._families: dict[str, Family] | None = None
-
-    @property
-    def families(self) -> dict[str, Family]:
-        if self._families is None:
-            self._families = {family.host: family for family in self._rows()}
-        return self._families
+        self.families: dict[str, Family] = {family.host: family for family in rows}
 
     def find(self, module: nn.Module) -> Family | None:
         return self.families.get(class_path(type(module)))

@@ -264,9 +264,7 @@ class HostedLowRankAttention(LowRankAttention):
         """Attend, as the host's `forward` says."""
         # Made anew each time: it costs no more than a few attributes, and nothing has to be kept in step.
         projections = _Projections(self, self._family)
-        form = self._family.form_of(self)
-        streams = [s for s in (form.further if form else ()) if getattr(self, s.query, None) is not None]
-        further = [_Projections(self, self._family, stream) for stream in streams]
+        further = [_Projections(self, self._family, stream) for stream in self._family.streams_of(self)[1:]]
         stand_in = StandIn.of(self, self._family, projections, self._host, further)
         stand_in.resize(projections.heads, projections.width)
         output = stand_in.forward(*args, **kwargs)

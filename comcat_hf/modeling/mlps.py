@@ -8,7 +8,7 @@ linear layers can be given ranks all the same.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -95,17 +95,9 @@ class FeedForwardView:
         return {f"{self.name}.{path}": at_path(self.module, path) for path in (*self.first, self.output_path)}
 
 
-def _rows() -> Iterable[MLPFamily]:
-    return (*transformers.MLPS, *timm.MLPS, *diffusers.MLPS)
-
-
-def _rows_of_fixed_width() -> Iterable[MLPFamily]:
-    return (*transformers.FEED_FORWARDS, *diffusers.FEED_FORWARDS)
-
-
-_registry = Registry("MLP", _rows)
+_registry = Registry("MLP", (*transformers.MLPS, *timm.MLPS, *diffusers.MLPS))
 # Those whose width is not chosen, since their first layers are not one row a unit or the class is not compressed.
-_fixed = Registry("feed-forward", _rows_of_fixed_width)
+_fixed = Registry("feed-forward", (*transformers.FEED_FORWARDS, *diffusers.FEED_FORWARDS))
 
 
 def register_mlp_family(family: MLPFamily) -> None:

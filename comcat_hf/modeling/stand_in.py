@@ -71,8 +71,7 @@ class StandIn(nn.Module):
         stand_in = cls.__new__(cls)
         own = stand_in.__dict__
         own["_host"], own["_family"], own["_size"] = host, family, None
-        streams = (family.stream, *(form.further if (form := family.form_of(host)) else ()))
-        for stream, with_it in zip(streams, (projections, *further), strict=False):
+        for stream, with_it in zip(family.streams_of(host), (projections, *further), strict=True):
             _replace(own, host, stream, with_it)
         if family.scale_of is not None:
             for name, (index, roles) in _FUSED.items():

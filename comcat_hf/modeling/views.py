@@ -6,7 +6,7 @@ module inside one model. Families are plain data: a new one is a row in `modelin
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -123,8 +123,7 @@ class AttentionView:
     @property
     def streams(self) -> tuple[Stream, ...]:
         """Where the projections of each input are; the first are those above."""
-        further = (s for s in self.form.further if getattr(self.module, s.query, None) is not None)
-        return (self.family.stream, *further)
+        return self.family.streams_of(self.module)
 
     def norm(self, role: str, stream: Stream) -> nn.Module | None:
         """The norm of a stream's queries or keys, `None` where nothing is normalised."""
@@ -159,15 +158,7 @@ class AttentionView:
         return found
 
 
-def _rows() -> Iterable[AttentionFamily]:
-    return (*transformers.FAMILIES, *transformers.ADAPTED, *timm.FAMILIES, *diffusers.FAMILIES)
-
-
-def _refusals() -> dict[str, str]:
-    return dict(transformers.REFUSED)
-
-
-_registry = Registry("attention", _rows)
+_registry = Registry("attention", (*transformers.FAMILIES, *transformers.ADAPTED, *timm.FAMILIES, *diffusers.FAMILIES))
 
 
 def register_attention_family(family: AttentionFamily) -> None:
@@ -322,10 +313,10 @@ def _view(
     if absent:
         raise _unsupported(name, module, f"it has no {', '.join(absent)}, which {family.described()}")
     # The value/output product alone is compressed where the host's own forward runs what stands in the way.
-    in_the_way = () if family.runs_host else (family.refuse_qk,)
-    refusals = [_refuse_compression(family), family.refuse, *in_the_way] if whole else [family.refuse]
-    reason = next((why for refuse in refusals if refuse is not None and (why := refuse(module)) is not None), None)
-    if reason is not None:
+    in_the_way = family.refuse_qk if whole and not family.runs_host else None
+    form = family.form_of(module) if whole else None
+    whys = (refuse(module) for refuse in (family.refuse, in_the_way) if refuse is not None)
+    if reason := (form and form.compress) or next(filter(None, whys), None):
         raise _unsupported(name, module, reason)
     in_parent = family.sibling_of(module)
     owner_name, path = (name, family.output) if in_parent is None else (name.rpartition(".")[0], in_parent)
@@ -340,10 +331,6 @@ def _view(
         for path, linear in view.projections().items():
             _check_plain(path, linear)
     return view
-
-
-def _refuse_compression(family: AttentionFamily) -> Callable[[nn.Module], str | None]:
-    return lambda module: form.compress if (form := family.form_of(module)) is not None else None
 
 
 def _check_plain(path: str, linear: nn.Module) -> None:
@@ -384,7 +371,7 @@ def _check_unshared(view: AttentionView, users: dict[int, str]) -> None:
 
 def _unsupported(name: str, module: nn.Module, reason: str | None = None) -> UnsupportedModuleError:
     cls = class_path(type(module))
-    reason, fix = reason or _refusals().get(cls), ""
+    reason, fix = reason or transformers.REFUSED.get(cls), ""
     if reason is None:
         reason = "no family describes this class"
         fix = ", or describe the class with comcat_hf.register_attention_family"

@@ -62,12 +62,13 @@ def convert_original_adapter(
     values = _read_factors(content, unet, str(file), name)
     ranks = {path: _ranks_of(factors, unet, path) for path, factors in values.items()}
     first = next(iter(ranks.values()))
+    every = {path for path, _ in unet.named_modules() if path.endswith((".attn1", ".attn2"))}
     config = ComCATConfig(
         mode="customize",
         qk_rank=first["qk"],
         vo_rank=first["vo"],
         rank_pattern={path: entry for path, entry in ranks.items() if entry != first},
-        target_modules=None if set(values) == set(_all_attentions(unet)) else list(values),
+        target_modules=None if set(values) == every else list(values),
         scale=alpha**2,
     )
     restore = remember(unet)
@@ -174,10 +175,6 @@ def _read_factors(content: Sequence[Any], unet: nn.Module, file: str, base: str)
 def _ranks_of(factors: dict[str, Tensor], unet: nn.Module, path: str) -> dict[str, int]:
     heads = base_module(unet.get_submodule(path)).heads
     return {"qk": factors["query"].shape[0] // heads, "vo": factors["value"].shape[0] // heads}
-
-
-def _all_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in unet.named_modules() if path.endswith((".attn1", ".attn2"))}
 
 
 def _load_unet(base: str | Path) -> "UNet2DConditionModel":

@@ -48,7 +48,8 @@ def take_tensor(tensors: Mapping[str, Any], name: str, shape: tuple[int | None, 
     # Detached to a plain tensor: attributes saved with a tensor could hide its methods.
     found = torch.detach(found)
     dense = not found.is_nested and found.layout is torch.strided and found.device.type == "cpu"
-    fits = dense and found.ndim == len(shape) and all(map(_agree, shape, found.shape))
+    fits = dense and found.ndim == len(shape)
+    fits = fits and all(wanted in (None, size) for wanted, size in zip(shape, found.shape, strict=True))
     if not fits or not found.is_floating_point():
         there = (" × ".join(map(str, found.shape)) or "a single number") if dense else "no dense tensor"
         raise CheckpointError(
@@ -60,7 +61,3 @@ def take_tensor(tensors: Mapping[str, Any], name: str, shape: tuple[int | None, 
             f"{source}: expected {name} to be finite, found NaN or infinity; the training that wrote it diverged"
         )
     return found.float()
-
-
-def _agree(wanted: int | None, size: int) -> bool:
-    return wanted in (None, size)

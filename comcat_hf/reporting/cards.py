@@ -103,7 +103,7 @@ def write_card(folder: str | Path, facts: CardFacts) -> Path:
         content = kept | data.to_dict()
     else:
         written, content = ours, _metadata(facts).to_dict()
-    head = ModelCardData(**_as_arguments(content)).to_yaml()
+    head = ModelCardData(**{name: value for name, value in content.items() if value is not None}).to_yaml()
     return write_text_atomic(path, f"---\n{head}\n---\n\n{written.strip()}\n".replace("\n", line_break))
 
 
@@ -203,10 +203,6 @@ def _metadata(facts: CardFacts, tags: Sequence[str] = ()) -> ModelCardData:
         eval_results=results or None,
         **extra,
     )
-
-
-def _as_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if value is not None}
 
 
 def _read(path: Path) -> tuple[ModelCard, str]:

@@ -214,12 +214,6 @@ def test_the_command_refuses_before_it_serves(arguments, message, monkeypatch):
     assert "Traceback" not in result.output
 
 
-def test_an_adapter_that_is_none_stops_the_command(base, classifiers):
-    result = run("--pipeline", base, "--adapter", f"dog={classifiers['dense']}")
-    assert result.exit_code == 1
-    assert "comcat_adapter.json" in result.stderr
-
-
 def test_a_port_in_use_is_said():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

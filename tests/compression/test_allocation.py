@@ -30,7 +30,7 @@ from tests.helpers import assert_unchanged, classes_of, small_vit, state_of
 ASKED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
-def _deit_small():
+def deit_small():
     return DeiTForImageClassification(
         DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
     )
@@ -51,7 +51,7 @@ def _dinov2_small():
     return Dinov2ForImageClassification(Dinov2Config(hidden_size=384, num_attention_heads=6, num_labels=1000))
 
 
-REAL = {"deit": _deit_small, "bert": _bert_small, "clip_vision": _clip_vision, "dinov2": _dinov2_small}
+REAL = {"deit": deit_small, "bert": _bert_small, "clip_vision": _clip_vision, "dinov2": _dinov2_small}
 
 
 def without_weights(build):
@@ -136,7 +136,7 @@ def test_reached_is_counted_by_numel_on_the_compressed_model(asked):
 
 
 def test_uniform_gives_every_site_the_same_share():
-    plan = allocate_ranks(without_weights(_deit_small), 0.5)
+    plan = allocate_ranks(without_weights(deit_small), 0.5)
     ranks = [rank for entry in attention_ranks(plan) for rank in entry.values()]
     assert len(ranks) == 24
     assert max(ranks) - min(ranks) <= 8
@@ -158,7 +158,7 @@ def test_same_call_same_plan_and_model_as_it_was():
 
 
 def test_steps_are_what_was_asked_for():
-    model = without_weights(_deit_small)
+    model = without_weights(deit_small)
     for step in (2, 16):
         ranks = all_ranks(allocate_ranks(model, 0.4, step=step))
         assert sum(rank % step != 0 for rank in ranks) <= 3

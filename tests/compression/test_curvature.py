@@ -20,6 +20,7 @@ from comcat_hf.compression.fitting.compensation import compress_in_order
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import AttentionSite, LinearSite, MLPSite, find_sites
 from tests.architectures import ARCHITECTURES
+from tests.compression.test_statistics import doubled
 from tests.helpers import MODELS, assert_unchanged, classes_of, small_bert, small_clip, small_vit, state_of
 
 
@@ -101,7 +102,7 @@ def test_equal_autograd_on_what_is_inserted(family):
         "sam2_hiera",
     ):
         # In single precision some of these sums nearly cancel.
-        model, inputs = model.double(), {k: _double(v) for k, v in inputs.items()}
+        model, inputs = model.double(), doubled(inputs)
     model.requires_grad_(False)
     sites, statistics, gradients, hidden, weight, samples = inserted(model, inputs)
     gathered = collect_statistics(model, [inputs], curvature=True, mlp="mixed")
@@ -135,10 +136,6 @@ def test_equal_autograd_on_what_is_inserted(family):
                     total = total + _by_sample(by_sample, samples)
                 largest = sums.moved(choice)[0]
                 close(movements(gathered, site, choice)[rank], total.square().sum() / weight, 1e-4, name, largest)
-
-
-def _double(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _at_rank(site, rank, moments, entered):

@@ -6,7 +6,6 @@ import logging
 
 import pytest
 import torch
-from transformers import DeiTConfig, DeiTForImageClassification
 
 from comcat_hf import LatencyTable, RankPlan, allocate_ranks, compress, measure_latency, plan_of, search_ranks
 from comcat_hf.compression import measure_sensitivities
@@ -18,6 +17,7 @@ from comcat_hf.compression.counting import trace
 from comcat_hf.compression.request import sites_by_way
 from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
 from comcat_hf.modeling import find_sites
+from tests.compression.test_allocation import deit_small, without_weights
 from tests.helpers import (
     MODELS,
     assert_unchanged,
@@ -29,12 +29,6 @@ from tests.helpers import (
     small_vit,
     state_of,
 )
-
-
-def deit_small(**settings):
-    with torch.device("meta"):
-        config = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 1000}
-        return DeiTForImageClassification(DeiTConfig(**config, **settings))
 
 
 def wide_vit():
@@ -115,7 +109,7 @@ def test_what_was_not_timed_saves_nothing():
 @pytest.mark.parametrize("mlp", ["rank", "width"])
 @pytest.mark.parametrize("scope", ["model", "attention", "mlp"])
 def test_uniform_lands_on_what_was_asked(scope, mlp):
-    model = deit_small()
+    model = without_weights(deit_small)
     table = table_of(model)
     for asked in (0.1, 0.3, 0.5):
         plan = allocate_ranks(model, asked, scope=scope, metric="latency", latency=table, mlp=mlp)
@@ -147,7 +141,7 @@ def test_informed_strategies_land_too(strategy, scope, mlp):
 
 
 def test_mixed_counts_every_mlp_once():
-    model = deit_small()
+    model = without_weights(deit_small)
     table, tokens = table_of(model), trace(model).tokens
     sites = find_sites(model, "mlp", width=True)
     names = tuple(sites)
@@ -168,7 +162,7 @@ def test_families_land_and_compress(build):
 
 
 def test_ranks_that_save_nothing_are_not_chosen():
-    model = deit_small()
+    model = without_weights(deit_small)
     table = table_of(model)
     slow = {
         shape: ShapeTimes(
@@ -189,7 +183,7 @@ def test_ranks_that_save_nothing_are_not_chosen():
 
 
 def test_out_of_reach_says_what_is_reachable():
-    model = deit_small()
+    model = without_weights(deit_small)
     table = table_of(model, fixed=0.5)
     with pytest.raises(BudgetError, match=r"latency is out of reach: at rank 1 everywhere 0\.\d+") as caught:
         allocate_ranks(model, 0.9, metric="latency", latency=table)

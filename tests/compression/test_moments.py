@@ -12,7 +12,7 @@ from comcat_hf.compression.calibration.moments import STATISTICS_NAME
 from comcat_hf.compression.calibration.statistics import collecting, token_mask
 from comcat_hf.errors import CheckpointError, InvalidValueError
 from comcat_hf.modeling import apply_ranks, find_sites
-from tests.compression.test_statistics import assert_same
+from tests.compression.test_statistics import assert_same, doubled
 from tests.helpers import MODELS, images, small_bert, small_vit
 from tests.processes import in_processes
 
@@ -34,15 +34,11 @@ def rewritten(path, **changes):
 def test_parts_add_up_to_the_whole(family):
     model, inputs = MODELS[family]()
     parts = [{name: tensor[i : i + 1] for name, tensor in inputs.items()} for i in range(2)]
-    first, second = (collect_statistics(model.double(), [_double(part)]) for part in parts)
-    whole = collect_statistics(model, [_double(inputs)])
+    first, second = (collect_statistics(model.double(), [doubled(part)]) for part in parts)
+    whole = collect_statistics(model, [doubled(inputs)])
     assert_same(first + second, whole)
     assert_same(first.merge(second), whole)
     assert ((first + second).samples, first.samples) == (2, 1)
-
-
-def _double(inputs):
-    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
 def test_those_of_other_models_do_not_add_up():

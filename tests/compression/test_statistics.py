@@ -18,6 +18,11 @@ from tests.helpers import MODELS, assert_unchanged, classes_of, images, small_be
 FIELDS = {"AttentionMoments": ("query", "key", "attended", "attended_mean"), "LinearMoments": ("covariance", "mean")}
 
 
+def doubled(inputs):
+    floating = {k: v.double() for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return {**inputs, **floating}
+
+
 def fields(moments):
     return {name: getattr(moments, name) for name in FIELDS[type(moments).__name__]}
 
@@ -86,8 +91,7 @@ def brute_force(site, seen, mask, hidden):
 @pytest.mark.parametrize("family", ["vit", "deit_distilled", "dinov2_swiglu", "bert", "clip_text", "videomae", "dpt"])
 def test_equal_plain_loops_over_activations(family):
     model, inputs = MODELS[family]()
-    model = model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    model, inputs = model.double(), doubled(inputs)
     statistics = collect_statistics(model, [inputs])
     seen, mask = capture(model, inputs), inputs.get("attention_mask")
     assert set(statistics) == set(find_sites(model)) == set(seen)

@@ -16,7 +16,7 @@ from comcat_hf.compression.counting import count_parameters
 from comcat_hf.compression.request import Request
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import LowRankAttention, NarrowLinear, find_sites
-from tests.compression.test_allocation import _deit_small, all_ranks, demo_vit, without_weights
+from tests.compression.test_allocation import all_ranks, deit_small, demo_vit, without_weights
 from tests.compression.test_compress import correlated_images
 from tests.helpers import MODELS, assert_unchanged, classes_of, images, small_bert, small_vit, state_of
 
@@ -82,7 +82,7 @@ def test_every_kind_of_output_can_be_measured(family):
 
 
 def test_spectrum_on_a_model_of_real_size():
-    model = _deit_small()
+    model = deit_small()
     for asked in (0.3, 0.6):
         plan = allocate_ranks(model, asked, strategy="spectrum")
         assert asked <= plan.reached <= asked + TOLERANCE
@@ -91,7 +91,7 @@ def test_spectrum_on_a_model_of_real_size():
 
 def test_spectrum_needs_weights():
     with pytest.raises(InvalidValueError, match=r"vit\.layers\.0|deit\.layers\.0"):
-        allocate_ranks(without_weights(_deit_small), 0.3, strategy="spectrum")
+        allocate_ranks(without_weights(deit_small), 0.3, strategy="spectrum")
 
 
 @pytest.mark.parametrize("strategy", ["spectrum", "sensitivity"])

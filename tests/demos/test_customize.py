@@ -280,12 +280,6 @@ def test_settings_out_of_range_are_named(tmp_path, wrong):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InvalidValueError, match="found a file"):
-        run_customize_demo(tmp_path / "file", TINY)
-
-
 @pytest.mark.parametrize("missing", ["diffusers", "matplotlib"])
 def test_a_missing_package_is_said_before_anything_is_trained(tmp_path, monkeypatch, missing):
     real = importlib.util.find_spec

@@ -11,8 +11,10 @@ from comcat_hf.modeling import (
     attention_views,
     find_sites,
     known_attention_classes,
+    known_sites,
     read_ranks,
 )
+from tests.architectures import ARCHITECTURES
 from tests.helpers import (
     MODELS,
     assert_close,
@@ -31,7 +33,6 @@ from tests.helpers import (
 FAMILIES = list(MODELS)
 IMPLEMENTATIONS = ["sdpa", "eager"]
 _TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
-_IMAGE = {**_TINY, "image_size": 32, "patch_size": 8}
 _SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 
 # name: model class, config class, settings, what the refusal says.
@@ -42,50 +43,50 @@ REFUSED = {
 }
 
 
-def _linears_of(view):
-    return view.query, view.key, view.value, view.output
-
-
 def test_models_are_a_fair_test():
     # No bias at zero, and the mask excludes tokens: else what follows would pass without them.
-    for build in MODELS.values():
+    for build in (MODELS | ARCHITECTURES).values():
         model, inputs = build()
         biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
-        assert biases
+        assert biases or build not in MODELS.values()
         assert all(bias.abs().min() > 0 for bias in biases if bias.numel() < 100)
         assert "attention_mask" not in inputs or 0 in inputs["attention_mask"]
 
 
-def test_every_known_class_is_covered():
-    covered = {
-        type(view.module).__name__ for build in MODELS.values() for view in attention_views(build()[0]).values()
-    }
-    # That of diffusers has tests of its own, and those of test_architectures.py.
-    assert covered < set(known_attention_classes())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ARCHITECTURES])
 def test_full_rank_reproduces_the_model(family):
     """With SDPA; the test of recorded attentions does the same with the eager kernel."""
-    model, inputs = MODELS[family]()
-    assert {view.module.config._attn_implementation for view in attention_views(model).values()} == {"sdpa"}
-    expected, ranks = outputs(model, inputs), full_ranks(model, "model")
-    assert sum(isinstance(entry, dict) for entry in ranks.values()) >= 2
+    model, inputs = (MODELS | ARCHITECTURES)[family]()
+    expected = outputs(model, inputs)
+    ranks = {name: dict(site.choices) for name, site in known_sites(model, "attention").items()}
+    if family in MODELS:
+        assert {view.module.config._attn_implementation for view in attention_views(model).values()} == {"sdpa"}
+        ranks = full_ranks(model, "model")
+        assert sum(isinstance(entry, dict) for entry in ranks.values()) >= 2
     apply_ranks(model, ranks)
     assert read_ranks(model) == ranks
-    assert not any(type(m).__name__ in known_attention_classes() for m in model.modules())
+    assert family not in MODELS or not any(type(m).__name__ in known_attention_classes() for m in model.modules())
     assert_close(outputs(model, inputs), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_low_rank_is_exact_where_the_weights_are(family):
-    # Full rank copies the weights; this goes through the factorisation, with unequal widths.
-    model, inputs = MODELS[family]()
-    make_low_rank(model, qk=5, vo=11)
+@pytest.mark.parametrize(
+    ("family", "shares"),
+    [
+        *((family, (0.35, 0.7)) for family in FAMILIES),
+        *((name, shares) for name in ARCHITECTURES for shares in ((0.35, 0.65), (0.25, 0.1))),
+    ],
+)
+def test_low_rank_is_exact_where_the_weights_are(family, shares):
+    # Full rank copies the weights; this goes through the factorisation, with unequal widths, and with narrow kernels.
+    model, inputs = (MODELS | ARCHITECTURES)[family]()
+    size = min(site.view.head_dim for site in known_sites(model, "attention").values())
+    ranks = dict(zip(("qk", "vo"), (max(int(share * size), 1) for share in shares), strict=True))
+    make_low_rank(model, **ranks)
     expected = outputs(model, inputs)
-    apply_ranks(model, attention_ranks(model, qk=5, vo=11))
-    for implementation in IMPLEMENTATIONS:
-        model.set_attn_implementation(implementation)
+    apply_ranks(model, attention_ranks(model, **ranks))
+    assert_close(outputs(model, inputs), expected)
+    if family in MODELS:
+        model.set_attn_implementation("eager")
         assert_close(outputs(model, inputs), expected)
 
 

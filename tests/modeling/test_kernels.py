@@ -10,17 +10,13 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from comcat_hf.modeling import LowRankAttention, apply_ranks, attention_views
+from comcat_hf.modeling import apply_ranks, attention_views
 from comcat_hf.modeling import lowrank as modules
-from tests.helpers import MODELS, assert_close, attention_ranks, compressed, outputs, small_vit
+from tests.helpers import MODELS, assert_close, attention_ranks, attentions_of, compressed, outputs, small_vit
 
 
 FAMILIES = list(MODELS)
 RANKS = {"qk": 5, "vo": 12}
-
-
-def attentions_of(model):
-    return [module for module in model.modules() if isinstance(module, LowRankAttention)]
 
 
 @pytest.fixture

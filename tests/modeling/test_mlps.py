@@ -404,7 +404,7 @@ HOST = f"{OwnMLP.__module__}.OwnMLP"
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(mlps._registry, "_families", dict(mlps._registry.families))
+    monkeypatch.setattr(mlps._registry, "families", dict(mlps._registry.families))
 
 
 def with_own_mlps(**sizes):

@@ -13,6 +13,7 @@ from tests.helpers import (
     MODELS,
     assert_close,
     attention_ranks,
+    attentions_of,
     classes_of,
     compressed,
     full_ranks,
@@ -23,10 +24,6 @@ from tests.helpers import (
 
 
 RANKS = {"qk": 5, "vo": 12}
-
-
-def attentions_of(model):
-    return [module for module in model.modules() if isinstance(module, LowRankAttention)]
 
 
 def test_is_an_instance_of_the_hosts_class():

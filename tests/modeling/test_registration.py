@@ -56,7 +56,7 @@ def own_family(**changes):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(views._registry, "_families", dict(views._registry.families))
+    monkeypatch.setattr(views._registry, "families", dict(views._registry.families))
 
 
 def test_unregistered_class_is_refused_with_advice():

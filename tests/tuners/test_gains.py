@@ -15,7 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from comcat_hf import ComCATConfig, load_comcat_weights, save_comcat_weights, unload_comcat_weights
+from comcat_hf import (
+    ComCATConfig,
+    load_comcat_weights,
+    parameter_groups,
+    save_comcat_weights,
+    unload_comcat_weights,
+)
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from comcat_hf.modeling.hosts import diffusers, transformers
 from comcat_hf.modeling.wrappers import base_module
@@ -431,3 +437,24 @@ def test_gains_of_a_folder_of_diffusers(tmp_path):
         unet._hf_peft_config_loaded = False
         unet.save_pretrained(tmp_path)
         assert_close(run(UNet2DConditionModel.from_pretrained(tmp_path), inputs), expected)
+
+
+def test_gains_learn_faster():
+    model, _ = gained("unet", {"head_gains": True, **CORE})
+    others, gains = parameter_groups(model, learning_rate=0.1)
+    assert others["lr"] == 0.1 and gains["lr"] == pytest.approx(0.3)
+    names = {id(parameter): path for path, parameter in model.named_parameters()}
+    assert all(names[id(p)].endswith("vo_core.weight") for p in others["params"])
+    kinds = {names[id(p)].partition(".comcat_factors.")[2] for p in gains["params"]}
+    assert kinds == {"a.weight", "a.key_gains.weight", "a.value_gains.weight"}
+    assert len(others["params"]) + len(gains["params"]) == sum(p.requires_grad for p in model.parameters())
+    # In their order, as an optimizer of earlier versions had them.
+    (one,) = parameter_groups(model, learning_rate=0.1, gains_lr_ratio=1)
+    assert [id(p) for p in one["params"]] == [id(p) for p in model.parameters() if p.requires_grad]
+    linear = nn.Linear(2, 2)
+    assert parameter_groups(linear, linear, learning_rate=1e-3) == [{"params": [*linear.parameters()], "lr": 1e-3}]
+    for wrong in ({"learning_rate": -1.0}, {"learning_rate": 0.1, "gains_lr_ratio": float("nan")}):
+        with pytest.raises(InvalidValueError, match="expected a finite number"):
+            parameter_groups(linear, **wrong)
+    with pytest.raises(InvalidValueError, match="Expected parameters that are trained"):
+        parameter_groups(linear.requires_grad_(False), learning_rate=0.1)

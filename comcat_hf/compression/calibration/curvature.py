@@ -90,7 +90,9 @@ def gather_curvature(
                 raise
             error = caught
     if accelerator is not None:
-        weight = _reduce(accelerator, meters, weight, error, weights.device)
+        (weight,) = all_counts(accelerator, [weight], error, "The curvature", weights.device)
+        for meter in meters:
+            meter.sums = accelerator.reduce(meter.sums, "sum")
     return _with_curvature(statistics, meters, weight)
 
 
@@ -331,16 +333,6 @@ def _by_sample(value: Tensor, counts: Collection[int], name: str) -> Tensor:
             'gradients of single samples cannot be told apart. Choose strategy="sensitivity" or "spectrum".'
         )
     return value.unflatten(0, (samples, -1)).sum(1)
-
-
-def _reduce(
-    accelerator: Any, meters: Sequence[_Meter], weight: float, error: Exception | None, device: torch.device
-) -> float:
-    """Sum over all processes, in place; returns the weight of all."""
-    (weight,) = all_counts(accelerator, [weight], error, "The curvature", device)
-    for meter in meters:
-        meter.sums = accelerator.reduce(meter.sums, "sum")
-    return weight
 
 
 def _with_curvature(statistics: Statistics, meters: Sequence[_Meter], weight: float) -> Statistics:

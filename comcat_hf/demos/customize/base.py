@@ -20,6 +20,7 @@ __all__ = [
     "NAMES",
     "NEW",
     "OLD",
+    "OLD_DIGITS",
     "build_pipeline",
     "build_tokenizer",
     "embed",
@@ -37,7 +38,8 @@ BASE_FOLDER = "base"  # beside those of what is taught
 # confuses it with few.
 HELD_OUT = 4
 NEW = "a photo of a V*"
-OLD = tuple(f"a photo of a {name}" for digit, name in enumerate(NAMES) if digit != HELD_OUT)
+OLD_DIGITS = tuple(digit for digit in range(len(NAMES)) if digit != HELD_OUT)
+OLD = tuple(f"a photo of a {NAMES[digit]}" for digit in OLD_DIGITS)
 
 BATCH = 64
 WIDTH = 32  # of the text encoder

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...configs.adapter import ComCATConfig
 from ...customization import load_comcat_weights, save_comcat_weights
+from ...tuners.groups import parameter_groups
 from .base import BASE_FOLDER, Bar, Loss
 
 
@@ -77,8 +78,8 @@ def teach(unet: nn.Module, lesson: Lesson, rate: float, bar: Bar, name: str) -> 
         name: of the bar.
     """
     drawn = torch.Generator().manual_seed(lesson.seed)
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+    groups = parameter_groups(unet, learning_rate=rate)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.steps)
     unet.train()
     for _ in bar(lesson.steps, name):

@@ -23,6 +23,7 @@ from .base import (
     NAMES,
     NEW,
     OLD,
+    OLD_DIGITS,
     Bar,
     build_pipeline,
     embed,
@@ -38,7 +39,6 @@ from .methods import METHODS, Lesson, Method, teach
 __all__ = ["CustomizeDemoResult", "CustomizeDemoSettings", "CustomizeRow", "run_customize_demo"]
 
 BASE = "base, untouched"
-_OLD_DIGITS = tuple(digit for digit in range(len(NAMES)) if digit != HELD_OUT)
 _SHOWN_NEW = 6
 _BATCH = 64  # images drawn at once
 # Noise of the images that a learning rate is chosen by, of those reported, and of those that every method sees.
@@ -219,7 +219,7 @@ class _Studio:
         """The two shares, and the images for the picture."""
         count, each = self.settings.samples, self.settings.caption_samples
         images = self.draw(pipeline, [len(OLD)] * count + [i for i in range(len(OLD)) for _ in range(each)], purpose)
-        wanted = torch.tensor([HELD_OUT] * count + [digit for digit in _OLD_DIGITS for _ in range(each)])
+        wanted = torch.tensor([HELD_OUT] * count + [digit for digit in OLD_DIGITS for _ in range(each)])
         right = (self.judge.read(images) == wanted).float()
         shown = torch.cat([images[:count][:_SHOWN_NEW], images[count::each]])
         return right[:count].mean().item(), right[count:].mean().item(), shown
@@ -309,8 +309,8 @@ def _teach_best(
 
 def _plot(grid: dict[str, Tensor], judge: Judge, path: Path) -> Path:
     """Rows are methods; columns are `V*` images and one of each old caption, with what the judge read in them."""
-    columns = ["V*"] * _SHOWN_NEW + [NAMES[digit] for digit in _OLD_DIGITS]
-    wanted = torch.tensor([HELD_OUT] * _SHOWN_NEW + list(_OLD_DIGITS))
+    columns = ["V*"] * _SHOWN_NEW + [NAMES[digit] for digit in OLD_DIGITS]
+    wanted = torch.tensor([HELD_OUT] * _SHOWN_NEW + list(OLD_DIGITS))
     read = {name: judge.read(images) for name, images in grid.items()}
     return plot_image_grid(
         {name: (images.mean(dim=1) + 1) / 2 for name, images in grid.items()},

@@ -1,6 +1,6 @@
 """The attention and MLP classes of transformers that we know, and the attention that we refuse with a reason."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import nn
@@ -318,11 +318,10 @@ _LEVIT = "an activation stands between its values and its output, so their produ
 _NOT_BUILT = "it attends to reduced keys; this is not built"
 _DECODER = "cross attention of a text decoder keeps a key/value cache"
 
-REFUSED: tuple[tuple[str, str], ...] = (
-    (_path("swinv2.Swinv2Attention"), _COSINE),
-    (_path("bert.BertCrossAttention"), _DECODER),
-    *((_path(f"levit.{name}"), _LEVIT) for name in ("LevitAttention", "LevitAttentionSubsample")),
-    (_path("pvt.PvtAttention"), _NOT_BUILT),
-    (_path("pvt_v2.PvtV2SelfAttention"), _NOT_BUILT),
-    (_path("florence2.Florence2VisionChannelAttention"), "its channels attend to each other, between two layers"),
-)
+REFUSED: Mapping[str, str] = {
+    _path("swinv2.Swinv2Attention"): _COSINE,
+    _path("bert.BertCrossAttention"): _DECODER,
+    **dict.fromkeys(_paths("levit.LevitAttention levit.LevitAttentionSubsample"), _LEVIT),
+    **dict.fromkeys(_paths("pvt.PvtAttention pvt_v2.PvtV2SelfAttention"), _NOT_BUILT),
+    _path("florence2.Florence2VisionChannelAttention"): "its channels attend to each other, between two layers",
+}

@@ -88,14 +88,9 @@ def plot_training(
     Args:
         losses: points `(step, loss)`.
         evaluations: points `(step, quality)`; without any there is one panel.
-        path: file to write, in the format of its suffix; an existing file is replaced in one step. Without a path
-            nothing is written.
-        dense: quality of the dense model, drawn as a thin line.
+        path, dense: as for [`plot_reductions`], which returns the same.
         quality: label of the second panel.
         title: a line above the panels.
-
-    Returns:
-        the path, or without a path the matplotlib figure, which a notebook shows.
 
     Raises:
         InvalidValueError: no losses, or a name that does not end in `.png` or `.svg`.
@@ -131,13 +126,7 @@ def plot_shares(
 
     Args:
         shares: by name, the share of the dense model's value that is left.
-        path: file to write, in the format of its suffix; an existing file is replaced in one step. Without a path
-            nothing is written.
-        title: title of the plot.
-        ax: matplotlib axes to draw on, in place of a new figure.
-
-    Returns:
-        the path, or without a path the matplotlib figure, which a notebook shows.
+        path, title, ax: as for [`plot_reductions`], which returns the same.
 
     Raises:
         InvalidValueError: no shares, a share that is not above 0, a name that does not end in `.png` or `.svg`, or

@@ -28,17 +28,13 @@ def plot_image_grid(
 
     Args:
         images: images by row name, grey `(columns, h, w)` or in colour `(columns, 3, h, w)`, with values from 0 to 1.
-        path: file to write; an existing file is replaced in one step. Without a path nothing is written.
+        path, ax: as for [`plot_reductions`], which returns the same.
         columns: a name for each column.
         notes: by row, a short text for the corner of each image.
         right: by row, whether each image is right: a right image has a solid blue frame, a wrong one a dashed
             vermilion frame.
         title: a line above the images.
         size: size of an image in inches (130 pixels per inch in a PNG).
-        ax: matplotlib axes to draw on, in place of a new figure.
-
-    Returns:
-        the path, or without a path the matplotlib figure, which a notebook shows.
 
     Raises:
         InvalidValueError: a row without one image, note and verdict for each column, images of another shape, a

@@ -71,15 +71,7 @@ def plot_spectra(
     """Plot the attention spectra alone, with the kept ranks marked, as PNG or SVG.
 
     Args:
-        dense: the model that the plan is for, not compressed.
-        plan: its ranks.
-        path: file to write, in the format of its suffix; an existing file is replaced in one step. Without a path
-            nothing is written.
-        statistics: moments by module path, which weight the spectra by the data.
-        title: a line above the panels.
-
-    Returns:
-        the path, or without a path the matplotlib figure, which a notebook shows.
+        dense, plan, path, statistics, title: as for [`plot_compression`], which returns the same.
 
     Raises:
         InvalidValueError: a model without known attention, or a name that does not end in `.png` or `.svg`.
@@ -106,14 +98,9 @@ def plot_ranks(
 
     Args:
         dense: the model that the plan is for, not compressed; the meta device is enough.
-        plan: its ranks.
-        path: file to write, in the format of its suffix; an existing file is replaced in one step. Without a path
-            nothing is written.
+        plan, path: as for [`plot_compression`], which returns the same.
         title: title of the plot.
         ax: matplotlib axes to draw on, in place of a new figure.
-
-    Returns:
-        the path, or without a path the matplotlib figure, which a notebook shows.
 
     Raises:
         InvalidValueError: a name that does not end in `.png` or `.svg`, or both a name and axes.

@@ -339,8 +339,7 @@ def _make_run(prepared: PreparedRun, plan: CustomizePlan, loss: Loss, interrupti
         for name in family.encoders if settings.train_text_encoder else ():
             parts[name].activation_checkpointing_enable({"use_reentrant": False})
     stream, latents, texts = make_sources(prepared, interruption)
-    trained = [p for model in parts.values() for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(settings, trained, plan.learning_rate)
+    optimizer = make_optimizer(settings, parts.values(), plan.learning_rate)
     scheduler = make_scheduler(settings, optimizer, plan.steps)
     denoiser = Denoiser(pipeline, family, settings.train_text_encoder, settings.guidance_scale)
     # The schedule stays out: prepared, it would take a step for every process.

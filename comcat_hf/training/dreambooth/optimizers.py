@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ...errors import InvalidValueError
+from ...tuners.groups import GAINS_LR_RATIO, parameter_groups
 from ..machine import tracker_of
 from .settings import CustomizeSettings
 
@@ -39,11 +40,13 @@ def check_extras(settings: CustomizeSettings) -> None:
     tracker_of(settings.report_to)
 
 
-def make_optimizer(settings: CustomizeSettings, parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
-    """The optimizer of the adapter's parameters."""
+def make_optimizer(settings: CustomizeSettings, models: Iterable[nn.Module], rate: float) -> Optimizer:
+    """The optimizer of the parameters that are trained."""
     kind = _prodigy() if settings.optimizer == "prodigy" else _eight_bit_adam() if settings.use_8bit_adam else AdamW
+    # Prodigy finds one rate for all.
+    ratio = settings.gains_lr_ratio or (1.0 if settings.optimizer == "prodigy" else GAINS_LR_RATIO)
     return kind(
-        list(parameters),
+        parameter_groups(*models, learning_rate=rate, gains_lr_ratio=ratio),
         lr=rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,

@@ -105,6 +105,12 @@ class CustomizeSettings(RunSettings):
     logit_std: float = flag(1.0, "Flow matching: standard deviation of logit_normal.", TRAINING, ABOVE_ZERO)
     guidance_scale: float = flag(3.5, "Guidance that a distilled transformer (FLUX) is told.", TRAINING, FROM_ZERO)
     learning_rate: float = flag(2.5e-3, "Highest learning rate.", TRAINING, ABOVE_ZERO)
+    gains_lr_ratio: float | None = flag(
+        None,
+        "Learning rate of gains, as a multiple of the others'; default: 3, and 1 with prodigy.",
+        TRAINING,
+        ABOVE_ZERO,
+    )
     scale_lr: bool = flag(False, "Multiply the rate by processes, accumulation steps and batch size.", TRAINING)
     lr_scheduler: Schedule = flag("linear", "How the learning rate changes.", TRAINING)  # noqa: RUF009
     lr_warmup_steps: int = flag(0, "Steps in which the rate rises.", TRAINING, FROM_ZERO)
@@ -156,6 +162,10 @@ class CustomizeSettings(RunSettings):
             )
         if self.optimizer == "prodigy" and self.use_8bit_adam:
             raise InvalidValueError("--use_8bit_adam is for --optimizer adamw, got prodigy. Leave one of them out.")
+        if self.optimizer == "prodigy" and self.gains_lr_ratio not in (None, 1):
+            raise InvalidValueError(
+                f"--gains_lr_ratio: prodigy has one rate for all, got {self.gains_lr_ratio}. Leave it out."
+            )
         if self.buckets and self.with_prior_preservation:
             raise InvalidValueError(
                 "--aspect_ratio_buckets: class images are square, so they cannot stand in a batch with images of "

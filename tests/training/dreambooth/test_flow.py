@@ -151,7 +151,11 @@ def test_two_processes_train_together(bases, tmp_path):
 
 
 def test_prodigy_finds_a_rate(bases, tmp_path):
-    customize(settings(bases, tmp_path, "sd3", optimizer="prodigy", learning_rate=1.0, max_train_steps=4))
+    # One rate for all, which it checks at the first step.
+    how = {"optimizer": "prodigy", "learning_rate": 1.0, "max_train_steps": 4, "head_gains": True}
+    with pytest.raises(InvalidValueError, match="--gains_lr_ratio: prodigy has one rate for all, got 3"):
+        customize(settings(bases, tmp_path, "sd3", **how, gains_lr_ratio=3.0))
+    customize(settings(bases, tmp_path, "sd3", **how))
     assert any(value.abs().max() > 0 for key, value in weights(tmp_path).items() if "key" in key or "output" in key)
 
 
