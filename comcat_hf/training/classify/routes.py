@@ -37,12 +37,10 @@ class Student:
         model: the small model, or on route `"peft"` the PEFT model. After a training that shards it, a whole copy.
         teacher: in eval mode, without gradients. `None` where the loss needs none, and where a PEFT model is its own:
             its base, adapters switched off.
-        route: `"full"` or `"peft"`.
     """
 
     model: nn.Module
     teacher: nn.Module | None
-    route: str
 
 
 def make_student(settings: CompressSettings, dense: nn.Module, initialized: Path) -> Student:
@@ -61,9 +59,9 @@ def make_student(settings: CompressSettings, dense: nn.Module, initialized: Path
     small = load_classifier(initialized, "--output_dir")
     teacher = load_teacher(settings, dense) if make_loss(settings).needs_teacher else None
     if settings.route == "full":
-        return Student(small.requires_grad_(True), teacher, "full")
+        return Student(small.requires_grad_(True), teacher)
     model = _with_factors(settings, dense, small, initialized)
-    return Student(model, None if teacher is dense else teacher, "peft")
+    return Student(model, None if teacher is dense else teacher)
 
 
 def make_loss(settings: CompressSettings, **changes: Any) -> DistillationLoss:

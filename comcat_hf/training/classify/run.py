@@ -96,8 +96,8 @@ def _prepare(
     accelerator.wait_for_everyone()
     if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
         on_main(accelerator, artefacts.clear)
-    before = artefacts.seed() if checkpoint is None else Progress.read(checkpoint).seed
-    seed = choose_seed(settings.seed, before)
+    done = None if checkpoint is None else Progress.read(checkpoint)
+    seed = choose_seed(settings.seed, artefacts.seed() if done is None else done.seed)
     with accelerator.main_process_first():
         dense = load_dense(settings)
         processor = load_image_processor(settings)
@@ -121,6 +121,7 @@ def _prepare(
         say=report if report is not None and accelerator.is_main_process else lambda text: None,
         interruption=interruption,
         checkpoint=checkpoint,
+        first_step=0 if done is None else done.step,
     )
 
 
@@ -155,7 +156,7 @@ def _carry_out(run: Setting, result: CompressResult) -> CompressResult:
         final = finished(student.model)
         on_main(run.accelerator, lambda: _keep(run, final))
         models["final"] = lambda: final
-        if student.route == "peft":
+        if run.settings.route == "peft":
             # The dense model has become the small one.
             models["dense"] = lambda: load_dense(run.settings)
     return _conclude(run, replace(result, sweep=points), models)

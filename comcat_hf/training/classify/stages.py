@@ -21,7 +21,6 @@ from ...compression.compress import compress
 from ...compression.search.search import SearchState, search_ranks
 from ...configs import RankPlan
 from ...errors import CheckpointError, InvalidValueError
-from ..checkpoints import Progress
 from ..images import BrokenImageError
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from .artefacts import Artefacts, digest_of, whole_folder
@@ -48,7 +47,7 @@ class Setting:
         dense: the model that is compressed, frozen, in eval mode.
         say: called on the main process with lines for the user.
         interruption: notes signals; the caller has entered it.
-        checkpoint: what the fine-tuning goes on from, if anything.
+        checkpoint, first_step: what the fine-tuning goes on from, if anything, and the steps that it has done.
         statistics: of training images, once [`calibrate`] has run; `None` where factors come from weights alone.
     """
 
@@ -64,6 +63,7 @@ class Setting:
     say: Callable[[str], None]
     interruption: Interruption
     checkpoint: Path | None
+    first_step: int
     statistics: Statistics | None = None
 
     @cached_property
@@ -111,7 +111,7 @@ class Setting:
             plan,
             images=None if train is None else train.size,
             steps=self.steps,
-            first_step=0 if self.checkpoint is None else Progress.read(self.checkpoint).step,
+            first_step=self.first_step,
             seed=self.seed,
         )
 
