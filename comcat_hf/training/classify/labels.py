@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ...checks import some_of
 from ...errors import InvalidValueError
 
 
-__all__ = ["LabelTable", "match_labels", "model_labels", "shown"]
+__all__ = ["LabelTable", "match_labels", "model_labels"]
 
-_SHOWN = 5
 _SINGLE = "single_label_classification"
 _NEARLY_ALL = 0.9
 # Folders of ImageNet have WordNet ids for names; their order is that of its models' labels, told by these three.
@@ -60,16 +60,11 @@ def model_labels(config: Any, place: str) -> tuple[tuple[str, ...], bool]:
     if set(config.id2label) != set(range(config.num_labels)):
         raise InvalidValueError(
             f"{place}: expected the numbers from 0 to {config.num_labels - 1} in the id2label of config.json, found "
-            f"{shown(config.id2label)}. Number the labels as the model's outputs are: from 0, without a gap."
+            f"{some_of(map(str, config.id2label), 5)}. Number the labels as the model's outputs are: from 0, without "
+            "a gap."
         )
     names = tuple(str(config.id2label[number]) for number in range(config.num_labels))
     return names, any(name != f"LABEL_{number}" for number, name in enumerate(names))
-
-
-def shown(values: Iterable[Any]) -> str:
-    """The first few values, for messages."""
-    listed = [str(value) for value in values]
-    return ", ".join(listed[:_SHOWN]) + (", …" if len(listed) > _SHOWN else "")
 
 
 def match_labels(
@@ -110,7 +105,7 @@ def match_labels(
         if numbers is None and len(theirs) != len(names):
             raise InvalidValueError(
                 f"{place}: expected {len(names)} labels, as the model has, in --label_column_name {column!r}, found "
-                f"{len(theirs)}: {shown(theirs)}. Give the data set that the model was trained for, or a model "
+                f"{len(theirs)}: {some_of(theirs, 5)}. Give the data set that the model was trained for, or a model "
                 "trained for these labels."
             )
         if numbers is None:
@@ -146,9 +141,9 @@ def _lacking(lacked: Sequence[Any], names: Sequence[str], column: str, place: st
     if all(re.fullmatch(r"n\d{8}", str(name)) for name in lacked):
         why = " WordNet ids are matched by their order, where folders and model have all of ImageNet's classes."
     return InvalidValueError(
-        f"{place}: expected labels of the model ({len(names)}: {shown(names)}) in --label_column_name {column!r}, "
-        f"found {len(lacked)} that it lacks: {shown(lacked)}.{why} Give the data set that the model was trained for, "
-        "or a model trained for these labels."
+        f"{place}: expected labels of the model ({len(names)}: {some_of(names, 5)}) in --label_column_name "
+        f"{column!r}, found {len(lacked)} that it lacks: {some_of(map(str, lacked), 5)}.{why} Give the data set that "
+        "the model was trained for, or a model trained for these labels."
     )
 
 

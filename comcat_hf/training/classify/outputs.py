@@ -94,19 +94,17 @@ def compressed_summary(base: str, parameters: tuple[int, int], plain: bool) -> s
     return f"{words}({small / dense - 1:+.1%}).{' ' + _ORDINARY if plain else ''}"
 
 
-def write_model_card(
-    folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics, picture: Path | None = None
-) -> Path:
+def write_model_card(plan: CompressPlan, metrics: Metrics, picture: Path | None) -> Path:
     """Write the card of a compressed model from what was measured; a person's words in a card that is there are kept.
 
     Args:
         metrics: of the dense, the initial and the final model; those of the final one make the card's results.
         picture: of ranks and spectra, in the same folder.
     """
-    name = settings.repository
+    settings, name = plan.settings, plan.settings.repository
     final = metrics.get("final", {})
     return write_card(
-        folder,
+        settings.output_path,
         CardFacts(
             title=name.rpartition("/")[-1],
             summary=compressed_summary(settings.model_name_or_path, plan.parameters, plan.is_plain),

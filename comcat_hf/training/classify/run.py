@@ -36,6 +36,9 @@ __all__ = ["CompressResult", "compress_vit"]
 
 logger = logging.getLogger(__name__)
 
+# By name; loaded when they are asked for.
+Models = Mapping[str, Callable[[], nn.Module]]
+
 
 def compress_vit(
     settings: CompressSettings,
@@ -138,10 +141,8 @@ def _carry_out(run: Setting, result: CompressResult) -> CompressResult:
     if last == "allocate":
         return result
     initialize(run, ranks)
-    models: dict[str, Callable[[], nn.Module]] = {
-        "dense": lambda: run.dense,
-        "initial": lambda: load_classifier(run.artefacts.initial, "--output_dir"),
-    }
+    models = {"dense": lambda: run.dense}
+    models["initial"] = lambda: load_classifier(run.artefacts.initial, "--output_dir")
     models["final"] = models["initial"]
     # Before fine-tuning, which by route peft makes a small model of the dense one.
     points = _sweep(run)
@@ -221,11 +222,7 @@ def _finetune(run: Setting, ranks: RankPlan) -> tuple[TrainResult, Student]:
     return trained, student
 
 
-def _conclude(
-    run: Setting,
-    result: CompressResult,
-    models: Mapping[str, Callable[[], nn.Module]],
-) -> CompressResult:
+def _conclude(run: Setting, result: CompressResult, models: Models) -> CompressResult:
     names = run.settings.stage_names
     metrics: dict[str, Mapping[str, float]] = {}
     changes = Changes()
@@ -255,23 +252,18 @@ def _conclude(
     return result
 
 
-def _export(
-    run: Setting,
-    result: CompressResult,
-    models: Mapping[str, Callable[[], nn.Module]],
-    changes: Changes,
-) -> None:
-    folder, plan, metrics = run.artefacts.folder, result.plan, result.metrics
+def _export(run: Setting, result: CompressResult, models: Models, changes: Changes) -> None:
+    plan, metrics = result.plan, result.metrics
     dense, small = models["dense"](), models["final"]()
     speed = compare_speed(dense, small, run.accelerator.device) if metrics else []
     dense, small = dense.cpu(), small.cpu()
     if not run.artefacts.was_done("finetune"):
-        save_model(small, run.processor, folder)
+        save_model(small, run.processor, run.artefacts.folder)
     picture = draw_ranks(run, plan, dense)
     # Images of a data set do not go onto the Hub unasked.
     shown = None if "push" in run.settings.stage_names else changes
     write_run_report(run, result, (dense, small), speed, shown)
-    write_model_card(folder, run.settings, plan, metrics, picture)
+    write_model_card(plan, metrics, picture)
 
 
 def _warn_if_worse(run: Setting, metrics: Mapping[str, Mapping[str, float]]) -> None:

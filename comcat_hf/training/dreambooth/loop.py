@@ -50,7 +50,7 @@ from .preparing import (
 from .sampling import compare, validate
 from .settings import CustomizeSettings
 from .sources import Latents, Texts
-from .stream import ExampleStream, stream_loader
+from .stream import ExampleStream
 
 
 __all__ = ["CustomizeResult", "customize"]
@@ -251,15 +251,7 @@ def _carry_out(
 def _train(run: _Run, result: CustomizeResult) -> CustomizeResult:
     settings, accelerator, plan = run.prepared.settings, run.prepared.accelerator, run.plan
     step, batches = plan.first_step, settings.gradient_accumulation_steps
-    loader = stream_loader(
-        run.stream,
-        settings.train_batch_size,
-        step * batches,
-        max(plan.steps - step, 0) * batches,
-        accelerator.process_index,
-        accelerator.num_processes,
-        settings.dataloader_num_workers,
-    )
+    loader = run.stream.loader(step * batches, max(plan.steps - step, 0) * batches, accelerator.process_index)
     run.model.train()
     loss, seen = None, []
     quiet = not accelerator.is_main_process
