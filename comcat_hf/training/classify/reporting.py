@@ -32,8 +32,7 @@ from .augmentation import ImagePreparation
 from .evaluation import Changes
 from .labels import model_labels
 from .logs import LOG, read_log
-from .planning import CompressPlan
-from .stages import Setting
+from .planning import CompressPlan, Setting
 
 
 __all__ = ["NAMES", "CompressResult", "SweepPoint", "comparison", "draw_ranks", "write_run_report"]

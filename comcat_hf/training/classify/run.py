@@ -25,10 +25,11 @@ from .evaluation_report import compare_speed
 from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor, load_teacher
 from .outputs import push_model, read_results, read_sweep, save_model, write_model_card
+from .planning import Setting
 from .reporting import CompressResult, SweepPoint, draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
-from .stages import Setting, allocate, allocated, calibrate, factorised, initialize
+from .stages import allocate, allocated, calibrate, factorised, initialize
 from .stream import Batches
 
 
