@@ -37,7 +37,6 @@ __all__ = [
     "Steps",
     "given_plan",
     "learning_rates",
-    "plan_steps",
     "rate_at",
     "request_of",
     "warmup_steps",
@@ -76,22 +75,6 @@ class Steps:
     total: int
     epoch: int
     processes: int
-
-
-def plan_steps(settings: CompressSettings, batches: int | None, processes: int) -> Steps:
-    """Count the steps of a fine-tuning.
-
-    Raises:
-        InvalidValueError: a stream of unknown length without `--max_train_steps`.
-    """
-    if batches is None:
-        if settings.max_train_steps is None:
-            raise InvalidValueError(
-                "--streaming: expected --max_train_steps, since nobody knows how many images will come; found none."
-            )
-        return Steps(settings.max_train_steps, settings.max_train_steps, processes)
-    epoch = max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
-    return Steps(settings.max_train_steps or max(round(settings.num_train_epochs * epoch), 1), epoch, processes)
 
 
 def learning_rates(settings: CompressSettings, images: int) -> tuple[float, float]:
@@ -283,10 +266,20 @@ class Setting:
 
     @cached_property
     def steps(self) -> Steps:
-        """How long the fine-tuning is."""
-        train = self.splits.train
+        """How long the fine-tuning is.
+
+        Raises:
+            InvalidValueError: a stream of unknown length without `--max_train_steps`.
+        """
+        settings, train, processes = self.settings, self.splits.train, self.accelerator.num_processes
+        most = settings.max_train_steps
         batches = 1 if train is None else self.reader(train, self.broken).batches_per_epoch
-        return plan_steps(self.settings, batches, self.accelerator.num_processes)
+        if batches is None and most is None:
+            raise InvalidValueError(
+                "--streaming: expected --max_train_steps, since nobody knows how many images will come; found none."
+            )
+        epoch = most if batches is None else max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
+        return Steps(most or max(round(settings.num_train_epochs * epoch), 1), epoch, processes)
 
     def describe(self, plan: RankPlan | None = None) -> CompressPlan:
         """Count what the run comes to; nothing is written.

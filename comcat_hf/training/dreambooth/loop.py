@@ -206,19 +206,24 @@ class _Run:
         restore_states(checkpoint, self.states())
         restore_random_states(self.prepared.accelerator, checkpoint)
 
-    def validate(self, step: int, last: bool) -> None:
-        prepared = self.prepared
+    def validate(self, step: int) -> str | None:
+        """Draw the validation prompt, after the last step without the adapter too; a signal that came meanwhile."""
+        prepared, settings, seed = self.prepared, self.prepared.settings, self.prepared.seed
+        pipeline, accelerator = prepared.pipeline, prepared.accelerator
 
         def draw() -> None:
-            denoiser = prepared.accelerator.unwrap_model(self.model)
-            with gathered(prepared.pipeline, prepared.accelerator.device):
-                trackers = prepared.accelerator.trackers
-                drawn = validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
-                if last:
-                    compare(prepared.pipeline, denoiser, prepared.settings, prepared.seed, drawn)
+            denoiser = accelerator.unwrap_model(self.model)
+            with gathered(pipeline, accelerator.device):
+                drawn = validate(pipeline, denoiser, settings, seed, step, accelerator.trackers)
+                if step == self.plan.steps:
+                    compare(pipeline, denoiser, settings, seed, drawn)
 
-        if prepared.settings.validation_prompt is not None:
-            on_main(prepared.accelerator, draw, self.interruption)
+        try:
+            if settings.validation_prompt is not None:
+                on_main(accelerator, draw, self.interruption)
+        except Interrupted as stopped:
+            return str(stopped)
+        return None
 
 
 def _carry_out(
@@ -270,21 +275,12 @@ def _train(run: _Run, result: CustomizeResult) -> CustomizeResult:
             if signal is not None or step % settings.checkpointing_steps == 0:
                 result = replace(result, checkpoint=run.save(step))
             if signal is None and (step % settings.validation_steps == 0 or step == plan.steps):
-                signal = _validate(run, step)
+                signal = run.validate(step)
                 if signal is not None and step % settings.checkpointing_steps:
                     result = replace(result, checkpoint=run.save(step))
             if signal is not None:
                 return replace(result, interrupted=signal)
     return replace(result, checkpoint=None)
-
-
-def _validate(run: _Run, step: int) -> str | None:
-    """Draw the validation prompt; returns the signal that came meanwhile."""
-    try:
-        run.validate(step, last=step == run.plan.steps)
-    except Interrupted as stopped:
-        return str(stopped)
-    return None
 
 
 def _learn(run: _Run, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:
