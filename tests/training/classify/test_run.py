@@ -640,6 +640,12 @@ class TestBadInput:
         with pytest.raises(BudgetError):
             run(base, tmp_path / "out", reduction=0.99)
 
+    def test_a_stream_without_an_end(self, base, tmp_path):
+        with pytest.raises(InvalidValueError, match="--streaming: expected --max_train_steps"):
+            run(base, tmp_path / "out", streaming=True, max_train_steps=None, dry_run=True)
+        plan = run(base, tmp_path / "out", streaming=True, dry_run=True).plan
+        assert (plan.steps.total, plan.steps.epoch, plan.images) == (STEPS, STEPS, None)
+
     def test_checkpoints_of_an_earlier_run(self, base, tmp_path):
         (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
         with pytest.raises(InvalidValueError, match="expected no checkpoints, found checkpoint-3"):
