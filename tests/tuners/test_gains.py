@@ -48,7 +48,7 @@ BUILT = {"unet": _unet, **VISION, **ENCODERS, **TRANSFORMERS}
 SOME = ["unet", "flux2", "t5", "sd3", "vit", "clip_text", "bert"]
 some_models = pytest.mark.parametrize("name", SOME)
 GAINS = {"mode": "customize", "gains": True, "init_weights": False}
-CORE = {"vo_rank": 2, "core": True}
+CORE = {"vo_rank": 2, "core": True, "head_gains": True}
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -352,7 +352,7 @@ def test_gradient_checkpointing():
 
 
 def test_float32_gains_beside_a_half_precision_base():
-    model, inputs = gained("vit")
+    model, inputs = gained("vit", CORE)
     expected = run(model, inputs)
     for path, parameter in model.named_parameters():
         parameter.data = parameter.data if "comcat_" in path else parameter.data.bfloat16()
