@@ -178,13 +178,11 @@ class Splits:
 
     Attributes:
         search: to search ranks on; cut off from what was `train`, where that can be.
-        labels: the names of the classes by number: the model's, or the data's where the model's say nothing.
     """
 
     train: Split | None
     search: Split | None
     validation: Split | None
-    labels: tuple[str, ...]
 
 
 def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
@@ -198,7 +196,7 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
             or the model does not give each image one label.
     """
     if not settings.has_source:
-        return Splits(None, None, None, ())
+        return Splits(None, None, None)
     names, chosen = model_labels(config, f"--model_name_or_path {settings.model_name_or_path}")
     opened: dict[str, Split] = {}
     sources = open_sources(settings)
@@ -215,7 +213,7 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
     search = None
     if train is not None and settings.strategy == "search" and not train.streaming:
         train, search = _cut_search(train, settings.search_share, seeded(seed, "split", _SEARCH))
-    return Splits(train, search, validation, names)
+    return Splits(train, search, validation)
 
 
 def _limited(split: Split | None, most: int | None, generator: torch.Generator) -> Split | None:

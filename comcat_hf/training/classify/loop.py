@@ -87,13 +87,11 @@ class TrainResult:
 
     Attributes:
         step: optimizer steps that are done.
-        loss: the mean loss that was logged last; `None` if none was.
         interrupted: the signal that ended it early, or `None`.
         checkpoint: the last one that was written or read.
     """
 
     step: int
-    loss: float | None = None
     interrupted: str | None = None
     checkpoint: Path | None = None
 
@@ -126,9 +124,7 @@ def finetune_model(run: TrainRun) -> TrainResult:
     start = seeded(run.seed, "dropout", accelerator.process_index, first).initial_seed()
     set_seed(start % 2**32)
     trainer.train(resume_from_checkpoint=None if trainer.earlier else run.checkpoint)
-    result = TrainResult(
-        max(trainer.state.global_step, first), trainer.loss, trainer.stopper.signal, trainer.checkpoint
-    )
+    result = TrainResult(max(trainer.state.global_step, first), trainer.stopper.signal, trainer.checkpoint)
     if result.interrupted is None:
         if empty is not None:
             student.model = gathered(accelerator, trainer.model_wrapped, empty)
@@ -170,7 +166,7 @@ class _StageTrainer(DistillationTrainer):
     """`DistillationTrainer` on what a run brings along."""
 
     def __init__(self, run: TrainRun, loss: DistillationLoss, first: int) -> None:
-        self.run, self.first, self.checkpoint, self.loss = run, first, run.checkpoint, None
+        self.run, self.first, self.checkpoint = run, first, run.checkpoint
         settings, accelerator = run.settings, run.accelerator
         self.interval = settings.interval("eval_steps", run.steps_per_epoch)
         batches = accelerator.num_processes * settings.gradient_accumulation_steps
@@ -248,8 +244,6 @@ class _StageTrainer(DistillationTrainer):
         if "train_runtime" in logs:
             return
         super().log(logs, start_time)
-        if "loss" in logs:
-            self.loss = self.state.log_history[-1]["loss"]
         told = self.state.log_history[-1]
         self.accelerator.log({k: v for k, v in told.items() if k not in ("step", "epoch")}, step=told["step"])
 
