@@ -144,7 +144,7 @@ def dense_further(args: argparse.Namespace, seed: int, method: str, steps: int) 
                 TrainRun(
                     settings=settings,
                     accelerator=accelerator,
-                    student=Student(model=model, teacher=None, route="full"),
+                    student=Student(model=model, teacher=None),
                     seed=seed,
                     plan="dense",
                     batches=partial(reader.train, mixing),

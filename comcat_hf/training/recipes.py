@@ -101,14 +101,10 @@ def _called() -> str | None:
 def _split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config="), arguments[:index] + arguments[index + 1 :]
-        if argument == "--config":
-            if index + 1 == len(arguments):
-                raise InvalidValueError("--config needs the path or the name of a recipe, found nothing behind it.")
-            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
-    return None, arguments
+    reader = _Parser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--config")
+    given, rest = reader.parse_known_args(arguments)
+    return given.config, rest
 
 
 def _read_recipe(name: str, kind: str) -> list[tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InvalidValueError
 from ..images import read_image
 from ..seeds import seeded
-from .labels import LabelTable, match_labels, model_labels, read_vocabulary
+from .labels import LabelTable, match_labels, model_labels
 from .settings import CompressSettings
 from .sources import open_sources, size_of
 
@@ -48,9 +48,9 @@ class BrokenImages:
         self._seen: set[str] = set()
 
     @classmethod
-    def of(cls, settings: CompressSettings, split: "Split") -> "BrokenImages":
+    def of(cls, settings: CompressSettings, split: "Split | None") -> "BrokenImages":
         """A count for one split."""
-        return cls(settings.max_broken_images, split.size)
+        return cls(settings.max_broken_images, None if split is None else split.size)
 
     @property
     def count(self) -> int:
@@ -178,13 +178,11 @@ class Splits:
 
     Attributes:
         search: to search ranks on; cut off from what was `train`, where that can be.
-        labels: the names of the classes by number: the model's, or the data's where the model's say nothing.
     """
 
     train: Split | None
     search: Split | None
     validation: Split | None
-    labels: tuple[str, ...]
 
 
 def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
@@ -198,32 +196,28 @@ def open_splits(settings: CompressSettings, config: Any, seed: int) -> Splits:
             or the model does not give each image one label.
     """
     if not settings.has_source:
-        return Splits(None, None, None, ())
+        return Splits(None, None, None)
     names, chosen = model_labels(config, f"--model_name_or_path {settings.model_name_or_path}")
     opened: dict[str, Split] = {}
     sources = open_sources(settings)
     from datasets import Dataset
 
     for role, (place, rows) in sources.items():
-        vocabulary = read_vocabulary(rows, settings.label_column_name, place)
-        table, names = match_labels(vocabulary, names, chosen, place, settings.label_column_name)
+        table, names = match_labels(rows, settings.label_column_name, names, chosen, place)
         # Names that came from the training images hold for the validation images as well.
         chosen = chosen or any(name != f"LABEL_{number}" for number, name in enumerate(names))
         columns = settings.image_column_name, settings.label_column_name
         opened[role] = Split(place, rows, *columns, table, size_of(rows), streaming=not isinstance(rows, Dataset))
-    train, validation = opened.get("train"), opened.get("validation")
-    if train is not None:
-        train = _limited(train, settings.max_train_samples, seeded(seed, "split", _FEWER))
-    if validation is not None:
-        validation = _limited(validation, settings.max_eval_samples, seeded(0, "split", _FEWER))
+    train = _limited(opened.get("train"), settings.max_train_samples, seeded(seed, "split", _FEWER))
+    validation = _limited(opened.get("validation"), settings.max_eval_samples, seeded(0, "split", _FEWER))
     search = None
     if train is not None and settings.strategy == "search" and not train.streaming:
         train, search = _cut_search(train, settings.search_share, seeded(seed, "split", _SEARCH))
-    return Splits(train, search, validation, names)
+    return Splits(train, search, validation)
 
 
-def _limited(split: Split, most: int | None, generator: torch.Generator) -> Split:
-    if most is None or (split.size is not None and split.size <= most):
+def _limited(split: Split | None, most: int | None, generator: torch.Generator) -> Split | None:
+    if split is None or most is None or (split.size is not None and split.size <= most):
         return split
     if split.streaming:
         # A stream of unknown length may be shorter still.

@@ -1,7 +1,10 @@
 """A classifier in figures: accuracy, parameters, multiply-accumulates and speed, beside the dense model's."""
 
 import copy
+import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...compression.budget.timing import device_name
-from ...compression.counting import count_macs, count_parameters
+from ...compression.clock import for_seconds, in_turns
+from ...compression.counting import count_macs, count_parameters, example_inputs
 from ...errors import InvalidValueError, UnsupportedModuleError, brief
 from ...hub import write_json_atomic
+from ...modeling import eval_mode
 from ...reporting.cards import shown_base
 from ..flags import FROM_ZERO, NOTHING, check_flags, flag
 from ..machine import make_accelerator
@@ -24,14 +29,26 @@ from .data import BrokenImages, open_splits
 from .evaluation import evaluate_classifier
 from .models import load_dense, load_image_processor
 from .settings import ALTERNATIVES, CompressSettings, ImageSettings
-from .speed import measure_speed
 from .stream import ImageReader
 
 
-__all__ = ["EvaluateSettings", "EvaluationReport", "evaluate_models", "parse_evaluate_settings"]
+__all__ = [
+    "EvaluateSettings",
+    "EvaluationReport",
+    "compare_speed",
+    "evaluate_models",
+    "measure_speed",
+    "parse_evaluate_settings",
+]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _MODEL, _DENSE = "model", "dense"
+# Rounds of a measurement.
+_FEWEST, _MOST = 3, 100
+# For the report of a run: seconds for each number of images.
+_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -264,3 +281,58 @@ def _throughput(
                 rows.append(row | {"dtype": dtype})
                 bar.update()
     return tuple(rows)
+
+
+@torch.inference_mode()
+def measure_speed(
+    models: Mapping[str, nn.Module], device: torch.device, batch_size: int, seconds: float
+) -> dict[str, Any]:
+    """Time models on the same random images in turns, so that a machine that slows down does so for all.
+
+    Args:
+        models: classifiers by name, in the dtype to measure; they are moved to the device.
+        device: where they run.
+        batch_size: images per call.
+        seconds: time to spend; at least three rounds are timed.
+
+    Returns:
+        `batch_size`, `rounds`, the median `images_per_second` by name and, where there is a model `"dense"` beside
+        another one, `faster`: the median over rounds of how many times faster than the dense one the other was.
+
+    Raises:
+        RuntimeError: the device cannot run such a batch.
+    """
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(eval_mode(model))
+        calls = {name: _call(model.to(device), batch_size, device) for name, model in models.items()}
+        taken = in_turns(calls, device, for_seconds(seconds, _FEWEST, _MOST))
+    speeds = {name: batch_size / statistics.median(times) for name, times in taken.items()}
+    rounds = len(next(iter(taken.values())))
+    row: dict[str, Any] = {"batch_size": batch_size, "rounds": rounds, "images_per_second": speeds}
+    others = [name for name in taken if name != "dense"]
+    if "dense" in taken and others:
+        pairs = zip(taken["dense"], taken[others[0]], strict=True)
+        row["faster"] = statistics.median(dense / other for dense, other in pairs)
+    return row
+
+
+def compare_speed(dense: nn.Module, small: nn.Module, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of [`measure_speed`] for `"dense"` and `"compressed"`, with one image and with several.
+
+    A batch that the device cannot run is left out, with a warning.
+    """
+    rows = []
+    for count in (1, 8 if device.type == "cpu" else 64):
+        try:
+            rows.append(measure_speed({"dense": dense, "compressed": small}, device, count, _SECONDS))
+        except RuntimeError as error:
+            logger.warning("The speed with batches of %d is not measured: %s", count, brief(error))
+    return rows
+
+
+def _call(model: nn.Module, size: int, device: torch.device) -> Callable[[], Any]:
+    shape = example_inputs(model)["pixel_values"].shape[1:]
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    pixels = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return lambda: model(pixel_values=pixels)

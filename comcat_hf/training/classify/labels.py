@@ -7,32 +7,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ...checks import some_of
 from ...errors import InvalidValueError
 
 
-__all__ = ["LabelTable", "Vocabulary", "match_labels", "model_labels", "read_vocabulary", "shown"]
+__all__ = ["LabelTable", "match_labels", "model_labels"]
 
-_SHOWN = 5
 _SINGLE = "single_label_classification"
 _NEARLY_ALL = 0.9
 # Folders of ImageNet have WordNet ids for names; their order is that of its models' labels, told by these three.
 _WORDNET_IDS = MappingProxyType({"n01440764": "tench", "n02123045": "tabby", "n15075141": "toilet tissue"})
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The labels that a data set writes.
-
-    Attributes:
-        names: by number where the data set numbers them, else sorted; `None` where there are none, or where they
-            only turn up while reading.
-        numbered: whether the rows hold numbers.
-        found: the values that occur; `None` where that turns up while reading.
-    """
-
-    names: tuple[str, ...] | None
-    numbered: bool
-    found: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,89 +60,97 @@ def model_labels(config: Any, place: str) -> tuple[tuple[str, ...], bool]:
     if set(config.id2label) != set(range(config.num_labels)):
         raise InvalidValueError(
             f"{place}: expected the numbers from 0 to {config.num_labels - 1} in the id2label of config.json, found "
-            f"{shown(config.id2label)}. Number the labels as the model's outputs are: from 0, without a gap."
+            f"{some_of(map(str, config.id2label), 5)}. Number the labels as the model's outputs are: from 0, without "
+            "a gap."
         )
     names = tuple(str(config.id2label[number]) for number in range(config.num_labels))
     return names, any(name != f"LABEL_{number}" for number, name in enumerate(names))
 
 
-def shown(values: Iterable[Any]) -> str:
-    """The first few values, for messages."""
-    listed = [str(value) for value in values]
-    return ", ".join(listed[:_SHOWN]) + (", …" if len(listed) > _SHOWN else "")
-
-
-def read_vocabulary(rows: Any, column: str, place: str) -> Vocabulary:
-    """The labels of a data set; map-style ones are looked through.
-
-    Raises:
-        InvalidValueError: a column of another kind.
-    """
-    from datasets import ClassLabel, Dataset, Value
-
-    feature = rows.features[column]
-    kind = feature.dtype if isinstance(feature, Value) else ""
-    named, numbered = isinstance(feature, ClassLabel), kind.startswith(("int", "uint"))
-    # Lists and structs hold strings as well, and cannot be looked through.
-    if not named and not numbered and "string" not in kind:
-        raise InvalidValueError(
-            f"{place}: expected class names or whole numbers in --label_column_name {column!r}, found {feature}. Name "
-            "the column that holds one label per image."
-        )
-    found = tuple(rows.unique(column)) if isinstance(rows, Dataset) else None
-    if named:
-        return Vocabulary(tuple(feature.names), numbered=True, found=found)
-    if numbered:
-        return Vocabulary(None, numbered=True, found=found)
-    names = None if found is None else tuple(sorted(value for value in found if value is not None))
-    return Vocabulary(names, numbered=False, found=found)
-
-
 def match_labels(
-    vocabulary: Vocabulary, names: tuple[str, ...], chosen: bool, place: str, column: str
+    rows: Any, column: str, names: tuple[str, ...], chosen: bool, place: str
 ) -> tuple[LabelTable, tuple[str, ...]]:
     """Give every label of a data set its number in the model.
 
     Args:
-        vocabulary: of the data set.
+        rows: the data set; a map-style one is looked through.
+        column: of its labels.
         names: of the model, by number.
         chosen: whether these names mean something.
-        place, column: for messages.
+        place: for messages.
 
     Returns:
         the table, and the names by number: the data set's where the model had none that mean anything.
 
     Raises:
-        InvalidValueError: the model lacks labels that occur.
+        InvalidValueError: a column of another kind, or the model lacks labels that occur.
     """
-    theirs = vocabulary.names
+    from datasets import Dataset
+
+    classes, numbered = _kind_of(rows.features[column], column, place)
+    found = tuple(rows.unique(column)) if isinstance(rows, Dataset) else None
+    theirs = classes
+    if not numbered and found is not None:
+        theirs = tuple(sorted(value for value in found if value is not None))
     if theirs is None:
-        if not vocabulary.numbered and not chosen:
+        if not numbered and not chosen:
             raise InvalidValueError(
                 f"{place}: expected labels by number in --label_column_name {column!r}, for the model's labels are "
                 "only numbered, found names, which cannot be numbered while they are streamed. Leave out --streaming, "
                 "or name the labels in the id2label of the model's configuration."
             )
-        known: dict[Any, int] = dict(enumerate(range(len(names)))) if vocabulary.numbered else dict(_by_name(names))
+        known: dict[Any, int] = dict(enumerate(range(len(names)))) if numbered else dict(_by_name(names))
     else:
-        numbers = _numbers_of(vocabulary, names, chosen)
+        numbers = _numbers_of(theirs, numbered, names, chosen)
         if numbers is None and len(theirs) != len(names):
             raise InvalidValueError(
                 f"{place}: expected {len(names)} labels, as the model has, in --label_column_name {column!r}, found "
-                f"{len(theirs)}: {shown(theirs)}. Give the data set that the model was trained for, or a model "
+                f"{len(theirs)}: {some_of(theirs, 5)}. Give the data set that the model was trained for, or a model "
                 "trained for these labels."
             )
         if numbers is None:
             numbers, names = _enumerated(theirs), theirs
-        written = enumerate(theirs) if vocabulary.numbered else zip(theirs, theirs, strict=True)
+        written = enumerate(theirs) if numbered else zip(theirs, theirs, strict=True)
         known = {value: numbers[name] for value, name in written if name in numbers}
-    _check_found(vocabulary, known, names, place, column)
+    # What no row has may be missing from the model; where rows are read later, what is declared counts.
+    occurring = range(len(classes or ())) if found is None else found
+    if lacking := [value for value in occurring if value not in known]:
+        named = dict(enumerate(classes or ()))
+        raise _lacking(sorted((named.get(value, value) for value in lacking), key=str), names, column, place)
     return LabelTable(known, place, column), names
 
 
-def _numbers_of(vocabulary: Vocabulary, names: tuple[str, ...], chosen: bool) -> dict[str, int] | None:
+def _kind_of(feature: Any, column: str, place: str) -> tuple[tuple[str, ...] | None, bool]:
+    """The classes that a column declares, if it does, and whether its rows hold numbers."""
+    from datasets import ClassLabel, Value
+
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names), True
+    kind = feature.dtype if isinstance(feature, Value) else ""
+    # Lists and structs hold strings as well, and cannot be looked through.
+    if not kind.startswith(("int", "uint")) and "string" not in kind:
+        raise InvalidValueError(
+            f"{place}: expected class names or whole numbers in --label_column_name {column!r}, found {feature}. Name "
+            "the column that holds one label per image."
+        )
+    return None, "string" not in kind
+
+
+def _lacking(lacked: Sequence[Any], names: Sequence[str], column: str, place: str) -> InvalidValueError:
+    why = ""
+    if all(re.fullmatch(r"n\d{8}", str(name)) for name in lacked):
+        why = " WordNet ids are matched by their order, where folders and model have all of ImageNet's classes."
+    return InvalidValueError(
+        f"{place}: expected labels of the model ({len(names)}: {some_of(names, 5)}) in --label_column_name "
+        f"{column!r}, found {len(lacked)} that it lacks: {some_of(map(str, lacked), 5)}.{why} Give the data set that "
+        "the model was trained for, or a model trained for these labels."
+    )
+
+
+def _numbers_of(
+    theirs: tuple[str, ...], numbered: bool, names: tuple[str, ...], chosen: bool
+) -> dict[str, int] | None:
     """The model's numbers of the data set's names; `None` where the model's names say nothing of these."""
-    theirs = vocabulary.names or ()
     if theirs == names:
         return _enumerated(theirs)
     if all(map(str.isdecimal, theirs)) and not set(theirs) & set(names):
@@ -176,28 +168,7 @@ def _numbers_of(vocabulary: Vocabulary, names: tuple[str, ...], chosen: bool) ->
     exact, folded = _by_name(names), _by_name([_fold(name) for name in names])
     matched = {name: exact.get(name, folded.get(_fold(name))) for name in theirs}
     found = {name: number for name, number in matched.items() if number is not None}
-    return found | (_at_the_same_place(theirs, names, found) if vocabulary.numbered else {})
-
-
-def _check_found(
-    vocabulary: Vocabulary, known: Mapping[Any, int], names: tuple[str, ...], place: str, column: str
-) -> None:
-    # What no row has may be missing from the model; where rows are read later, what is declared counts.
-    declared = vocabulary.names if vocabulary.numbered and vocabulary.names is not None else ()
-    occurring = range(len(declared)) if vocabulary.found is None else vocabulary.found
-    lacking = [value for value in occurring if value not in known]
-    if not lacking:
-        return
-    named = dict(enumerate(declared))
-    lacked = sorted((named.get(value, value) for value in lacking), key=str)
-    why = ""
-    if all(re.fullmatch(r"n\d{8}", str(name)) for name in lacked):
-        why = " WordNet ids are matched by their order, where folders and model have all of ImageNet's classes."
-    raise InvalidValueError(
-        f"{place}: expected labels of the model ({len(names)}: {shown(names)}) in --label_column_name {column!r}, "
-        f"found {len(lacking)} that it lacks: {shown(lacked)}.{why} Give the data set that the model was trained "
-        "for, or a model trained for these labels."
-    )
+    return found | (_at_the_same_place(theirs, names, found) if numbered else {})
 
 
 def _at_the_same_place(theirs: Sequence[str], names: Sequence[str], found: Mapping[str, int]) -> dict[str, int]:

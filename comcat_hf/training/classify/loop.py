@@ -18,10 +18,10 @@ from ...errors import ComCATError, InvalidValueError
 from ...modeling import meta_copy
 from ..checkpoints import Progress
 from ..interruption import Interrupted, Interruption
+from ..machine import start_trackers
 from ..seeds import random_states, seeded, set_random_states
-from ..trackers import start_trackers
 from .callbacks import JSONLogCallback, ProgressBar, StopOnSignal, WeightAverageCallback
-from .earlier import readable
+from .earlier import EarlierCheckpoint, is_earlier
 from .logs import cannot_write
 from .planning import learning_rates, rate_at, warmup_steps
 from .routes import Student, gathered, make_loss, prepare_student
@@ -34,6 +34,11 @@ __all__ = ["TrainResult", "TrainRun", "blocks_of", "finetune_model", "prepare_en
 Batch = Mapping[str, Any]
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+# Settings that `Trainer` knows by the same names.
+_SAME = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "logging_steps"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 # Steps between two questions whether another process was told to stop: each waits for all devices.
 _ASK_EVERY = 10
 
@@ -82,13 +87,11 @@ class TrainResult:
 
     Attributes:
         step: optimizer steps that are done.
-        loss: the mean loss that was logged last; `None` if none was.
         interrupted: the signal that ended it early, or `None`.
         checkpoint: the last one that was written or read.
     """
 
     step: int
-    loss: float | None = None
     interrupted: str | None = None
     checkpoint: Path | None = None
 
@@ -120,11 +123,8 @@ def finetune_model(run: TrainRun) -> TrainResult:
     # What dropout draws, on each process something else.
     start = seeded(run.seed, "dropout", accelerator.process_index, first).initial_seed()
     set_seed(start % 2**32)
-    with nullcontext() if run.checkpoint is None else readable(trainer, run.checkpoint, run.steps) as checkpoint:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    result = TrainResult(
-        max(trainer.state.global_step, first), trainer.loss, trainer.stopper.signal, trainer.checkpoint
-    )
+    trainer.train(resume_from_checkpoint=None if trainer.earlier else run.checkpoint)
+    result = TrainResult(max(trainer.state.global_step, first), trainer.stopper.signal, trainer.checkpoint)
     if result.interrupted is None:
         if empty is not None:
             student.model = gathered(accelerator, trainer.model_wrapped, empty)
@@ -140,17 +140,10 @@ def _arguments(run: TrainRun, rate: float) -> TrainingArguments:
     saving = settings.interval("checkpointing_steps", run.steps_per_epoch)
     args = TrainingArguments(
         str(settings.output_path),
+        **{name: getattr(settings, name) for name in _SAME},
         max_steps=run.steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=rate,
-        weight_decay=settings.weight_decay,
         optim="adamw_torch",
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_epsilon=settings.adam_epsilon,
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.logging_steps,
         save_strategy="no" if saving is None else "steps",
         save_steps=saving or 500,
         save_total_limit=settings.checkpoints_total_limit,
@@ -173,7 +166,7 @@ class _StageTrainer(DistillationTrainer):
     """`DistillationTrainer` on what a run brings along."""
 
     def __init__(self, run: TrainRun, loss: DistillationLoss, first: int) -> None:
-        self.run, self.first, self.checkpoint, self.loss = run, first, run.checkpoint, None
+        self.run, self.first, self.checkpoint = run, first, run.checkpoint
         settings, accelerator = run.settings, run.accelerator
         self.interval = settings.interval("eval_steps", run.steps_per_epoch)
         batches = accelerator.num_processes * settings.gradient_accumulation_steps
@@ -183,12 +176,14 @@ class _StageTrainer(DistillationTrainer):
         self.stopper = StopOnSignal(run.interruption, accelerator, min(_ASK_EVERY, settings.logging_steps))
         log = JSONLogCallback(settings.output_path)
         average = [] if settings.ema_decay is None else [WeightAverageCallback(settings.ema_decay)]
+        old = run.checkpoint is not None and is_earlier(accelerator.distributed_type, run.checkpoint)
+        self.earlier = [EarlierCheckpoint(self, run.checkpoint)] if old else []
         super().__init__(
             model=run.student.model,
             teacher=run.student.teacher,
             args=_arguments(run, highest),
             distillation=loss,
-            callbacks=[*average, self.stopper, log, ProgressBar("Fine-tuning", True), _Flow(self)],
+            callbacks=[*average, *self.earlier, self.stopper, log, ProgressBar("Fine-tuning", True), _Flow(self)],
         )
         self.remove_callback(PrinterCallback)
         if self.teacher is not None and settings.torch_compile:
@@ -249,8 +244,6 @@ class _StageTrainer(DistillationTrainer):
         if "train_runtime" in logs:
             return
         super().log(logs, start_time)
-        if "loss" in logs:
-            self.loss = self.state.log_history[-1]["loss"]
         told = self.state.log_history[-1]
         self.accelerator.log({k: v for k, v in told.items() if k not in ("step", "epoch")}, step=told["step"])
 

@@ -7,9 +7,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ...checks import some_of
 from ...errors import CheckpointError, ComCATError, InvalidValueError, brief
 from ...native import check_whole
-from .labels import model_labels, shown
+from .labels import model_labels
 from .settings import CompressSettings
 
 
@@ -83,7 +84,7 @@ def load_teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module:
     if len(theirs) != len(ours) or (theirs != ours and sorted(theirs) == sorted(ours)):
         raise InvalidValueError(
             f"--teacher {settings.teacher}: expected the labels of --model_name_or_path in their order ({len(ours)}: "
-            f"{shown(ours)}), found {len(theirs)}: {shown(theirs)}. Take a teacher of the same labels."
+            f"{some_of(ours, 5)}), found {len(theirs)}: {some_of(theirs, 5)}. Take a teacher of the same labels."
         )
     return teacher.requires_grad_(False)
 

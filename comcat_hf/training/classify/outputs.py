@@ -12,7 +12,7 @@ from ...hub import read_json
 from ...reporting.cards import CardFacts, Measured, code_span, quoted, shown_base, write_card
 from ..settings import push_result
 from .planning import CompressPlan
-from .reporting import NAMES, Metrics, comparison
+from .reporting import NAMES, Metrics, SweepPoint, comparison
 from .settings import CompressSettings
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "compressed_summary",
     "push_model",
     "read_results",
+    "read_sweep",
     "save_model",
     "write_model_card",
 ]
@@ -70,6 +71,22 @@ def read_results(path: Path) -> Metrics:
     return found
 
 
+def read_sweep(path: Path) -> tuple[SweepPoint, ...]:
+    """What a run measured of other reductions; nothing where nothing was measured.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(SweepPoint(**point) for point in read_json(path)["points"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected points of a sweep, found something else. Run the stage evaluate with --sweep again."
+        ) from error
+
+
 def compressed_summary(base: str, parameters: tuple[int, int], plain: bool) -> str:
     """What a card says first of a small model, from its parameters and the dense model's."""
     dense, small = parameters
@@ -77,19 +94,17 @@ def compressed_summary(base: str, parameters: tuple[int, int], plain: bool) -> s
     return f"{words}({small / dense - 1:+.1%}).{' ' + _ORDINARY if plain else ''}"
 
 
-def write_model_card(
-    folder: Path, settings: CompressSettings, plan: CompressPlan, metrics: Metrics, picture: Path | None = None
-) -> Path:
+def write_model_card(plan: CompressPlan, metrics: Metrics, picture: Path | None) -> Path:
     """Write the card of a compressed model from what was measured; a person's words in a card that is there are kept.
 
     Args:
         metrics: of the dense, the initial and the final model; those of the final one make the card's results.
         picture: of ranks and spectra, in the same folder.
     """
-    name = settings.repository
+    settings, name = plan.settings, plan.settings.repository
     final = metrics.get("final", {})
     return write_card(
-        folder,
+        settings.output_path,
         CardFacts(
             title=name.rpartition("/")[-1],
             summary=compressed_summary(settings.model_name_or_path, plan.parameters, plan.is_plain),

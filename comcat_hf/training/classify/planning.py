@@ -1,31 +1,42 @@
-"""What a run comes to, counted before it is trained: steps, learning rates, sizes."""
+"""A run that is ready to go, and what it comes to: steps, learning rates, sizes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from ...compression.budget.allocation import allocate_ranks, count_again
+from ...compression.budget.latency import LatencyTable
+from ...compression.budget.sensitivity import Sensitivities, measure_sensitivities
+from ...compression.budget.timing import measure_latency
+from ...compression.calibration.statistics import Statistics
 from ...compression.counting import count_macs, count_parameters
 from ...compression.request import Request
 from ...configs import RankPlan
-from ...errors import InvalidValueError
+from ...errors import CheckpointError, InvalidValueError
 from ...hub import readable_size
 from ...modeling import apply_ranks, meta_copy
 from ...modeling.layout import make_plain
 from ...reporting.cards import shown_base
+from ..interruption import Interruption, end_if_stopped, on_main
 from .artefacts import Artefacts
+from .augmentation import ImagePreparation
+from .data import BrokenImages, Split, Splits
 from .settings import CompressSettings
+from .stream import ImageReader
 
 
 __all__ = [
     "CompressPlan",
+    "Setting",
     "Steps",
-    "describe_run",
     "given_plan",
     "learning_rates",
-    "plan_steps",
     "rate_at",
     "request_of",
     "warmup_steps",
@@ -64,22 +75,6 @@ class Steps:
     total: int
     epoch: int
     processes: int
-
-
-def plan_steps(settings: CompressSettings, batches: int | None, processes: int) -> Steps:
-    """Count the steps of a fine-tuning.
-
-    Raises:
-        InvalidValueError: a stream of unknown length without `--max_train_steps`.
-    """
-    if batches is None:
-        if settings.max_train_steps is None:
-            raise InvalidValueError(
-                "--streaming: expected --max_train_steps, since nobody knows how many images will come; found none."
-            )
-        return Steps(settings.max_train_steps, settings.max_train_steps, processes)
-    epoch = max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
-    return Steps(settings.max_train_steps or max(round(settings.num_train_epochs * epoch), 1), epoch, processes)
 
 
 def learning_rates(settings: CompressSettings, images: int) -> tuple[float, float]:
@@ -214,50 +209,153 @@ class CompressPlan:
         return 4 * (kept + (4 if settings.ema_decay is None else 5) * small)
 
 
-def describe_run(
-    settings: CompressSettings,
-    dense: nn.Module,
-    artefacts: Artefacts,
-    plan: RankPlan | None = None,
-    **known: Any,
-) -> CompressPlan:
-    """Count what a run comes to; nothing is written.
+@dataclass
+class Setting:
+    """All that is read before the first stage.
 
-    Args:
-        artefacts: of the run so far; a plan that is there is used.
-        plan: the ranks, where these are known.
-        **known: further fields of [`CompressPlan`].
-
-    Raises:
-        BudgetError: a reduction out of reach.
-        RankPlanError: a plan that does not fit the model.
+    Attributes:
+        dense: the model that is compressed, frozen, in eval mode.
+        say: called on the main process with lines for the user.
+        interruption: notes signals; the caller has entered it.
+        checkpoint, first_step: what the fine-tuning goes on from, if anything, and the steps that it has done.
+        statistics: of training images, once the stage calibrate has run; `None` where factors come from weights alone.
     """
-    plan = plan if plan is not None else _known_plan(settings, artefacts)
-    exact = plan is not None
-    if plan is None:
-        mlp = request_of(settings).mlp
-        even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "layout": settings.layout}
-        even["mlp"] = "width" if mlp == "mixed" else mlp
-        # Nothing is timed only to be described.
-        timed = settings.metric == "latency"
-        plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, step=settings.rank_step, **even)
-    small = meta_copy(dense)
-    apply_ranks(small, plan.ranks, initialize=False)
-    if "plain" in (plan.layout, settings.layout):
-        make_plain(small, dense, plan.ranks)
-    if exact:
-        plan = count_again(plan, dense, small)
-    parameters = count_parameters(dense), count_parameters(small)
-    macs = count_macs(dense), count_macs(small)
-    return CompressPlan(settings, type(dense).__name__, plan, exact, parameters, macs, **known)
+
+    settings: CompressSettings
+    accelerator: Accelerator
+    artefacts: Artefacts
+    dense: nn.Module
+    processor: Any
+    splits: Splits
+    preparation: ImagePreparation
+    broken: BrokenImages
+    seed: int
+    say: Callable[[str], None]
+    interruption: Interruption
+    checkpoint: Path | None
+    first_step: int
+    statistics: Statistics | None = None
+
+    @cached_property
+    def calibration_batches(self) -> list[dict[str, Tensor]]:
+        """The same on every process."""
+        return self.reader(self.train_split("statistics"), self.broken).calibrate()
+
+    def reader(self, split: Split, broken: BrokenImages) -> ImageReader:
+        """This process's share of a split."""
+        share = self.accelerator.process_index, self.accelerator.num_processes
+        return ImageReader(split, self.preparation, self.settings, broken, self.seed, *share)
+
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
+        """Of the dense model; measured by this process alone."""
+        return measure_sensitivities(
+            self.dense,
+            self.calibration_batches,
+            **self.settings.where,
+            mlp=request_of(self.settings).mlp,
+            statistics=self.statistics,
+            step=self.settings.rank_step,
+            progress=True,
+        )
+
+    @cached_property
+    def latency(self) -> LatencyTable:
+        """Of the dense model with one image; measured by this process alone."""
+        return measure_latency(self.dense, progress=True)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """How long the fine-tuning is.
+
+        Raises:
+            InvalidValueError: a stream of unknown length without `--max_train_steps`.
+        """
+        settings, train, processes = self.settings, self.splits.train, self.accelerator.num_processes
+        most = settings.max_train_steps
+        batches = 1 if train is None else self.reader(train, self.broken).batches_per_epoch
+        if batches is None and most is None:
+            raise InvalidValueError(
+                "--streaming: expected --max_train_steps, since nobody knows how many images will come; found none."
+            )
+        epoch = most if batches is None else max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
+        return Steps(most or max(round(settings.num_train_epochs * epoch), 1), epoch, processes)
+
+    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
+        """Count what the run comes to; nothing is written.
+
+        Args:
+            plan: the ranks; by default those that `--plan` or the run so far names, else ranks spread evenly.
+
+        Raises:
+            BudgetError: a reduction out of reach.
+            RankPlanError: a plan that does not fit the model.
+        """
+        settings, dense, train = self.settings, self.dense, self.splits.train
+        plan = plan if plan is not None else self._known_plan()
+        exact = plan is not None
+        if plan is None:
+            mlp = request_of(settings).mlp
+            even = {**settings.where, "metric": settings.metric, "strategy": "uniform", "layout": settings.layout}
+            even |= {"mlp": "width" if mlp == "mixed" else mlp, "step": settings.rank_step}
+            # Nothing is timed only to be described.
+            timed = settings.metric == "latency"
+            plan = RankPlan({}) if timed else allocate_ranks(dense, settings.reduction, **even)
+        small = meta_copy(dense)
+        apply_ranks(small, plan.ranks, initialize=False)
+        if "plain" in (plan.layout, settings.layout):
+            make_plain(small, dense, plan.ranks)
+        return CompressPlan(
+            settings=settings,
+            model=type(dense).__name__,
+            plan=count_again(plan, dense, small) if exact else plan,
+            exact=exact,
+            parameters=(count_parameters(dense), count_parameters(small)),
+            macs=(count_macs(dense), count_macs(small)),
+            images=None if train is None else train.size,
+            steps=self.steps,
+            first_step=self.first_step,
+            seed=self.seed,
+        )
+
+    def _known_plan(self) -> RankPlan | None:
+        if self.settings.plan is not None:
+            return given_plan(self.settings)
+        return RankPlan.from_pretrained(self.artefacts.folder) if self.artefacts.was_done("allocate") else None
+
+    def train_split(self, purpose: str) -> Split:
+        if self.splits.train is None:
+            raise CheckpointError(
+                f"The data set: expected training images for {purpose}, found none. Give --train_dir, --train_file or "
+                "a data set with a training split."
+            )
+        return self.splits.train
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage need not run: finished before with these settings, or left out though its work is there.
+
+        The main process decides for all of them: by the time that another one looks, the stage may be finished.
+        """
+        if stage not in self.settings.stage_names:
+            return on_main(self.accelerator, lambda: self.artefacts.was_done(stage))
+        facts = self.settings.facts(stage, self.seed)
+        if done := on_main(self.accelerator, lambda: self.artefacts.is_done(stage, facts)):
+            self.say(f"Stage {stage}: done before.")
+        return done
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run long work on the main process, where a signal ends it at once; all get what it returns."""
+        return on_main(self.accelerator, work, self.interruption)
+
+    def end_if_stopped(self) -> None:
+        """Raise Interrupted if a signal has come to any process; all ask together."""
+        end_if_stopped(self.accelerator, self.interruption)
+
+    def finish(self, stage: str) -> None:
+        """Note that a stage is done; on the main process."""
+        self.artefacts.note(stage, self.settings.facts(stage, self.seed))
 
 
 def given_plan(settings: CompressSettings) -> RankPlan:
     """The rank plan that `--plan` names."""
     return RankPlan.from_pretrained(settings.plan, cache_dir=settings.cache_dir, token=settings.token)
-
-
-def _known_plan(settings: CompressSettings, artefacts: Artefacts) -> RankPlan | None:
-    if settings.plan is not None:
-        return given_plan(settings)
-    return RankPlan.from_pretrained(artefacts.folder) if artefacts.was_done("allocate") else None

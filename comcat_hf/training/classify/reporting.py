@@ -3,7 +3,7 @@
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,17 +27,18 @@ from ...reporting.plots import (
     rank_table,
 )
 from ...version import __version__
-from .artefacts import Artefacts
+from ..programs import RunResult
 from .augmentation import ImagePreparation
 from .evaluation import Changes
 from .labels import model_labels
-from .planning import CompressPlan
-from .sweep import SweepPoint
+from .logs import LOG, read_log
+from .planning import CompressPlan, Setting
 
 
-__all__ = ["NAMES", "Findings", "comparison", "draw_ranks", "write_run_report"]
+__all__ = ["NAMES", "CompressResult", "SweepPoint", "comparison", "draw_ranks", "write_run_report"]
 
 Metrics = Mapping[str, Mapping[str, float]]
+Models = tuple[nn.Module, nn.Module]
 
 NAMES = {"dense": "dense", "initial": "compressed, before fine-tuning", "final": "compressed"}
 _METRICS = {"params": "parameters", "macs": "MACs"}
@@ -63,83 +64,103 @@ def _measured(found: Mapping[str, float]) -> tuple[str, ...]:
     return f"{found['top1']:.2%}", f"{found['top5']:.2%}", f"{found['samples']:,.0f}"
 
 
-def draw_ranks(dense: nn.Module, plan: CompressPlan, statistics: Mapping[str, Any] | None, path: Path) -> Path | None:
-    """Draw ranks and spectra of a run; nothing where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        path.unlink(missing_ok=True)
-        return None
-    title = (
-        f"{shown_base(plan.settings.model_name_or_path)}: {1 - plan.parameters[1] / plan.parameters[0]:.1%} removed"
-    )
-    return plot_compression(dense, plan.plan, path, statistics=statistics, title=title)
+@dataclass(frozen=True)
+class SweepPoint:
+    """One reduction.
+
+    Attributes:
+        reduction: the share that was asked to be removed.
+        reached: the share that the plan removes.
+    """
+
+    reduction: float
+    reached: float
+    top1: float
+    top5: float
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What a run measured, for the report.
+class CompressResult(RunResult):
+    """What became of a run.
 
     Attributes:
-        metrics: of `"dense"`, `"initial"` and `"final"`, as [`evaluate_classifier`] returns them.
-        statistics: moments by module path, which weight the spectra.
-        points: other reductions.
-        log: lines of the training log.
-        speed: rows of [`measure_speed`] for `"dense"` and `"compressed"`.
-        device: where the speed was measured.
-        changes: the classes that changed; `None` leaves the section out.
-        preparation: turns inputs of the models back into images.
+        metrics: of `"dense"`, `"initial"` (before fine-tuning) and `"final"`, as [`evaluate_classifier`] returns them.
+        sweep: other reductions, where these were measured.
     """
 
-    metrics: Metrics
-    statistics: Mapping[str, Any] | None
-    points: Sequence[SweepPoint]
-    log: Sequence[Mapping[str, Any]]
-    speed: Sequence[Mapping[str, Any]]
-    device: torch.device
-    changes: Changes | None
-    preparation: ImagePreparation
+    plan: CompressPlan | None = None
+    metrics: Metrics = field(default_factory=dict)
+    sweep: tuple[SweepPoint, ...] = ()
+
+
+def draw_ranks(run: Setting, plan: CompressPlan, dense: nn.Module) -> Path | None:
+    """Draw ranks and spectra of a run; nothing where matplotlib is not installed."""
+    path, (before, after) = run.artefacts.picture, plan.parameters
+    if not _drawing():
+        path.unlink(missing_ok=True)
+        return None
+    title = f"{shown_base(run.settings.model_name_or_path)}: {1 - after / before:.1%} removed"
+    return plot_compression(dense, plan.plan, path, statistics=run.statistics, title=title)
 
 
 def write_run_report(
-    artefacts: Artefacts, dense: nn.Module, small: nn.Module, plan: CompressPlan, found: Findings
+    run: Setting,
+    result: CompressResult,
+    models: Models,
+    speed: Sequence[Mapping[str, Any]],
+    changes: Changes | None,
 ) -> Path:
-    """Write `report.html`: one file with the tables and, where matplotlib is installed, the pictures of a run."""
+    """Write `report.html`: one file with the tables and, where matplotlib is installed, the pictures of a run.
+
+    Args:
+        models: the dense one and the small one.
+        speed: rows of [`measure_speed`] for `"dense"` and `"compressed"`.
+        changes: the classes that changed; `None` leaves the section out.
+    """
+    plan, (dense, _) = result.plan, models
     before, after = plan.parameters
-    base = shown_base(plan.settings.model_name_or_path)
-    drawing = find_spec("matplotlib") is not None
+    base = shown_base(run.settings.model_name_or_path)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sections = [Section("Result", table=comparison(plan, found.metrics))]
-        sections.append(_sizes(folder, drawing, plan, (_bytes(dense), _bytes(small)), found))
-        if drawing:
-            sections += _pictures(folder, dense, plan, found)
-        if found.changes is not None and found.changes.compared:
-            sections.append(_changed(folder, dense, found.changes, found.preparation))
+        sections = [Section("Result", table=comparison(plan, result.metrics))]
+        sections.append(_sizes(folder, run, plan, models, speed))
+        if _drawing():
+            sections += _pictures(folder, run, result, dense)
+        if changes is not None and changes.compared:
+            sections.append(_changed(folder, dense, changes, run.preparation))
         sections += [
             Section("Every layer", "Ranks are per head for attention.", table=_layers(dense, plan)),
             Section("How it was made", code=f"{plan.describe()}\n\n{_versions()}"),
         ]
         summary = f"{base} compressed with ComCAT: {before:,} parameters became {after:,} ({after / before - 1:+.1%})."
-        return write_report(artefacts.report, f"{base}, compressed", summary, sections)
+        return write_report(run.artefacts.report, f"{base}, compressed", summary, sections)
 
 
-def _sizes(folder: Path, drawing: bool, plan: CompressPlan, weights: tuple[int, int], found: Findings) -> Section:
+def _sizes(
+    folder: Path, run: Setting, plan: CompressPlan, models: Models, speed: Sequence[Mapping[str, Any]]
+) -> Section:
     """Sizes and, where they were measured, times beside the dense model's."""
     rows: dict[str, tuple[float, float, Callable[..., str]]]
     rows = {"parameters": (*plan.parameters, "{:,}".format), "MACs": (*plan.macs, "{:,}".format)}
-    rows["weights on disk"] = (*weights, readable_size)
-    for row in found.speed:
+    dense, small = map(_bytes, models)
+    rows["weights on disk"] = (dense, small, readable_size)
+    for row in speed:
         count, speeds = row["batch_size"], row["images_per_second"]
         times = [1e3 * count / speeds[name] for name in ("dense", "compressed")]
         rows[f"time of {count} image{'s' if count > 1 else ''}"] = (*times, "{:.3g} ms".format)
     table = [("", "dense", "compressed", "left")]
     table += [(name, show(large), show(small), f"{small / large:.1%}") for name, (large, small, show) in rows.items()]
-    hardware = f"{device_name(found.device)} with torch's threads set to {torch.get_num_threads()}"
-    text = f"Times are medians, measured in turns on {hardware}." if found.speed else ""
+    hardware = f"{device_name(run.accelerator.device)} with torch's threads set to {torch.get_num_threads()}"
+    text = f"Times are medians, measured in turns on {hardware}." if speed else ""
     pictures = []
-    if drawing:
+    if _drawing():
         shares = {name: small / large for name, (large, small, _) in rows.items()}
         pictures = [("What is left of the dense model", plot_shares(shares, folder / "sizes.svg"))]
     return Section("Size and speed", text, table, pictures)
+
+
+def _drawing() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def _bytes(model: nn.Module) -> int:
@@ -147,21 +168,22 @@ def _bytes(model: nn.Module) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
-def _pictures(folder: Path, dense: nn.Module, plan: CompressPlan, found: Findings) -> Iterator[Section]:
-    metrics = found.metrics
+def _pictures(folder: Path, run: Setting, result: CompressResult, dense: nn.Module) -> Iterator[Section]:
+    plan, metrics = result.plan, result.metrics
+    log = read_log(run.artefacts.folder / LOG) if run.artefacts.was_done("finetune") else []
     top1 = metrics["dense"]["top1"] if metrics else None
     if metrics:
         reached = plan.plan.reached if plan.plan.reached is not None else 1 - plan.parameters[1] / plan.parameters[0]
-        curves = {"not fine-tuned": [(point.reached, point.top1) for point in found.points]}
+        curves = {"not fine-tuned": [(point.reached, point.top1) for point in result.sweep]}
         curves["not fine-tuned"].append((reached, metrics["initial"]["top1"]))
         if metrics["final"] != metrics["initial"]:
             curves["fine-tuned"] = [(reached, metrics["final"]["top1"])]
         drawn = plot_reductions(curves, folder / "reductions.svg", dense=top1, quality="top-1 accuracy")
         what = _METRICS.get(plan.plan.metric, plan.plan.metric)
         caption = f"Top-1 accuracy against the share of the {what} removed"
-        yield Section("Accuracy against reduction", table=_points(found.points), pictures=[(caption, drawn)])
+        yield Section("Accuracy against reduction", table=_points(result.sweep), pictures=[(caption, drawn)])
     losses, evaluations = (
-        [(line["step"], line[key]) for line in found.log if line.get(key) is not None] for key in ("loss", "eval_top1")
+        [(line["step"], line[key]) for line in log if line.get(key) is not None] for key in ("loss", "eval_top1")
     )
     if losses:
         drawn = plot_training(losses, evaluations, folder / "training.svg", dense=top1, quality="top-1 accuracy")
@@ -169,7 +191,7 @@ def _pictures(folder: Path, dense: nn.Module, plan: CompressPlan, found: Finding
         yield Section("Fine-tuning", pictures=[(caption, drawn)])
     yield Section("Ranks", pictures=[(_RANKS, plot_ranks(dense, plan.plan, folder / "ranks.svg"))])
     if head_spectra(dense):
-        drawn = plot_spectra(dense, plan.plan, folder / "spectra.svg", statistics=found.statistics)
+        drawn = plot_spectra(dense, plan.plan, folder / "spectra.svg", statistics=run.statistics)
         yield Section("Spectra", pictures=[(_SPECTRA, drawn)])
 
 

@@ -37,12 +37,10 @@ class Student:
         model: the small model, or on route `"peft"` the PEFT model. After a training that shards it, a whole copy.
         teacher: in eval mode, without gradients. `None` where the loss needs none, and where a PEFT model is its own:
             its base, adapters switched off.
-        route: `"full"` or `"peft"`.
     """
 
     model: nn.Module
     teacher: nn.Module | None
-    route: str
 
 
 def make_student(settings: CompressSettings, dense: nn.Module, initialized: Path) -> Student:
@@ -59,11 +57,11 @@ def make_student(settings: CompressSettings, dense: nn.Module, initialized: Path
         InvalidValueError: `modules_to_save` that the dense model does not have.
     """
     small = load_classifier(initialized, "--output_dir")
-    teacher = _teacher(settings, dense)
+    teacher = load_teacher(settings, dense) if make_loss(settings).needs_teacher else None
     if settings.route == "full":
-        return Student(small.requires_grad_(True), teacher, "full")
+        return Student(small.requires_grad_(True), teacher)
     model = _with_factors(settings, dense, small, initialized)
-    return Student(model, None if teacher is dense else teacher, "peft")
+    return Student(model, None if teacher is dense else teacher)
 
 
 def make_loss(settings: CompressSettings, **changes: Any) -> DistillationLoss:
@@ -153,10 +151,6 @@ def gathered(accelerator: Accelerator, model: nn.Module, empty: nn.Module) -> nn
             path, _, last = name.rpartition(".")
             setattr(empty.get_submodule(path), last, buffers[name].cpu())
     return empty
-
-
-def _teacher(settings: CompressSettings, dense: nn.Module) -> nn.Module | None:
-    return load_teacher(settings, dense) if make_loss(settings).needs_teacher else None
 
 
 def _with_factors(settings: CompressSettings, dense: nn.Module, small: nn.Module, folder: Path) -> PeftModel:

@@ -1,9 +1,10 @@
 """A compression run: from settings to a folder with a small model."""
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from accelerate import Accelerator
@@ -15,43 +16,29 @@ from ..checkpoints import Progress, find_checkpoint
 from ..interruption import Interrupted, Interruption, on_main, until_stopped
 from ..locks import locked
 from ..machine import make_accelerator
-from ..programs import RunResult
 from ..seeds import choose_seed
-from .artefacts import Artefacts, digest_of
+from .artefacts import Artefacts, digest_of, whole_folder
 from .augmentation import ImagePreparation, Mixing
 from .data import BrokenImages, open_splits
 from .evaluation import Changes, Watch, evaluate_classifier
-from .logs import LOG, read_log
+from .evaluation_report import compare_speed
 from .loop import TrainResult, TrainRun, finetune_model
 from .models import load_classifier, load_dense, load_image_processor, load_teacher
-from .outputs import push_model, read_results, save_model, write_model_card
-from .planning import CompressPlan
-from .reporting import Findings, draw_ranks, write_run_report
+from .outputs import push_model, read_results, read_sweep, save_model, write_model_card
+from .planning import Setting
+from .reporting import CompressResult, SweepPoint, draw_ranks, write_run_report
 from .routes import Student, finished, make_student
 from .settings import CompressSettings
-from .speed import compare_speed
-from .stages import Setting, allocate, calibrate, initialize
+from .stages import allocate, allocated, calibrate, factorised, initialize
 from .stream import Batches
-from .sweep import SweepPoint, measure_sweep, read_sweep
 
 
 __all__ = ["CompressResult", "compress_vit"]
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class CompressResult(RunResult):
-    """What became of a run.
-
-    Attributes:
-        metrics: of `"dense"`, `"initial"` (before fine-tuning) and `"final"`: top1, top5, loss, samples, broken.
-        sweep: other reductions, where these were measured.
-    """
-
-    plan: CompressPlan | None = None
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    sweep: tuple[SweepPoint, ...] = ()
+# By name; loaded when they are asked for.
+Models = Mapping[str, Callable[[], nn.Module]]
 
 
 def compress_vit(
@@ -113,8 +100,8 @@ def _prepare(
     accelerator.wait_for_everyone()
     if settings.overwrite_output_dir and checkpoint is None and not settings.dry_run:
         on_main(accelerator, artefacts.clear)
-    before = artefacts.seed() if checkpoint is None else Progress.read(checkpoint).seed
-    seed = choose_seed(settings.seed, before)
+    done = None if checkpoint is None else Progress.read(checkpoint)
+    seed = choose_seed(settings.seed, artefacts.seed() if done is None else done.seed)
     with accelerator.main_process_first():
         dense = load_dense(settings)
         processor = load_image_processor(settings)
@@ -133,11 +120,12 @@ def _prepare(
         processor=processor,
         splits=splits,
         preparation=preparation,
-        broken=BrokenImages(settings.max_broken_images, splits.train.size if splits.train is not None else None),
+        broken=BrokenImages.of(settings, splits.train),
         seed=seed,
         say=report if report is not None and accelerator.is_main_process else lambda text: None,
         interruption=interruption,
         checkpoint=checkpoint,
+        first_step=0 if done is None else done.step,
     )
 
 
@@ -154,10 +142,8 @@ def _carry_out(run: Setting, result: CompressResult) -> CompressResult:
     if last == "allocate":
         return result
     initialize(run, ranks)
-    models: dict[str, Callable[[], nn.Module]] = {
-        "dense": lambda: run.dense,
-        "initial": lambda: load_classifier(run.artefacts.initial, "--output_dir"),
-    }
+    models = {"dense": lambda: run.dense}
+    models["initial"] = lambda: load_classifier(run.artefacts.initial, "--output_dir")
     models["final"] = models["initial"]
     # Before fine-tuning, which by route peft makes a small model of the dense one.
     points = _sweep(run)
@@ -172,19 +158,40 @@ def _carry_out(run: Setting, result: CompressResult) -> CompressResult:
         final = finished(student.model)
         on_main(run.accelerator, lambda: _keep(run, final))
         models["final"] = lambda: final
-        if student.route == "peft":
+        if run.settings.route == "peft":
             # The dense model has become the small one.
             models["dense"] = lambda: load_dense(run.settings)
     return _conclude(run, replace(result, sweep=points), models)
 
 
 def _sweep(run: Setting) -> tuple[SweepPoint, ...]:
+    """Compress the dense model by each of `sweep_reductions` and evaluate it; nothing is kept but the figures."""
     if "evaluate" not in run.settings.stage_names or not run.settings.sweep_reductions:
         return ()
     if run.splits.validation is None:
         run.say("Sweep: left out, as there are no validation images.")
         return ()
-    return measure_sweep(run, partial(_evaluate, run))
+    points = []
+    try:
+        for reduction in run.settings.sweep_reductions:
+            run.say(f"Sweep: {reduction:.0%} of the {run.settings.metric}.")
+            reached = run.on_main(partial(_make_other, run, reduction))
+            found = _evaluate(run, load_classifier(run.artefacts.sweep, "--output_dir"), f"{reduction:.0%} less")
+            points.append(SweepPoint(reduction, reached, found["top1"], found["top5"]))
+            run.say(f"Sweep: {reached:.2%} removed, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}.")
+    finally:
+        if run.accelerator.is_main_process:
+            shutil.rmtree(run.artefacts.sweep, ignore_errors=True)
+    written = {"points": [asdict(point) for point in points]}
+    on_main(run.accelerator, lambda: write_json_atomic(run.artefacts.sweep_results, written))
+    return tuple(points)
+
+
+def _make_other(run: Setting, reduction: float) -> float:
+    plan = allocated(run, reduction)
+    with whole_folder(run.artefacts.sweep) as folder:
+        factorised(run, plan).save_pretrained(folder)
+    return plan.reached
 
 
 def _finetune(run: Setting, ranks: RankPlan) -> tuple[TrainResult, Student]:
@@ -216,11 +223,7 @@ def _finetune(run: Setting, ranks: RankPlan) -> tuple[TrainResult, Student]:
     return trained, student
 
 
-def _conclude(
-    run: Setting,
-    result: CompressResult,
-    models: Mapping[str, Callable[[], nn.Module]],
-) -> CompressResult:
+def _conclude(run: Setting, result: CompressResult, models: Models) -> CompressResult:
     names = run.settings.stage_names
     metrics: dict[str, Mapping[str, float]] = {}
     changes = Changes()
@@ -250,33 +253,18 @@ def _conclude(
     return result
 
 
-def _export(
-    run: Setting,
-    result: CompressResult,
-    models: Mapping[str, Callable[[], nn.Module]],
-    changes: Changes,
-) -> None:
-    folder, plan, metrics = run.artefacts.folder, result.plan, result.metrics
+def _export(run: Setting, result: CompressResult, models: Models, changes: Changes) -> None:
+    plan, metrics = result.plan, result.metrics
     dense, small = models["dense"](), models["final"]()
     speed = compare_speed(dense, small, run.accelerator.device) if metrics else []
     dense, small = dense.cpu(), small.cpu()
-    trained = run.artefacts.was_done("finetune")
-    if not trained:
-        save_model(small, run.processor, folder)
-    picture = draw_ranks(dense, plan, run.statistics, run.artefacts.picture)
-    found = Findings(
-        metrics=metrics,
-        statistics=run.statistics,
-        points=result.sweep,
-        log=read_log(folder / LOG) if trained else (),
-        speed=speed,
-        device=run.accelerator.device,
-        # Images of a data set do not go onto the Hub unasked.
-        changes=None if "push" in run.settings.stage_names else changes,
-        preparation=run.preparation,
-    )
-    write_run_report(run.artefacts, dense, small, plan, found)
-    write_model_card(folder, run.settings, plan, metrics, picture)
+    if not run.artefacts.was_done("finetune"):
+        save_model(small, run.processor, run.artefacts.folder)
+    picture = draw_ranks(run, plan, dense)
+    # Images of a data set do not go onto the Hub unasked.
+    shown = None if "push" in run.settings.stage_names else changes
+    write_run_report(run, result, (dense, small), speed, shown)
+    write_model_card(plan, metrics, picture)
 
 
 def _warn_if_worse(run: Setting, metrics: Mapping[str, Mapping[str, float]]) -> None:

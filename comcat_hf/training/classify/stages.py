@@ -1,151 +1,36 @@
 """The stages before fine-tuning: statistics, a plan, a factorised model. Each is made once and read again."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...compression.budget.allocation import allocate_ranks
-from ...compression.budget.latency import LatencyTable
-from ...compression.budget.sensitivity import Sensitivities, measure_sensitivities
-from ...compression.budget.timing import measure_latency
 from ...compression.calibration.statistics import Statistics, collect_statistics
 from ...compression.compress import compress
 from ...compression.search.search import SearchState, search_ranks
 from ...configs import RankPlan
 from ...errors import CheckpointError, InvalidValueError
-from ..checkpoints import Progress
 from ..images import BrokenImageError
-from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
-from .artefacts import Artefacts, digest_of, whole_folder
+from ..interruption import Interrupted, on_main, stopped_by
+from .artefacts import digest_of, whole_folder
 from .augmentation import ImagePreparation
-from .data import BrokenImages, Split, Splits
+from .data import BrokenImages, Split
 from .models import load_teacher
-from .planning import CompressPlan, Steps, describe_run, given_plan, plan_steps, request_of
+from .planning import Setting, given_plan, request_of
 from .routes import make_loss
-from .settings import CompressSettings
-from .stream import Batches, ImageReader
+from .stream import Batches
 
 
-__all__ = ["Setting", "allocate", "allocated", "calibrate", "factorised", "initialize"]
+__all__ = ["allocate", "allocated", "calibrate", "factorised", "initialize"]
 
 # Search steps between two saves of its state.
 _SAVE_SEARCH = 100
-
-
-@dataclass
-class Setting:
-    """All that is read before the first stage.
-
-    Attributes:
-        dense: the model that is compressed, frozen, in eval mode.
-        say: called on the main process with lines for the user.
-        interruption: notes signals; the caller has entered it.
-        checkpoint: what the fine-tuning goes on from, if anything.
-        statistics: of training images, once [`calibrate`] has run; `None` where factors come from weights alone.
-    """
-
-    settings: CompressSettings
-    accelerator: Accelerator
-    artefacts: Artefacts
-    dense: nn.Module
-    processor: Any
-    splits: Splits
-    preparation: ImagePreparation
-    broken: BrokenImages
-    seed: int
-    say: Callable[[str], None]
-    interruption: Interruption
-    checkpoint: Path | None
-    statistics: Statistics | None = None
-
-    @cached_property
-    def calibration_batches(self) -> list[dict[str, Tensor]]:
-        """The same on every process."""
-        return self.reader(self.train_split("statistics"), self.broken).calibrate()
-
-    def reader(self, split: Split, broken: BrokenImages) -> ImageReader:
-        """This process's share of a split."""
-        share = self.accelerator.process_index, self.accelerator.num_processes
-        return ImageReader(split, self.preparation, self.settings, broken, self.seed, *share)
-
-    @cached_property
-    def sensitivities(self) -> Sensitivities:
-        """Of the dense model; measured by this process alone."""
-        return measure_sensitivities(
-            self.dense,
-            self.calibration_batches,
-            **self.settings.where,
-            mlp=request_of(self.settings).mlp,
-            statistics=self.statistics,
-            step=self.settings.rank_step,
-            progress=True,
-        )
-
-    @cached_property
-    def latency(self) -> LatencyTable:
-        """Of the dense model with one image; measured by this process alone."""
-        return measure_latency(self.dense, progress=True)
-
-    @cached_property
-    def steps(self) -> Steps:
-        """How long the fine-tuning is."""
-        train = self.splits.train
-        batches = 1 if train is None else self.reader(train, self.broken).batches_per_epoch
-        return plan_steps(self.settings, batches, self.accelerator.num_processes)
-
-    def describe(self, plan: RankPlan | None = None) -> CompressPlan:
-        """What the run comes to, with a plan if one is known."""
-        train = self.splits.train
-        return describe_run(
-            self.settings,
-            self.dense,
-            self.artefacts,
-            plan,
-            images=None if train is None else train.size,
-            steps=self.steps,
-            first_step=0 if self.checkpoint is None else Progress.read(self.checkpoint).step,
-            seed=self.seed,
-        )
-
-    def train_split(self, purpose: str) -> Split:
-        if self.splits.train is None:
-            raise CheckpointError(
-                f"The data set: expected training images for {purpose}, found none. Give --train_dir, --train_file or "
-                "a data set with a training split."
-            )
-        return self.splits.train
-
-    def done(self, stage: str) -> bool:
-        """Whether a stage need not run: finished before with these settings, or left out though its work is there.
-
-        The main process decides for all of them: by the time that another one looks, the stage may be finished.
-        """
-        if stage not in self.settings.stage_names:
-            return on_main(self.accelerator, lambda: self.artefacts.was_done(stage))
-        facts = self.settings.facts(stage, self.seed)
-        if done := on_main(self.accelerator, lambda: self.artefacts.is_done(stage, facts)):
-            self.say(f"Stage {stage}: done before.")
-        return done
-
-    def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run long work on the main process, where a signal ends it at once; all get what it returns."""
-        return on_main(self.accelerator, work, self.interruption)
-
-    def end_if_stopped(self) -> None:
-        """Raise Interrupted if a signal has come to any process; all ask together."""
-        end_if_stopped(self.accelerator, self.interruption)
-
-    def finish(self, stage: str) -> None:
-        """Note that a stage is done; on the main process."""
-        self.artefacts.note(stage, self.settings.facts(stage, self.seed))
 
 
 def calibrate(run: Setting) -> None:

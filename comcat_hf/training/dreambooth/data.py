@@ -88,7 +88,7 @@ def class_examples(settings: CustomizeSettings) -> list[Example]:
     """
     from PIL import Image
 
-    folder = Path(settings.class_data_dir).expanduser()
+    folder = settings.class_folder
     found = find_images(folder) if folder.is_dir() else []
     examples = [Example(str(path), settings.class_prompt, path) for path in found[: settings.num_class_images]]
     for example in examples:

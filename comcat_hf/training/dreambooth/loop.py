@@ -27,9 +27,9 @@ from ..checkpoints import (
 )
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
 from ..locks import locked
+from ..machine import start_trackers
 from ..programs import RunResult
 from ..seeds import choose_seed, seeded
-from ..trackers import start_trackers
 from .captions import BESIDE, TABLES, warn_of_unread_captions
 from .data import Example, class_examples, instance_examples
 from .families import Denoiser, load_pipeline
@@ -50,7 +50,7 @@ from .preparing import (
 from .sampling import compare, validate
 from .settings import CustomizeSettings
 from .sources import Latents, Texts
-from .stream import ExampleStream, stream_loader
+from .stream import ExampleStream
 
 
 __all__ = ["CustomizeResult", "customize"]
@@ -110,7 +110,7 @@ def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack
     images = tuple(instance_examples(settings))
     classes: tuple[Example, ...] = ()
     if settings.with_prior_preservation:
-        folder = Path(settings.class_data_dir).expanduser()
+        folder = settings.class_folder
         warn_of_unread_captions(folder, (*BESIDE, *TABLES), "all class images get the --class_prompt")
         classes = tuple(class_examples(settings))
     output_dir = settings.output_path
@@ -206,19 +206,24 @@ class _Run:
         restore_states(checkpoint, self.states())
         restore_random_states(self.prepared.accelerator, checkpoint)
 
-    def validate(self, step: int, last: bool) -> None:
-        prepared = self.prepared
+    def validate(self, step: int) -> str | None:
+        """Draw the validation prompt, after the last step without the adapter too; a signal that came meanwhile."""
+        prepared, settings, seed = self.prepared, self.prepared.settings, self.prepared.seed
+        pipeline, accelerator = prepared.pipeline, prepared.accelerator
 
         def draw() -> None:
-            denoiser = prepared.accelerator.unwrap_model(self.model)
-            with gathered(prepared.pipeline, prepared.accelerator.device):
-                trackers = prepared.accelerator.trackers
-                drawn = validate(prepared.pipeline, denoiser, prepared.settings, prepared.seed, step, trackers)
-                if last:
-                    compare(prepared.pipeline, denoiser, prepared.settings, prepared.seed, drawn)
+            denoiser = accelerator.unwrap_model(self.model)
+            with gathered(pipeline, accelerator.device):
+                drawn = validate(pipeline, denoiser, settings, seed, step, accelerator.trackers)
+                if step == self.plan.steps:
+                    compare(pipeline, denoiser, settings, seed, drawn)
 
-        if prepared.settings.validation_prompt is not None:
-            on_main(prepared.accelerator, draw, self.interruption)
+        try:
+            if settings.validation_prompt is not None:
+                on_main(accelerator, draw, self.interruption)
+        except Interrupted as stopped:
+            return str(stopped)
+        return None
 
 
 def _carry_out(
@@ -251,15 +256,7 @@ def _carry_out(
 def _train(run: _Run, result: CustomizeResult) -> CustomizeResult:
     settings, accelerator, plan = run.prepared.settings, run.prepared.accelerator, run.plan
     step, batches = plan.first_step, settings.gradient_accumulation_steps
-    loader = stream_loader(
-        run.stream,
-        settings.train_batch_size,
-        step * batches,
-        max(plan.steps - step, 0) * batches,
-        accelerator.process_index,
-        accelerator.num_processes,
-        settings.dataloader_num_workers,
-    )
+    loader = run.stream.loader(step * batches, max(plan.steps - step, 0) * batches, accelerator.process_index)
     run.model.train()
     loss, seen = None, []
     quiet = not accelerator.is_main_process
@@ -278,21 +275,12 @@ def _train(run: _Run, result: CustomizeResult) -> CustomizeResult:
             if signal is not None or step % settings.checkpointing_steps == 0:
                 result = replace(result, checkpoint=run.save(step))
             if signal is None and (step % settings.validation_steps == 0 or step == plan.steps):
-                signal = _validate(run, step)
+                signal = run.validate(step)
                 if signal is not None and step % settings.checkpointing_steps:
                     result = replace(result, checkpoint=run.save(step))
             if signal is not None:
                 return replace(result, interrupted=signal)
     return replace(result, checkpoint=None)
-
-
-def _validate(run: _Run, step: int) -> str | None:
-    """Draw the validation prompt; returns the signal that came meanwhile."""
-    try:
-        run.validate(step, last=step == run.plan.steps)
-    except Interrupted as stopped:
-        return str(stopped)
-    return None
 
 
 def _learn(run: _Run, items: Sequence[Mapping[str, Any]], batch: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from ...errors import InvalidValueError
 from ...tuners.groups import GAINS_LR_RATIO, parameter_groups
-from ..trackers import tracker_of
+from ..machine import tracker_of
 from .settings import CustomizeSettings
 
 

@@ -3,16 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from ...hub import readable_size
 from ...reporting.cards import shown_base
 from .settings import CustomizeSettings
 
 
-__all__ = ["CustomizePlan", "plan_training"]
+__all__ = ["CustomizePlan"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,6 @@ class CustomizePlan:
         base_parameters: of the parts that are adapted.
         images, class_images: of the subject; of the class, that are there.
         first_step: how many of them a checkpoint has done.
-        learning_rate: the highest rate, scaled if that was asked.
     """
 
     settings: CustomizeSettings
@@ -35,9 +31,7 @@ class CustomizePlan:
     images: int
     class_images: int
     processes: int
-    steps: int
     first_step: int
-    learning_rate: float
     seed: int
 
     def describe(self) -> str:
@@ -69,33 +63,19 @@ class CustomizePlan:
         missing = self.settings.num_class_images - self.class_images
         return f", {self.class_images} of the class" + (f", {missing} more are generated" if missing > 0 else "")
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        settings = self.settings
+        length = max(self.images, settings.num_class_images if settings.with_prior_preservation else 0)
+        return settings.max_train_steps or settings.num_train_epochs * math.ceil(length / self._together)
 
-def plan_training(
-    settings: CustomizeSettings,
-    pipeline: Any,
-    parts: Mapping[str, nn.Module],
-    images: tuple[int, int],
-    processes: int,
-    first_step: int,
-    seed: int,
-) -> CustomizePlan:
-    """Count what a training comes to."""
-    together = settings.train_batch_size * processes * settings.gradient_accumulation_steps
-    length = max(images[0], settings.num_class_images if settings.with_prior_preservation else 0)
-    steps = settings.max_train_steps or settings.num_train_epochs * math.ceil(length / together)
-    counts = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in parts.items()}
-    everything = sum(p.numel() for model in parts.values() for p in model.parameters())
-    return CustomizePlan(
-        settings=settings,
-        pipeline=type(pipeline).__name__,
-        base_dtype=str(next(iter(parts.values())).dtype).removeprefix("torch."),
-        parameters=counts,
-        base_parameters=everything - sum(counts.values()),
-        images=images[0],
-        class_images=images[1],
-        processes=processes,
-        steps=steps,
-        first_step=first_step,
-        learning_rate=settings.learning_rate * (together if settings.scale_lr else 1),
-        seed=seed,
-    )
+    @property
+    def learning_rate(self) -> float:
+        """The highest rate, scaled if that was asked."""
+        return self.settings.learning_rate * (self._together if self.settings.scale_lr else 1)
+
+    @property
+    def _together(self) -> int:
+        """Images of the subject per optimizer step."""
+        return self.settings.train_batch_size * self.processes * self.settings.gradient_accumulation_steps

@@ -20,7 +20,7 @@ from ..interruption import Interruption, end_if_stopped, on_main, until_stopped
 from ..locks import locked
 from .data import Example, class_examples, digest
 from .families import Family, load_pipeline
-from .planning import CustomizePlan, plan_training
+from .planning import CustomizePlan
 from .sampling import generate_class_images
 from .settings import CustomizeSettings
 from .sources import Latents, Texts, cache_latents, cache_texts, warn_of_long_prompts
@@ -69,14 +69,19 @@ class PreparedRun:
 
     def plan(self) -> CustomizePlan:
         """What the training comes to."""
-        return plan_training(
-            self.settings,
-            self.pipeline,
-            self.parts,
-            (len(self.images), len(self.classes)),
-            self.accelerator.num_processes,
-            0 if self.done is None else self.done.step,
-            self.seed,
+        counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in self.parts.items()}
+        everything = sum(p.numel() for model in self.parts.values() for p in model.parameters())
+        return CustomizePlan(
+            settings=self.settings,
+            pipeline=type(self.pipeline).__name__,
+            base_dtype=str(self.denoiser.dtype).removeprefix("torch."),
+            parameters=counts,
+            base_parameters=everything - sum(counts.values()),
+            images=len(self.images),
+            class_images=len(self.classes),
+            processes=self.accelerator.num_processes,
+            first_step=0 if self.done is None else self.done.step,
+            seed=self.seed,
         )
 
     def facts(self, steps: int) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def with_class_images(prepared: PreparedRun, interruption: Interruption) -> Prep
         InvalidValueError: another run is drawing into the same folder.
     """
     settings, accelerator = prepared.settings, prepared.accelerator
-    folder = Path(settings.class_data_dir).expanduser()
+    folder = settings.class_folder
     # The main process counts for all: another run may be drawing into the folder.
     if on_main(accelerator, lambda: len(prepared.classes) >= settings.num_class_images):
         return prepared

@@ -79,7 +79,7 @@ def generate_class_images(
         stopping: asked between batches whether to leave off.
         progress: show a bar.
     """
-    folder = Path(settings.class_data_dir).expanduser()
+    folder = settings.class_folder
     with tqdm(total=len(numbers), desc="Class images", unit="image", disable=not progress) as bar:
         for start in range(0, len(numbers), settings.sample_batch_size):
             if stopping():

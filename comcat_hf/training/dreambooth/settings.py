@@ -186,6 +186,10 @@ class CustomizeSettings(RunSettings):
             )
         return tuple((int(match[1]), int(match[2])) for match in found)
 
+    @property
+    def class_folder(self) -> Path:
+        return Path(self.class_data_dir).expanduser()
+
     def adapter_config(self) -> ComCATConfig:
         """The configuration of the adapter that is trained."""
         return ComCATConfig(
@@ -221,7 +225,7 @@ class CustomizeSettings(RunSettings):
                     f"--with_prior_preservation needs --{name}, found none. Give {example}, or leave prior "
                     "preservation out."
                 )
-        if Path(self.class_data_dir).expanduser().is_file():
+        if self.class_folder.is_file():
             raise InvalidValueError(f"--class_data_dir {self.class_data_dir}: expected a folder, found a file.")
 
     def _check_prompts(self) -> None:

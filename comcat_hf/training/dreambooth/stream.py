@@ -17,7 +17,7 @@ from .data import Example, Prepared, prepare_image
 from .settings import CustomizeSettings
 
 
-__all__ = ["ExampleStream", "stream_loader"]
+__all__ = ["ExampleStream"]
 
 _EXAMPLES = {"instance": "instances", "class": "classes"}
 
@@ -31,14 +31,14 @@ class ExampleStream(Dataset):
     Attributes:
         instances, classes: the examples; `classes` may be empty.
         settings: how images are made ready. Where latents are cached, items hold no pixels.
-        together: how many positions, from a multiple of their number, must have images of one size.
+        together: positions that all processes take at a time; in buckets their images have one size.
     """
 
     instances: tuple[Example, ...]
     classes: tuple[Example, ...]
     seed: int
     settings: CustomizeSettings
-    together: int = 1
+    together: int
 
     def __len__(self) -> int:
         """Positions per epoch: so many that each image occurs."""
@@ -102,23 +102,16 @@ class ExampleStream(Dataset):
         centered = self.settings.center_crop or self.settings.cache_latents
         return prepare_image(image, self.size_of(kind, index), centered, flip, generator)
 
+    def loader(self, start: int, steps: int, process: int) -> DataLoader:
+        """The batches of one process: `steps` of them, from batch `start`.
 
-def stream_loader(
-    stream: ExampleStream, batch_size: int, start: int, steps: int, process: int, processes: int, workers: int = 0
-) -> DataLoader:
-    """The batches of one process; all processes together take `batch_size * processes` positions at a time.
-
-    Args:
-        start, steps: the first batch, and how many.
-        process, processes: whose batches, and of how many.
-
-    Returns:
-        batches as lists of items: those of the subject, then those of the class.
-    """
-    together = batch_size * processes
-    firsts = range(start * together + process * batch_size, (start + steps) * together, together)
-    batches = [list(range(first, first + batch_size)) for first in firsts]
-    return make_loader(stream, batches, _collate, workers, stream.seed)
+        Returns:
+            batches as lists of items: those of the subject, then those of the class.
+        """
+        size, together = self.settings.train_batch_size, self.together
+        firsts = range(start * together + process * size, (start + steps) * together, together)
+        batches = [list(range(first, first + size)) for first in firsts]
+        return make_loader(self, batches, _collate, self.settings.dataloader_num_workers, self.seed)
 
 
 def _collate(pairs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

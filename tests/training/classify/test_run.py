@@ -216,6 +216,15 @@ class TestAWholeRun:
         assert json.loads((folder / "eval_results.json").read_text()) == result.metrics
         assert f"{result.metrics['final']['top1']:.2%}" in (folder / "README.md").read_text()
 
+    def test_says_how_many_images_it_could_not_read(self, base, tmp_path):
+        rows = Dataset.from_parquet(str(base / "validation.parquet")).cast_column("image", Image(decode=False))
+        images = [{"bytes": b"damaged", "path": None}, *rows["image"][1:]]
+        table = {"image": images, "label": rows["label"]}
+        Dataset.from_dict(table, features=rows.features).to_parquet(tmp_path / "damaged.parquet")
+        how = {"validation_file": str(tmp_path / "damaged.parquet"), "max_broken_images": 1, "strategy": "uniform"}
+        found = run(base, tmp_path / "out", stages="allocate,initialize,evaluate", weights_only=True, **how).metrics
+        assert [(one["broken"], one["samples"]) for one in found.values()] == [(1, 47)] * 3
+
     def test_leaves_a_report_and_a_picture_for_the_card(self, whole):
         folder, result = whole
         page = (folder / "report.html").read_text()
@@ -630,6 +639,12 @@ class TestBadInput:
     def test_out_of_reach(self, base, tmp_path):
         with pytest.raises(BudgetError):
             run(base, tmp_path / "out", reduction=0.99)
+
+    def test_a_stream_without_an_end(self, base, tmp_path):
+        with pytest.raises(InvalidValueError, match="--streaming: expected --max_train_steps"):
+            run(base, tmp_path / "out", streaming=True, max_train_steps=None, dry_run=True)
+        plan = run(base, tmp_path / "out", streaming=True, dry_run=True).plan
+        assert (plan.steps.total, plan.steps.epoch, plan.images) == (STEPS, STEPS, None)
 
     def test_checkpoints_of_an_earlier_run(self, base, tmp_path):
         (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)

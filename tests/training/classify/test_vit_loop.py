@@ -31,7 +31,7 @@ from comcat_hf.training.classify.planning import learning_rates, rate_at, warmup
 from comcat_hf.training.classify.routes import finished, make_student
 from comcat_hf.training.classify.settings import CompressSettings
 from comcat_hf.training.interruption import Interruption
-from comcat_hf.training.trackers import tracker_of
+from comcat_hf.training.machine import tracker_of
 from tests.processes import forked, in_processes, until
 from tests.training.classify.conftest import CLASSES, SIZE
 from tests.training.conftest import Recorder
@@ -133,7 +133,7 @@ def test_the_student_comes_to_answer_as_its_teacher(folder, tmp_path, route):
         before = run.student.model.eval()(pixels).logits
     result = finetune_model(run)
     said = lines(tmp_path)
-    assert result.step == 40 and result.interrupted is None and result.loss == said[-1]["loss"]
+    assert result.step == 40 and result.interrupted is None
     assert [line["step"] for line in said] == [10, 20, 30, 40]
     assert said[-1]["teacher"] < 0.5 * said[0]["teacher"] and said[-1]["alignment"] < said[0]["alignment"]
     assert all(line["images_per_second"] > 0 for line in said) and said[1]["epoch"] == 5.0
@@ -223,7 +223,7 @@ def test_the_ways_to_train(folder, tmp_path, changes, monkeypatch):
     run, result = train(folder, tmp_path, kind="dry", steps=2, **changes)
     train(folder, tmp_path / "plain", kind="dry", steps=2, route=changes.get("route", "full"))
     said = lines(tmp_path)[0]
-    assert result.step == 2 and math.isfinite(result.loss)
+    assert result.step == 2 and math.isfinite(said["loss"])
     assert (said["teacher"] == 0) == (changes.get("distillation_type") == "none")
     assert (said["alignment"] == 0) == (changes.get("alignment") == 0.0)
     assert {value.dtype for value in weights(run).values()} == {torch.float32}

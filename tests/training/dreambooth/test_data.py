@@ -10,7 +10,7 @@ from PIL import Image
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.training.dreambooth.data import Example, class_examples, find_images, instance_examples, prepare_image
 from comcat_hf.training.dreambooth.settings import CustomizeSettings
-from comcat_hf.training.dreambooth.stream import ExampleStream, stream_loader
+from comcat_hf.training.dreambooth.stream import ExampleStream
 from tests.customization.pipelines import write_digits
 
 
@@ -36,9 +36,9 @@ def add_junk(folder):
 
 
 def stream(examples, classes=(), **changes):
-    own = {name: changes.pop(name) for name in ("seed", "together") if name in changes}
-    how = settings(random_flip=True, **changes)
-    return ExampleStream(tuple(examples), tuple(classes), settings=how, **({"seed": 5} | own))
+    own = {"seed": 5, "together": 3} | {name: changes.pop(name) for name in ("seed", "together") if name in changes}
+    how = settings(**{"random_flip": True, "train_batch_size": 3} | changes)
+    return ExampleStream(tuple(examples), tuple(classes), settings=how, **own)
 
 
 def test_files_that_are_no_images_are_passed_over(folder):
@@ -174,30 +174,30 @@ def test_a_position_says_everything(folder):
     """Batches from the middle are those of a run from the start, whatever was drawn before, also with workers."""
     examples = instance_examples(settings(folder))
     classes = examples[:3]
-    whole = list(stream_loader(stream(examples, classes), 3, 0, 6, 0, 1))
+    whole = list(stream(examples, classes).loader(0, 6, 0))
     torch.rand(7)
     for workers in (0, 1):
-        rest = list(stream_loader(stream(examples, classes), 3, 4, 2, 0, 1, workers))
+        rest = list(stream(examples, classes, dataloader_num_workers=workers).loader(4, 2, 0))
         for ours, theirs in zip(rest, whole[4:], strict=True):
             assert [item["kind"] for item in ours] == ["instance"] * 3 + ["class"] * 3
             for one, other in zip(ours, theirs, strict=True):
                 assert (one["index"], one["flip"]) == (other["index"], other["flip"])
                 assert torch.equal(one["image"].pixels, other["image"].pixels)
     assert {item["flip"] for batch in whole for item in batch} == {False, True}
-    other = list(stream_loader(stream(examples, classes, seed=6), 3, 0, 6, 0, 1))
+    other = list(stream(examples, classes, seed=6).loader(0, 6, 0))
     assert [i["index"] for b in other for i in b] != [i["index"] for b in whole for i in b]
 
 
 def test_epochs_hold_every_image_and_processes_share_them(folder):
     """Six positions per step of two processes; together they are what one process with batches of six gets."""
     examples = instance_examples(settings(folder))
-    source = stream(examples, cache_latents=True)
+    source = stream(examples, cache_latents=True, together=6)
     seen = [item["index"] for position in range(12) for item in source[position]]
     assert all(sorted(seen[start : start + 4]) == [0, 1, 2, 3] for start in (0, 4, 8))
     assert len({tuple(seen[start : start + 4]) for start in (0, 4, 8)}) > 1
-    shares = [list(stream_loader(source, 3, 0, 2, process, 2)) for process in (0, 1)]
+    shares = [list(source.loader(0, 2, process)) for process in (0, 1)]
     together = [[*first, *second] for first, second in zip(*shares, strict=True)]
-    assert together == list(stream_loader(source, 6, 0, 2, 0, 1))
+    assert together == list(stream(examples, cache_latents=True, train_batch_size=6, together=6).loader(0, 2, 0))
 
 
 def test_buckets_fill_every_batch_with_images_of_one_shape(tmp_path):
@@ -205,11 +205,11 @@ def test_buckets_fill_every_batch_with_images_of_one_shape(tmp_path):
     for index, (width, height) in enumerate(shapes):
         Image.effect_noise((width, height), 50).convert("RGB").save(tmp_path / f"{index}.png")
     examples = [Example(str(path), "a sks", path) for path in find_images(tmp_path)]
-    source = stream(examples, (), aspect_ratio_buckets="20,20;16,24;24,16", together=4)
+    source = stream(examples, (), aspect_ratio_buckets="20,20;16,24;24,16", together=4, train_batch_size=2)
     # Three, five and two images in fours.
     assert len(source) == 4 + 8 + 4
     seen = []
-    for batch in stream_loader(source, 2, 0, 16, 0, 2):
+    for batch in source.loader(0, 16, 0):
         shapes = {tuple(item["image"].pixels.shape[1:]) for item in batch}
         assert len(shapes) == 1
         seen.append(shapes.pop())
@@ -218,6 +218,6 @@ def test_buckets_fill_every_batch_with_images_of_one_shape(tmp_path):
         indices = [source[epoch * 16 + place][0]["index"] for place in range(16)]
         assert set(indices) == set(range(10))
     assert source[3][0]["image"].time_ids[4:] in source.settings.buckets
-    other = [list(stream_loader(source, 2, 0, 8, process, 2)) for process in (0, 1)]
+    other = [list(source.loader(0, 8, process)) for process in (0, 1)]
     pairs = zip(*other, strict=True)
     assert all(a[0]["image"].pixels.shape == b[0]["image"].pixels.shape for a, b in pairs)
