@@ -36,7 +36,7 @@ def wide_vit():
     return small_vit(hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=4)
 
 
-def table_of(model, inputs=None, *, fixed=0.1, total=None):
+def table_of(model, inputs=None, *, fixed=0.1):
     """A table by hand: times that grow with the rank from a fixed share of the dense time."""
     sites, tokens = find_sites(model, width=True), trace(model, inputs, whole=False).tokens
     shapes, every = {}, 0
@@ -51,12 +51,12 @@ def table_of(model, inputs=None, *, fixed=0.1, total=None):
         shape = site.signature(tokens[site.moments_path])
         count = shapes[shape].sites + 1 if shape in shapes else 1
         shapes[shape] = ShapeTimes(count, dense, {"+".join(site.choices): times})
-    return LatencyTable(total or round(1.25 * every), shapes, "a class", "a device", "torch.float32", 2, 8)
+    return LatencyTable(round(1.25 * every), shapes, "a class", "a device", "torch.float32", 2, 8)
 
 
-def predicted(table, model, ranks, inputs=None):
+def predicted(table, model, ranks):
     """Nanoseconds that a plan saves, entry by entry."""
-    sites, tokens = find_sites(model, width=True), trace(model, inputs, whole=False).tokens
+    sites, tokens = find_sites(model, width=True), trace(model, whole=False).tokens
     return sum(
         table.shapes[sites[n].signature(tokens[sites[n].moments_path])].saved(c, sites[n].choices[c])[rank]
         for n, entry in ranks.items()

@@ -24,8 +24,8 @@ from tests.helpers import MODELS, assert_unchanged, classes_of, images, small_be
 LOW = "vit.layers.1.mlp.fc1"
 
 
-def budget_of(model, reduction=0.4):
-    return find_budget(model, find_sites(model), reduction, METRICS["params"], Request())[0]
+def budget_of(model):
+    return find_budget(model, find_sites(model), 0.4, METRICS["params"], Request())[0]
 
 
 def movement(model, small, inputs):
@@ -35,13 +35,13 @@ def movement(model, small, inputs):
     return moved.total()
 
 
-def with_low_rank_layer(rank=3, **settings):
-    model, inputs = small_vit(**settings)
+def with_low_rank_layer():
+    model, inputs = small_vit()
     with torch.no_grad():
         weight = model.get_submodule(LOW).weight
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         # As much energy as before.
-        values[rank:] = 0
+        values[3:] = 0
         weight.copy_((left * values * weight.norm() / values.norm()) @ right)
     return model, inputs
 

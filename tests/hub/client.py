@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # Runs one text of code after the other; the last expression's value is what a text gives back. Waits between attempts
 # are cut short.
 _LOOP = """
-import ast, json, sys, time, traceback
+import ast, json, sys, time
 answers = sys.stdout
 sys.stdout = sys.stderr
 import comcat_hf
@@ -30,7 +30,7 @@ for line in sys.stdin:
         value = None if last is None else eval(compile(last, "test", "eval"), names)
         answer = {"value": value}
     except Exception as error:
-        answer = {"error": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
+        answer = {"error": type(error).__name__, "text": str(error)}
     print(json.dumps(answer, default=str), file=answers, flush=True)
 """
 
@@ -38,23 +38,22 @@ for line in sys.stdin:
 class ClientError(Exception):
     """What the code in the other process raised."""
 
-    def __init__(self, kind: str, text: str, trace: str) -> None:
+    def __init__(self, kind: str, text: str) -> None:
         super().__init__(f"{kind}: {text}")
-        self.kind, self.text, self.trace = kind, text, trace
+        self.kind, self.text = kind, text
 
 
-def environment(endpoint: str, home: Path, token: str | None = "hf_good") -> dict[str, str]:
+def environment(endpoint: str, home: Path) -> dict[str, str]:
     """The variables of a user of that endpoint, with a cache of their own."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     given = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    given |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
-    return kept | given | ({"HF_TOKEN": token} if token else {})
+    return kept | given | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_good"}
 
 
 class Client:
     """A process that runs code: `client("1 + 1")` is 2."""
 
-    def __init__(self, endpoint: str, home: Path, token: str | None = "hf_good") -> None:
+    def __init__(self, endpoint: str, home: Path) -> None:
         self.errors = home / "stderr.txt"
         home.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
@@ -63,7 +62,7 @@ class Client:
             stdout=subprocess.PIPE,
             stderr=self.errors.open("w"),
             text=True,
-            env=environment(endpoint, home, token),
+            env=environment(endpoint, home),
         )
 
     def __call__(self, code: str) -> Any:
@@ -74,7 +73,7 @@ class Client:
             raise RuntimeError(f"The client ended:\n{self.errors.read_text()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise ClientError(answer["error"], answer["text"], answer["trace"])
+            raise ClientError(answer["error"], answer["text"])
         return answer["value"]
 
     def close(self) -> None:

@@ -28,10 +28,10 @@ def released(unet):
                 yield from (transformer.attn1, transformer.attn2)
 
 
-def random_weights(unet, rank=RANK):
+def random_weights(unet):
     weights = []
     for module in released(unet):
-        rows = rank * module.heads
+        rows = RANK * module.heads
         for size in (module.to_q.in_features, module.to_k.in_features, module.to_v.in_features):
             weights.append(torch.randn(rows, size) / size**0.5)
         weights.append(torch.randn(module.to_out[0].out_features, rows) / rows**0.5)
