@@ -178,7 +178,8 @@ def cifar10(args: Any) -> Case:
     folder = args.data or os.environ.get(DATA)
     if folder is None:
         raise Absent(f"no folder with vit-cifar10 and cifar10 was given, by --data or {DATA}")
-    model, train, held = (Path(folder, *at) for at in (["vit-cifar10"], *_parquets("train", "validation")))
+    places = ("vit-cifar10", "cifar10/train.parquet", "cifar10/validation.parquet")
+    model, train, held = (Path(folder, place) for place in places)
     for path in (model, train, held):
         if not path.exists():
             raise Absent(f"{path} does not exist")
@@ -190,10 +191,6 @@ def cifar10(args: Any) -> Case:
     vit = load_classifier(model, "--data")
     subject = _classifier(vit, list(images.split(BATCH)), held_images, held_labels)
     return Case(_VIT, "accuracy", True, _accuracy([subject]), (subject,))
-
-
-def _parquets(*names: str) -> list[list[str]]:
-    return [["cifar10", f"{name}.parquet"] for name in names]
 
 
 def read_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:

@@ -208,8 +208,11 @@ class Studio:
                 save_file({**parts.state_dict(), "scale": scale}, cached)
         parts.eval().requires_grad_(False)
 
-    def teach(self, config: Callable[[nn.Module], PeftConfig], rate: float, seed: int) -> Taught:
-        """Teach a copy of the base the new digit, from images, batches and noise that hang on the seed alone."""
+    def teach(self, config: Callable[[nn.Module], PeftConfig], rate: float, seed: int, ratio: float = 1.0) -> Taught:
+        """Teach a copy of the base the new digit, from images, batches and noise that hang on the seed alone.
+
+        `ratio` is the rate of gains, as a multiple of the others'.
+        """
         torch.manual_seed(seed)
         taught = get_peft_model(copy.deepcopy(self.base), config(self.base), adapter_name=ADAPTER)
         images = upsample(self.data.train_images[self.data.train_labels == HELD_OUT])
@@ -225,7 +228,7 @@ class Studio:
             seed=seed,
         )
         clock = Steps()
-        teach(taught, lesson, rate, clock, "")
+        teach(taught, lesson, rate, clock, "", ratio)
         count = sum(parameter.numel() for parameter in taught.parameters() if parameter.requires_grad)
         state = get_peft_model_state_dict(taught, adapter_name=ADAPTER)
         return Taught(taught, count, len(save({k: v.contiguous() for k, v in state.items()})), clock.spent)

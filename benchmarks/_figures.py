@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from comcat_hf.reporting.plots.figures import COLORS, FAINT, MUTED, finish, new_figure, open_frame
+from comcat_hf.reporting.plots.figures import COLORS, FAINT, MUTED, new_figure, open_frame, save_figure
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,14 +133,14 @@ def overview() -> Any:
     for axes, (title, below) in titles.items():
         axes.set_title(f"{title}\n", fontsize=11, loc="left")
         axes.annotate(below, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=9, color=MUTED)
-    return figure, None
+    return figure
 
 
 def latency() -> Any:
     """The times alone."""
     figure = new_figure(_WIDTH, 2.6)
     draw_times(figure.subplots())
-    return figure, None
+    return figure
 
 
 def quality_figure(*parts: tuple[str, str]) -> Callable[[], Any]:
@@ -156,7 +156,7 @@ def quality_figure(*parts: tuple[str, str]) -> Callable[[], Any]:
             axes.set_title(f"{CASES[case]}, {SCOPES[scope]}", fontsize=10, loc="left")
         for axes in panels[len(parts) :]:
             axes.set_axis_off()
-        return figure, None
+        return figure
 
     return draw
 
@@ -209,7 +209,7 @@ def adapters_figure(rows: list[dict[str, Any]]) -> Any:
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         open_frame(axes)
-    return figure, None
+    return figure
 
 
 FIGURES: dict[str, Callable[[], Any]] = {
@@ -218,18 +218,13 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "quality-encoder": quality_figure(*(("minilm", scope) for scope in ("attention", "mlp", "attention+mlp"))),
     "quality-vits": quality_figure(("digits", "model"), ("cifar10", "model")),
     "transformers-digits": transformers_digits,
+    "adapters": adapters,
 }
-if read("adapters"):
-    FIGURES["adapters"] = adapters
 
 
 def draw_all(folder: Path) -> list[Path]:
     """Draw every figure into a folder; returns the files."""
-    drawn = []
-    for name, draw in FIGURES.items():
-        figure, title = draw()
-        drawn.append(finish(figure, folder / f"{name}.svg", title))
-    return drawn
+    return [save_figure(draw(), folder / f"{name}.svg") for name, draw in FIGURES.items()]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Time of several sides in turns, also on a GPU, which is still at work when a call returns; and memory."""
 
 import argparse
+import gc
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +79,35 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def apart(call: Callable[..., Any], *given: Any) -> Any:
+    """What a call gives in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *given).result()
+
+
+def start_peak(device: str | torch.device) -> int:
+    """Begin to watch; returns what is taken now: of a GPU's memory, or by this process, on Linux."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    # The highest resident size starts anew from the present one.
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def peak_since(device: str | torch.device) -> int:
+    """The most that was taken since `start_peak`."""
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else _resident("VmHWM")
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 class Kept:

@@ -10,10 +10,8 @@ images, so that its peak of memory is its own, next to a dense pass in another; 
 """
 
 import argparse
-import json
 import resource
 import statistics as numbers
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +19,7 @@ from typing import Any
 
 import _report
 import torch
+from _measuring import apart
 from torch import Tensor, nn
 from transformers import DeiTConfig, DeiTForImageClassification
 from transformers.utils import logging
@@ -86,16 +85,16 @@ PARTS: Mapping[str, Callable[[nn.Module, list[Tensor]], float | None]] = {
 }
 
 
-def run_part(args: argparse.Namespace) -> dict[str, float]:
+def run_part(args: argparse.Namespace, name: str, part: str) -> dict[str, float]:
     """In a process of its own."""
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
-    model, batches = build(args.models[0]), batches_of(args.images, args.batch)
+    model, batches = build(name), batches_of(args.images, args.batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
-    for _ in range(args.repeats if args.part == "dense pass" else 1):
+    for _ in range(args.repeats if part == "dense pass" else 1):
         start = time.process_time()
-        told = PARTS[args.part](model, batches)
+        told = PARTS[part](model, batches)
         seconds.append(time.process_time() - start if told is None else told)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": numbers.median(seconds), "gigabytes": (peak - before) / 2**20}
@@ -107,10 +106,7 @@ def measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
     dense_seconds = []
     for part in args.parts:
         for each in dict.fromkeys(("dense pass", part)):
-            own = [sys.executable, __file__, "--part", each, "--models", name]
-            own += [f"--{key}={getattr(args, key)}" for key in ("images", "batch", "threads", "repeats")]
-            done = subprocess.run(own, capture_output=True, text=True, check=True)
-            result = json.loads(done.stdout.splitlines()[-1])
+            result = apart(run_part, args, name, each)
             print(f"{name}, {each}: {result['seconds']:.1f} CPU s, {result['gigabytes']:.2f} GB", file=sys.stderr)
             if each == "dense pass":
                 dense_seconds.append(result["seconds"])
@@ -128,11 +124,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="of the dense pass, each time")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part:
-        print(json.dumps(run_part(args)))
-        return
     torch.set_num_threads(args.threads)
     rows = [measured(args, name) for name in args.models]
     table = [
@@ -141,7 +133,7 @@ def main() -> None:
         for part, found in row["parts"].items()
     ]
     _report.print_table(table, ["model", "part", "dense passes", "CPU seconds", "GB above the model and images"])
-    _report.write(args, {"rows": rows}, hidden=("part",))
+    _report.write(args, {"rows": rows})
 
 
 if __name__ == "__main__":

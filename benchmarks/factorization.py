@@ -8,32 +8,19 @@ SVD errs). Weights are random, of the model's shapes. By default the dense way i
 extrapolated; `--all-layers` times it on every layer.
 """
 
-import argparse
 import os
 import statistics
 import time
 from typing import NamedTuple
 
+import _report
 import torch
 from _measuring import wait
-from _report import environment, print_table, write_json
 
 from comcat_hf.closed_forms.attention import QKFactors, VOFactors, factorize_qk, factorize_vo
 
 
 MODELS = {"deit-small": (12, 384, 6), "deit-base": (12, 768, 12)}  # layers, width, heads
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="deit-base")
-    parser.add_argument("--rank", type=int, default=32, help="per head (default 32)")
-    parser.add_argument("--repeats", type=int, default=5, help="of our way; the median counts (default 5)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--all-layers", action="store_true", help="time the dense way on every layer, not only on one")
-    parser.add_argument("--output", help="JSON file to write")
-    return parser.parse_args()
 
 
 def random_layer(width: int, heads: int, seed: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -117,7 +104,12 @@ def largest_difference(found: list, wanted: list) -> float:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    # The repeats are those of our way.
+    parser = _report.parser(__doc__, device="cpu", threads=2, repeats=5)
+    parser.add_argument("--model", choices=MODELS, default="deit-base")
+    parser.add_argument("--rank", type=int, default=32, help="per head (default 32)")
+    parser.add_argument("--all-layers", action="store_true", help="time the dense way on every layer, not only on one")
+    arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     layers, width, heads = MODELS[arguments.model]
     weights = [random_layer(width, heads, seed, arguments.device) for seed in range(layers)]
@@ -140,29 +132,23 @@ def main() -> None:
     ]
     print(f"{arguments.model}: {heads} heads, d = {width}, p = {width // heads}, rank {rank}, QK and VO")
     columns = ["ours, s", "CPU s", "dense SVD, s", "CPU s", "times faster", "in CPU time"]
-    print_table(rows, ["what", *columns])
+    _report.print_table(rows, ["what", *columns])
     if not arguments.all_layers:
         print("The dense way was timed on one layer only (--all-layers times it on every layer).")
     print(f"max relative difference of the products: {max(differences):.1e}")
 
-    if arguments.output:
-        shape = {"layers": layers, "width": width, "heads": heads, "head_dim": width // heads}
-        payload = {
-            "benchmark": "factorization",
-            "model": {"name": arguments.model, **shape},
-            "rank": rank,
-            "repeats": arguments.repeats,
-            "dense_layers_timed": len(dense_times),
-            "seconds": {
-                what: {"ours": fast._asdict(), "dense": slow._asdict() if slow else None}
-                for what, (fast, slow) in found.items()
-            },
-            "times_faster": {what: ratio._asdict() for what, ratio in ratios.items()},
-            "max_relative_difference": max(differences),
-            "environment": environment(arguments.device),
-            "load_average_at_the_end": os.getloadavg()[0],
-        }
-        write_json(arguments.output, payload)
+    payload = {
+        "shape": {"layers": layers, "width": width, "heads": heads, "head_dim": width // heads},
+        "dense_layers_timed": len(dense_times),
+        "seconds": {
+            what: {"ours": fast._asdict(), "dense": slow._asdict() if slow else None}
+            for what, (fast, slow) in found.items()
+        },
+        "times_faster": {what: ratio._asdict() for what, ratio in ratios.items()},
+        "max_relative_difference": max(differences),
+        "load_average_at_the_end": os.getloadavg()[0],
+    }
+    _report.write(arguments, payload)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from typing import Any, TextIO
 import _report
 from _estimates import estimates, probe
 
+from comcat_hf.reporting.cards import markdown_table
+
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, REHEARSAL = (ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("imagenet", "imagenet-rehearsal"))
@@ -291,9 +293,7 @@ def fill(text: str, name: str, table: Sequence[Sequence[str]]) -> str:
     begin, end = f"<!-- table: {name} -->\n", f"<!-- table: {name}, end -->"
     before, rest = text.split(begin)
     _, after = rest.split(end)
-    head, *rows = (" | ".join(cells) for cells in table)
-    lines = [f"| {head} |", "| " + " | ".join("---" for _ in table[0]) + " |", *(f"| {row} |" for row in rows)]
-    return before + begin + "\n".join(lines) + "\n" + end + after
+    return before + begin + markdown_table(table) + end + after
 
 
 def filled(text: str) -> str:

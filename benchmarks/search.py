@@ -16,15 +16,12 @@ the cores, take one thread and look at the second. On a GPU (`--device cuda`) me
 """
 
 import argparse
-import multiprocessing
 import statistics
-import threading
 import time
-from pathlib import Path
 
 import _report
 import torch
-from _measuring import wait
+from _measuring import apart, peak_since, start_peak, wait
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeiTConfig, DeiTForImageClassification
@@ -163,50 +160,25 @@ def step(
     return seconds, output.detach(), logits.grad
 
 
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
 def memory_of(side: str, name: str, args: argparse.Namespace) -> dict:
     """Peak bytes of the resident set, or of a GPU's memory, over all and in the step alone, in this process."""
-    if args.device != "cpu":
-        return memory_on_gpu(side, name, args)
+    torch.set_num_threads(args.threads)
     images, labels = batch_of(args)
     # What a first use of the kernels loads is nobody's.
     torch.linalg.svd(torch.randn(64, 64, requires_grad=True))[1].sum().backward()
-    start = resident()
+    start = start_peak(args.device)
     model, candidates = build(name, args)
     forward = SIDES[side](model, candidates)
     del model
-    built, peak, done = resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    built = start_peak(args.device)
     step(forward, candidates, images, labels)
-    done.set()
-    watcher.join()
-    return {"whole": peak[0] - start, "step": peak[0] - built}
-
-
-def memory_on_gpu(side: str, name: str, args: argparse.Namespace) -> dict:
-    images, labels = batch_of(args)
-    model, candidates = build(name, args)
-    forward = SIDES[side](model, candidates)
-    del model
-    built = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(forward, candidates, images, labels)
-    peak = torch.cuda.max_memory_allocated()
-    return {"whole": peak, "step": peak - built}
+    peak = peak_since(args.device)
+    return {"whole": peak - start, "step": peak - built}
 
 
 def times_of(name: str, args: argparse.Namespace) -> dict:
     """Seconds of both sides in turns, and how far outputs and gradients are apart."""
+    torch.set_num_threads(args.threads)
     images, labels = batch_of(args)
     sides = {}
     for side, make in SIDES.items():
@@ -232,23 +204,6 @@ def batch_of(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(args.batch_size, 3, 224, 224, generator=generator)
     return images.to(args.device), torch.arange(args.batch_size, device=args.device)
-
-
-def work(pipe, function, settings: tuple) -> None:
-    torch.set_num_threads(settings[-1].threads)
-    pipe.send(function(*settings))
-
-
-def apart(function, *settings) -> dict:
-    """Call a function in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, function, settings))
-    process.start()
-    theirs.close()
-    found = ours.recv()
-    process.join()
-    return found
 
 
 def compare(name: str, args: argparse.Namespace) -> dict:

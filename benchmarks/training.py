@@ -16,13 +16,9 @@ Weights are random, and so are images: neither times nor bytes depend on their v
 
 import argparse
 import copy
-import gc
 import itertools
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +29,7 @@ from typing import Any
 
 import _report
 import torch
-from _measuring import ratio, seconds_of
+from _measuring import apart, peak_since, ratio, seconds_of, start_peak
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,7 +190,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         make_models(args.memory_model, args, Path(folder))
         for side in SIDES:
-            found = [measure_alone(args, side, folder) for _ in range(args.memory_repeats)]
+            found = [apart(measure_side, args, side, folder) for _ in range(args.memory_repeats)]
             rows.append(found[0] | {"peak": statistics.median(one["peak"] for one in found)})
     by_side = {row["side"]: row for row in rows}
     one, two, base = by_side["peft"], by_side["two copies"], by_side["peft"]["dense"]
@@ -211,37 +207,29 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.memory_model, "rows": rows, "saved": saved, "holds": holds}
 
 
-def measure_alone(args: argparse.Namespace, side: str, folder: str) -> dict[str, Any]:
-    """One side in a fresh process."""
-    command = [sys.executable, __file__, "--side", side, "--folder", folder, "--memory-model", args.memory_model]
-    for name in ("memory-batch-size", "threads", "device", "mixed-precision"):
-        value = getattr(args, name.replace("-", "_"))
-        command += [] if value is None else [f"--{name}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{side}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_side(args: argparse.Namespace) -> dict[str, Any]:
+def measure_side(args: argparse.Namespace, side: str, folder: str) -> dict[str, Any]:
     """Train one side for a few steps in this process, and see what it takes."""
+    set_up(args)
     accelerator = make_accelerator(args)
     args.batch_size, args.steps = args.memory_batch_size, 0
     # The weights that the small model was made from: route peft compares them.
     torch.manual_seed(0)
-    settings = make_settings(args, args.folder, route="full" if args.side == "full" else "peft")
+    settings = make_settings(args, folder, route="full" if side == "full" else "peft")
     dense = ViTForImageClassification(make_config(args.memory_model)).eval().requires_grad_(False)
     size = held_bytes(dense)
-    teacher = copy.deepcopy(dense) if args.side == "two copies" else None
-    student = make_student(settings, dense, Path(args.folder) / "initial")
+    teacher = copy.deepcopy(dense) if side == "two copies" else None
+    student = make_student(settings, dense, Path(folder) / "initial")
     if teacher is not None:
         student = replace(student, teacher=teacher)
     del dense, teacher
     held = held_bytes(student.model, *([] if student.teacher is None else [student.teacher]))
     batches = make_batches(args.memory_model, args, WARMUP)
-    before = start_peak(accelerator.device, held)
+    before = start_peak(accelerator.device)
+    if args.device == "cpu":
+        # The weights are there already, and count.
+        before -= held
     train(settings, accelerator, student, batches)
-    return {"side": args.side, "dense": size, "held": held, "peak": peak_bytes(accelerator.device) - before}
+    return {"side": side, "dense": size, "held": held, "peak": peak_since(accelerator.device) - before}
 
 
 def held_bytes(*models: nn.Module) -> int:
@@ -250,26 +238,9 @@ def held_bytes(*models: nn.Module) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def start_peak(device: torch.device, held: int) -> int:
-    """Begin to watch; returns what is taken off the peak: everything that is no weight."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return 0
-    # Linux: the highest resident size starts anew from the present one.
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS") - held
-
-
-def peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+def set_up(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    of_transformers.disable_progress_bar()
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -329,16 +300,9 @@ def main() -> None:
     parser.add_argument("--memory-repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"))
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    of_transformers.disable_progress_bar()
-    if args.side:
-        print(json.dumps(measure_side(args)))
-        return
-    results = {name: PARTS[name](args) for name in args.parts}
-    _report.write(args, results, hidden=("parts", "side", "folder"))
+    set_up(args)
+    _report.write(args, {name: PARTS[name](args) for name in args.parts}, hidden=("parts",))
 
 
 if __name__ == "__main__":

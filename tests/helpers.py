@@ -236,10 +236,6 @@ def small_bert_mlm(**settings: Any) -> Built:
     return _text("BertForMaskedLM", "BertConfig")(**settings)
 
 
-def small_yolos(**settings: Any) -> Built:
-    return MODELS["yolos"](**settings)
-
-
 def tensors_of(output: Any) -> list[Tensor]:
     """Every floating point tensor in a model output, in order."""
     if isinstance(output, Tensor):

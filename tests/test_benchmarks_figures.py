@@ -62,7 +62,7 @@ def test_single_runs_of_adapters_become_points(figures):
     (row,) = figures.rows_of_runs({"UNet": known})
     assert (row["model"], row["method"], row["parameters"]) == ("UNet", "LoRA 1", 10)
     assert (row["new"], row["new_error"]) == pytest.approx((0.8, 0.1))
-    figure, _ = figures.adapters_figure([row])
+    figure = figures.adapters_figure([row])
     assert figure.axes[0].get_title("left") == "UNet"
 
 

@@ -15,9 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
-import comcat_hf
 from comcat_hf import ComCATConfig, compress, plan_of
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from comcat_hf.modeling import read_ranks
@@ -26,16 +25,7 @@ from tests.helpers import image_inputs, outputs, small_bert, small_vit
 
 @pytest.fixture
 def small():
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-        num_labels=5,
-    )
-    return comcat_hf.compress(ViTForImageClassification(config), 0.4).eval()
+    return compress(small_vit()[0], 0.4)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["first_factor"], "all-linear"])

@@ -38,6 +38,7 @@ from tests.helpers import (
     small_vit,
     text_inputs,
 )
+from tests.modeling.test_diffusers import batch, unet
 
 
 def _vit():
@@ -115,11 +116,7 @@ class TestATower:
         model, inputs = build()
         tower = model.get_submodule(path)
         state = {n: t.clone() for n, t in model.state_dict().items()}
-        small = compress(
-            model,
-            0.4,
-            target_modules=[path.rpartition(".")[2]],
-        )
+        small = compress(model, 0.4, target_modules=[path.rpartition(".")[2]])
         alone = compress(tower, 0.4)
         assert read_ranks(small) == {f"{path}.{n}": entry for n, entry in read_ranks(alone).items()}
         # The reduction of a tower is that of the tower alone.
@@ -267,23 +264,10 @@ def test_another_process_loads_the_whole(tmp_path):
 
 
 def test_a_part_of_a_unet_is_put_back_and_saved(tmp_path):
-    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 8, "norm_num_groups": 8}
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    unet = randomize(diffusers.UNet2DConditionModel(**sizes, **blocks, cross_attention_dim=32)).eval()
-    unet.mid_block.attentions[0] = compress(unet.mid_block.attentions[0], 0.3)
-    inputs = {
-        "sample": torch.randn(1, 4, 8, 8),
-        "timestep": torch.tensor([3]),
-        "encoder_hidden_states": torch.randn(1, 5, 32),
-    }
-    unet.save_pretrained(tmp_path)
-    loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
-    assert plan_of(loaded).ranks == plan_of(unet).ranks
+    model = unet()
+    model.mid_block.attentions[0] = compress(model.mid_block.attentions[0], 0.3)
+    loaded = assert_saved(model, batch(), type(model), tmp_path)
     assert all(name.startswith("mid_block.attentions.0.") for name in plan_of(loaded).ranks)
-    assert torch.equal(loaded(**inputs).sample, unet(**inputs).sample)
 
 
 # --- what is meant
@@ -366,19 +350,11 @@ def test_a_plan_has_its_targets_already():
         compress(model, plan=RankPlan({}))
     with pytest.raises(InvalidValueError, match=r"With a plan.*target_modules, step cannot be used"):
         compress(model, plan=RankPlan({"classifier": 2}), target_modules=["classifier"], step=2)
-    with pytest.raises(TypeError, match="'ratio'"):
-        compress(model, ratio=0.5)
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("MochiTransformer3DModel", {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}),
-    ],
-)
-def test_poolers_are_no_reason_to_refuse(name, settings):
+def test_poolers_are_no_reason_to_refuse():
     """The reason is the class of the attention in the blocks."""
-    model = getattr(diffusers, name)(**settings)
+    model = diffusers.MochiTransformer3DModel(num_attention_heads=2, attention_head_dim=8, num_layers=2)
     pooler = next(n for n, m in model.named_modules() if "Pool" in type(m).__name__)
     with pytest.raises(UnsupportedModuleError, match="MochiAttention") as caught:
         get_peft_model(model, ComCATConfig(mode="customize", vo_rank=2))

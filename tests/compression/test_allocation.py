@@ -107,18 +107,14 @@ def test_macs_land_on_what_was_asked(name, scope):
         assert plan.metric == "macs"
 
 
-@pytest.mark.parametrize("scope", ["model", "attention", "mlp"])
+@pytest.mark.parametrize(
+    ("metric", "scope"), [("params", "model"), ("params", "attention"), ("params", "mlp"), ("macs", "model")]
+)
 @pytest.mark.parametrize("asked", ASKED)
-def test_tiny_models_land_too(scope, asked):
-    plan = allocate_ranks(demo_vit(), asked, scope=scope)
+def test_tiny_models_land_too(metric, scope, asked):
+    plan = allocate_ranks(demo_vit(), asked, scope=scope, metric=metric)
     assert asked <= plan.reached <= asked + TOLERANCE
     assert "classifier" not in plan.ranks, "ten classes leave hardly a rank to choose"
-
-
-@pytest.mark.parametrize("asked", ASKED)
-def test_tiny_models_land_in_macs_too(asked):
-    plan = allocate_ranks(demo_vit(), asked, metric="macs")
-    assert asked <= plan.reached <= asked + TOLERANCE
 
 
 @pytest.mark.parametrize("asked", [0.3, 0.6])

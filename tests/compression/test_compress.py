@@ -19,7 +19,6 @@ from tests.helpers import (
     images,
     outputs,
     small_bert,
-    small_clip,
     small_vit,
     state_of,
 )
@@ -198,8 +197,6 @@ def test_arguments_that_do_not_go_together_are_refused():
         compress(model, 0.5, statistics=collect_statistics(model, [inputs]), compensate=True)
     with pytest.raises(TypeError, match="redaction"):
         compress(model, 0.5, redaction=0.5)
-    with pytest.raises(InvalidValueError, match="step"):
-        compress(model, plan=plan, step=4)
     with pytest.raises(InvalidValueError, match="empty"):
         compress(model, 0.4, batches=[])
     with pytest.raises(BudgetError):
@@ -267,13 +264,6 @@ def test_bfloat16_stays_bfloat16():
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     found = outputs(small, half)[0].float()
     assert (found - exact).norm() < 0.1 * exact.norm()
-
-
-def test_two_towers_and_shared_calls():
-    model, inputs = small_clip()
-    small = compress(model, 0.4, batches=[inputs])
-    towers = {name.split(".")[0] for name in plan_of(small).ranks}
-    assert towers == {"vision_model", "text_model"}
 
 
 def test_the_mlp_of_unknown_attention_can_be_compressed():

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DeiTConfig, DeiTForImageClassification, Swinv2Config, Swinv2ForImageClassification
+from transformers import Swinv2Config, Swinv2ForImageClassification
 
 from comcat_hf import RankPlan, compress, count_macs, count_parameters
 from comcat_hf.compression.counting import example_inputs, trace
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites
 from tests.architectures import ARCHITECTURES
+from tests.compression.test_allocation import deit_small, without_weights
 from tests.helpers import (
     MODELS,
     assert_unchanged,
@@ -65,10 +66,7 @@ def test_macs_of_a_compressed_vit_by_hand():
 
 
 def test_macs_of_deit_small_are_those_of_the_literature():
-    with torch.device("meta"):
-        model = DeiTForImageClassification(
-            DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
-        )
+    model = without_weights(deit_small)
     assert count_parameters(model) == pytest.approx(22.05e6, rel=1e-3)
     assert count_macs(model) == pytest.approx(4.6e9, rel=0.01)
 

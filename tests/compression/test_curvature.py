@@ -259,15 +259,6 @@ def test_covariances_are_not_held_where_only_the_curvature_is_read():
     assert not any("second" in sums.values for sums in found.without_moments().sums.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compress_takes_it_where_there_are_batches(dtype):
-    model, inputs = small_vit()
-    model = model.to(dtype)
-    small = compress(model, 0.4, batches=[inputs["pixel_values"].to(dtype)])
-    assert comcat_hf.plan_of(small).strategy == "curvature"
-    assert all(parameter.isfinite().all() for parameter in small.parameters())
-
-
 class _NoBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states):

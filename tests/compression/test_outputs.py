@@ -9,22 +9,19 @@ from torch import nn
 from transformers import (
     AutoBackbone,
     BatchFeature,
-    BertConfig,
-    BertLMHeadModel,
     Dinov2Config,
-    VisionEncoderDecoderModel,
     ViTConfig,
     ViTForMaskedImageModeling,
-    ViTModel,
 )
 
 from comcat_hf import allocate_ranks, compress, measure_sensitivities
 from comcat_hf.compression.calibration.outputs import Movement, main_output
 from comcat_hf.errors import InvalidValueError
+from tests.compression.test_strategies import movement
 from tests.helpers import MODELS, images, randomize, small_bert_mlm, small_vit
+from tests.test_towers import captioner
 
 
-TEXT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 
 
@@ -89,21 +86,13 @@ def masked():
     }
 
 
-def captions():
-    """A decoder's words: the vocabulary is in the configuration of a part."""
-    model = VisionEncoderDecoderModel(
-        encoder=ViTModel(ViTConfig(**TINY, intermediate_size=64)),
-        decoder=BertLMHeadModel(BertConfig(vocab_size=50, **TEXT, is_decoder=True, add_cross_attention=True)),
-    )
-    return randomize(model).eval(), {"pixel_values": images(), "decoder_input_ids": torch.arange(10).view(2, 5)}
-
-
 @pytest.mark.parametrize(
     ("build", "names", "targets"),
     [
         (backbone, ["feature_maps.0", "feature_maps.1"], {}),
         (masked, ["reconstruction"], {}),
-        (captions, ["logits"], {"target_modules": ["encoder"]}),
+        # A decoder's words: the vocabulary is in the configuration of a part.
+        (captioner, ["logits"], {"target_modules": ["encoder"]}),
     ],
 )
 @pytest.mark.parametrize(
@@ -116,29 +105,26 @@ def test_models_are_compressed_by_what_they_return(build, names, targets, batch)
     plan = allocate_ranks(model, 0.2, batches=[batch(inputs)], **targets)
     assert plan == allocate_ranks(model, 0.2, batches=[inputs], **targets)
     measured = measure_sensitivities(model, [inputs], **targets)
-    assert all(movement > 0 for ranks in measured.values() for movement in ranks.values())
+    assert all(value > 0 for ranks in measured.values() for value in ranks.values())
     errors = []
     for options in ({"batches": [inputs]}, {}):
         small = compress(model, 0.2, **options, **targets)
-        movement = Movement(model)
-        with torch.no_grad():
-            movement.add(main_output(model(**inputs)), main_output(small(**inputs)))
-        errors.append(movement.total())
+        errors.append(movement(model, small, inputs))
     assert errors[0] < errors[1]
 
 
 def test_words_are_a_distribution_wherever_the_vocabulary_stands():
-    model, inputs = captions()
+    model, inputs = captioner()
     logits = model(**inputs).logits.detach()
     assert moved(model, logits, logits + 3) == pytest.approx(0, abs=1e-10)
 
 
 def moved(model, expected, found, mask=None, name="logits"):
-    movement = Movement(model)
+    total = Movement(model)
     for index in range(len(expected)):
         part = slice(index, index + 1)
-        movement.add({name: expected[part]}, {name: found[part]}, None if mask is None else mask[part])
-    return movement.total()
+        total.add({name: expected[part]}, {name: found[part]}, None if mask is None else mask[part])
+    return total.total()
 
 
 def test_logits_by_divergence_whatever_is_added_to_all_of_them():

@@ -192,7 +192,7 @@ def test_batches_are_read_once_and_may_be_shuffled():
     assert plan_of(given).ranks == plan.ranks
 
 
-def test_measured_once_for_several_plans():
+def test_measured_once_for_several_plans_of_the_same_way():
     model, _ = small_vit()
     batches = images(4).split(2)
     statistics = collect_statistics(model, batches)
@@ -201,15 +201,8 @@ def test_measured_once_for_several_plans():
         options = {"strategy": "sensitivity", "statistics": statistics}
         plan = allocate_ranks(model, reduction, sensitivities=measured, **options)
         assert plan == allocate_ranks(model, reduction, batches=batches, **options)
-
-
-def test_sensitivities_of_another_way_are_refused():
-    model, _ = small_vit()
-    batches = images(4).split(2)
-    statistics = collect_statistics(model, batches)
-    measured = measure_sensitivities(model, batches, statistics=statistics)
     with pytest.raises(InvalidValueError, match=r"lack vit.layers.0.mlp.fc1, rank, and 3 more"):
-        allocate_ranks(model, 0.3, strategy="sensitivity", mlp="mixed", statistics=statistics, sensitivities=measured)
+        allocate_ranks(model, 0.3, mlp="mixed", sensitivities=measured, **options)
 
 
 @pytest.mark.parametrize("wrong", [{4: float("nan")}, {4: float("inf")}, {4: "0.1"}, {"4": 0.1}, {0: 0.1}, {17: 0.1}])

@@ -6,7 +6,7 @@ import pytest
 
 from tests.customization.pipelines import tiny_unet
 from tests.hub.client import ClientError
-from tests.hub.folders import write
+from tests.hub.folders import read, write
 
 
 MAKE = {
@@ -69,6 +69,10 @@ def vit():
 """
 
 
+def start(**places):
+    return START + "".join(f"{name} = {str(place)!r}\n" for name, place in places.items())
+
+
 @pytest.fixture(scope="module")
 def unet_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
@@ -78,13 +82,9 @@ def unet_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_every_kind_comes_back_byte_for_byte_and_is_used(hub, client, tmp_path, unet_folder, kind):
-    names = (
-        f"folder, cache = {str(tmp_path / 'out')!r}, {str(tmp_path / 'cache')!r}\nunet_folder = {str(unet_folder)!r}"
-    )
-    client(START + names + MAKE[kind])
+    client(start(folder=tmp_path / "out", cache=tmp_path / "cache", unet_folder=unet_folder) + MAKE[kind])
     client(f"pull_folder('user/repo', {str(tmp_path / 'pulled')!r}, cache_dir=cache)")
-    written = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    pulled = {path.name: path.read_bytes() for path in (tmp_path / "pulled").rglob("*") if path.is_file()}
+    written, pulled = read(tmp_path / "out"), read(tmp_path / "pulled")
     pulled.pop(".gitattributes")
     assert written
     assert pulled == written
@@ -110,20 +110,15 @@ PUSH = {
 @pytest.mark.parametrize("kind", PUSH)
 def test_every_kind_is_pushed_as_its_library_does_it(hub, client, tmp_path, unet_folder, kind):
     push, make = PUSH[kind]
-    names = (
-        f"folder, cache, unet_folder = {str(tmp_path / 'out')!r}, {str(tmp_path / 'cache')!r}, {str(unet_folder)!r}"
-    )
-    client(f"{START}{names}{make}")
+    client(start(folder=tmp_path / "out", cache=tmp_path / "cache", unet_folder=unet_folder) + make)
     hub.repositories.clear()
     client(push)
     assert hub.repositories["user/repo"].private
     revision = "main" if kind == "pipeline adapter" else "v1"
-    written = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    pushed = {name.split("/")[-1]: content for name, content in hub.files("user/repo", revision).items()}
+    written, pushed = read(tmp_path / "out"), hub.files("user/repo", revision)
     # PEFT's own card is written anew.
-    assert {name: pushed[name] for name in written if name != "README.md"} == {
-        name: content for name, content in written.items() if name != "README.md"
-    }
+    written.pop("README.md", None)
+    assert written and {name: pushed[name] for name in written} == written
     use = USE[kind.split(",")[0]].replace("cache_dir=cache", f"cache_dir=cache, revision={revision!r}")
     assert client(use) is True
 
@@ -150,7 +145,7 @@ def test_a_local_base_is_kept_in_the_folder_and_not_uploaded(hub, client, tmp_pa
     base, folder = tmp_path / "base", write(tmp_path / "out", {"old/mine.json": b"{}"})
     make, save, push = LOCAL_BASE[kind]
     client(
-        f"{START}from peft import get_peft_model\nbase_folder, folder = {str(base)!r}, {str(folder)!r}\n"
+        start(base_folder=base, folder=folder) + "from peft import get_peft_model\n"
         "vit().save_pretrained(base_folder)\nbase = ViTForImageClassification.from_pretrained(base_folder)\n"
         f"config = comcat_hf.ComCATConfig(qk_rank=4, vo_rank=4)\n{make}\n{save}\n{push}"
     )
@@ -190,8 +185,7 @@ model.text_encoder = comcat_hf.compress(model.text_encoder, 0.2)
 )
 @pytest.mark.parametrize("kind", PARTS)
 def test_folders_of_parts_are_not_uploaded(hub, client, tmp_path, kind, push):
-    places = f"folder, saved, name = {str(tmp_path / 'base')!r}, {str(tmp_path / 'saved')!r}, 'user/repo'\n"
-    client(f"{START}{places}{PARTS[kind]}{push}")
+    client(start(folder=tmp_path / "base", saved=tmp_path / "saved", name="user/repo") + PARTS[kind] + push)
     uploaded = hub.files("user/repo")
     assert any(name.endswith("comcat_ranks.json") for name in uploaded)
     assert not [name for name, content in uploaded.items() if bytes(tmp_path) in content]
@@ -199,7 +193,7 @@ def test_folders_of_parts_are_not_uploaded(hub, client, tmp_path, kind, push):
 
 def test_only_the_adapter_is_pushed_from_a_folder_that_holds_more(hub, client, tmp_path, unet_folder):
     write(tmp_path / "out", {"optimizer.pt": b"x", "m.txt": b"x", "old/adapter_config.json": b"{}", "README.md": b"m"})
-    client(f"{START}folder, unet_folder = {str(tmp_path / 'out')!r}, {str(unet_folder)!r}{MAKE['pipeline adapter']}")
+    client(start(folder=tmp_path / "out", unet_folder=unet_folder) + MAKE["pipeline adapter"])
     hub.repositories.clear()
     save = 'comcat_hf.save_comcat_weights({"unet": unet}, folder, push_to_hub=True, '
     client(f'{save}commit_message="Mine")')

@@ -5,12 +5,7 @@ import json
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    PixArtTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, IPAdapterAttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,14 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import comcat_hf
-from comcat_hf import compress, plan_of
 from comcat_hf.closed_forms.attention import AttentionMoments
 from comcat_hf.compression.calibration.inputs import main_input
 from comcat_hf.errors import CheckpointError, InvalidValueError, RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites, read_ranks
 from tests.customization.pipelines import tiny_sd
-from tests.helpers import assert_close, make_low_rank, outputs, randomize
-from tests.helpers import attention_ranks as low_ranks
 
 
 WIDTH, TEXT, HEADS = 32, 24, 4
@@ -265,57 +257,3 @@ def test_what_is_refused():
         apply_ranks(Host(qk_norm="layer_norm"), {"attn": {"qk": 2}})
     with pytest.raises(UnsupportedModuleError, match="added_kv_proj_dim"):
         apply_ranks(Host(added_kv_proj_dim=8), {"attn": {"qk": 2}})
-
-
-def pixart():
-    settings = {"in_channels": 4, "out_channels": 8, "norm_num_groups": 4, "cross_attention_dim": 32}
-    model = PixArtTransformer2DModel(**settings, **_TRANSFORMER, caption_channels=TEXT)
-    mask = torch.ones(2, 6)
-    mask[1, 4:] = 0
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 6, TEXT, generator=generator),
-        "timestep": torch.tensor([3, 700]),
-        "encoder_attention_mask": mask,
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-    return randomize(model).eval(), inputs
-
-
-def dit():
-    model = DiTTransformer2DModel(in_channels=4, num_embeds_ada_norm=10, **_TRANSFORMER)
-    states = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    inputs = {"hidden_states": states, "timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([1, 5])}
-    return randomize(model).eval(), inputs
-
-
-_TRANSFORMER = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": 2,
-    "sample_size": 8,
-    "patch_size": 2,
-}
-
-
-@pytest.mark.parametrize("build", [pixart, dit])
-@pytest.mark.parametrize("ranks", [None, (4, 3), (5, 11)])
-def test_diffusion_transformers_are_exact_where_nothing_is_lost(build, ranks):
-    model, inputs = build()
-    if ranks:
-        make_low_rank(model, *ranks)
-    expected, full = outputs(model, inputs), {n: dict(s.choices) for n, s in find_sites(model, "attention").items()}
-    apply_ranks(model, low_ranks(model, *ranks) if ranks else full)
-    assert_close(outputs(model, inputs), expected)
-
-
-@pytest.mark.parametrize("build", [pixart, dit])
-def test_diffusion_transformers_are_compressed_with_the_widths_of_their_mlps(build, tmp_path):
-    model, inputs = build()
-    small = compress(model, 0.3, batches=[inputs])
-    assert 0.3 <= plan_of(small).reached <= 0.305
-    assert [site.kind for site in find_sites(model, width=True).values()].count("mlp") == 2
-    small.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert all(map(torch.equal, outputs(loaded, inputs), outputs(small, inputs)))

@@ -15,7 +15,6 @@ from comcat_hf.modeling import lowrank as modules
 from tests.helpers import MODELS, assert_close, attention_ranks, attentions_of, compressed, outputs, small_vit
 
 
-FAMILIES = list(MODELS)
 RANKS = {"qk": 5, "vo": 12}
 
 
@@ -60,7 +59,7 @@ def set_dropout(model, p):
             setattr(view.module, view.family.dropout, p)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_kernel_gets_what_the_host_gives_it(record, family):
     model, inputs = MODELS[family]()
     set_dropout(model, 0.3)

@@ -34,7 +34,7 @@ from tests.helpers import (
     small_vit,
     state_of,
 )
-from tests.modeling.test_sites import _float8, _int8, _subclass, _tensor_subclass
+from tests.modeling.test_sites import QUANTISED
 
 
 MLP, FC1, FC2 = "vit.layers.0.mlp", "vit.layers.0.mlp.fc1", "vit.layers.0.mlp.fc2"
@@ -325,7 +325,7 @@ def test_what_is_compressed_already_is_no_site():
     assert list(find_sites(model, "mlp", width=True)) == ["vit.layers.1.mlp.fc1"]
 
 
-@pytest.mark.parametrize("quantize", [_subclass, _int8, _float8, _tensor_subclass])
+@pytest.mark.parametrize("quantize", QUANTISED)
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
 def test_quantised_layers_have_no_width(quantize, layer):
     model, _ = small_vit()
@@ -372,13 +372,20 @@ def test_a_shared_mlp_is_narrowed_once():
     assert_close(outputs(model, inputs), expected)
 
 
-@pytest.mark.parametrize("layer", ["fc1", "fc2"])
-def test_lora_on_a_layer_is_refused_until_merged(layer):
+@pytest.mark.parametrize(
+    ("layer", "ranks"),
+    [
+        ("fc1", {MLP: {"width": 9}}),
+        ("fc2", {MLP: {"width": 9}}),
+        ("fc1", {"vit.layers.0.attention": {"qk": 4}, FC1: 4}),
+    ],
+)
+def test_lora_on_a_layer_is_refused_until_merged(layer, ranks):
     model, _ = small_vit()
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[layer]))
     state, classes = state_of(model), classes_of(model)
     with pytest.raises(UnsupportedModuleError, match=rf"^vit\.layers\.0\.mlp\.{layer} carries an adapter of peft"):
-        apply_ranks(model, {MLP: {"width": 9}})
+        apply_ranks(model, ranks)
     assert_unchanged(model, state, classes)
 
 

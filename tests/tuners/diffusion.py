@@ -359,7 +359,7 @@ def build(name: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
     cls, settings, inputs = _ROWS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(diffusers, cls)(**settings, **changes)
+        model = getattr(diffusers, cls)(**settings | changes)
     return randomize(model).eval(), dict(inputs)
 
 

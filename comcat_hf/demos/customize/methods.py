@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...configs.adapter import ComCATConfig
 from ...customization import load_comcat_weights, save_comcat_weights
-from ...tuners.groups import parameter_groups
+from ...tuners.groups import GAINS_LR_RATIO, parameter_groups
 from .base import BASE_FOLDER, Bar, Loss
 
 
@@ -67,7 +67,9 @@ class Method:
     load: Callable[[Any, Path], None]
 
 
-def teach(unet: nn.Module, lesson: Lesson, rate: float, bar: Bar, name: str) -> None:
+def teach(
+    unet: nn.Module, lesson: Lesson, rate: float, bar: Bar, name: str, gains_lr_ratio: float = GAINS_LR_RATIO
+) -> None:
     """Train what is trainable of a UNet; the same batches, noise and noise levels whatever that is.
 
     Args:
@@ -76,9 +78,10 @@ def teach(unet: nn.Module, lesson: Lesson, rate: float, bar: Bar, name: str) -> 
         rate: the learning rate at the start; it falls to zero along a cosine.
         bar: counts the steps.
         name: of the bar.
+        gains_lr_ratio: the rate of gains, as a multiple of the others'.
     """
     drawn = torch.Generator().manual_seed(lesson.seed)
-    groups = parameter_groups(unet, learning_rate=rate)
+    groups = parameter_groups(unet, learning_rate=rate, gains_lr_ratio=gains_lr_ratio)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.steps)
     unet.train()

@@ -3,7 +3,6 @@
 import builtins
 import re
 import xml.etree.ElementTree as ElementTree
-from functools import partial
 
 import matplotlib
 import matplotlib.figure
@@ -159,12 +158,12 @@ def test_a_grid_needs_one_of_everything_for_each_column(tmp_path, what, given):
 CURVES = {"width": [(0.5, 0.95), (0.3, 0.98)], "rank": [(0.3, 0.93), (0.5, 0.9)], "one": [(0.4, 0.9)]}
 DRAW = {
     "plot_compression": lambda path: plot_compression(*vit_and_plan(), path),
-    "plot_ranks": lambda path: plot_ranks(*vit_and_plan(), path),
-    "plot_reductions": lambda path: plot_reductions(CURVES, path, dense=0.99, title="A title"),
+    "plot_ranks": lambda path=None, **how: plot_ranks(*vit_and_plan(), path, **how),
+    "plot_reductions": lambda path=None, **how: plot_reductions(CURVES, path, dense=0.99, **how),
     "plot_spectra": lambda path: plot_spectra(*vit_and_plan(), path),
     "plot_training": lambda path: plot_training([(1, 0.9), (2, 0.7)], [(2, 0.5)], path, dense=0.6),
-    "plot_shares": lambda path: plot_shares({"parameters": 0.5, "time of 1 image": 1.2}, path),
-    "plot_image_grid": lambda path: plot_image_grid(grid_of("ab"), path, columns="xyz"),
+    "plot_shares": lambda path=None, **how: plot_shares({"parameters": 0.5, "time of 1 image": 1.2}, path, **how),
+    "plot_image_grid": lambda path=None, **how: plot_image_grid(grid_of("ab"), path, columns="xyz", **how),
 }
 
 
@@ -296,21 +295,9 @@ def test_images_in_colour_keep_their_colours(tmp_path):
     assert colors[0, 0, 255] > 10_000
 
 
-def drawings():
-    """Each picture of one panel, by what draws it but for its place."""
-    model, _ = small_vit()
-    plan = RankPlan({"vit.layers.1.attention": {"qk": 4}})
-    return {
-        "ranks": partial(plot_ranks, model, plan),
-        "reductions": partial(plot_reductions, {"one": [(0.1, 0.9), (0.5, 0.7)]}),
-        "shares": partial(plot_shares, {"parameters": 0.5}),
-        "images": partial(plot_image_grid, {"row": torch.rand(2, 4, 4)}, columns=["a", "b"]),
-    }
-
-
-@pytest.mark.parametrize("name", ["ranks", "reductions", "shares", "images"])
+@pytest.mark.parametrize("name", ["plot_ranks", "plot_reductions", "plot_shares", "plot_image_grid"])
 def test_a_notebook_gets_a_figure_or_draws_on_axes_of_its_own(name, tmp_path):
-    draw = drawings()[name]
+    draw = DRAW[name]
     figure = draw(title="A title")
     assert isinstance(figure, matplotlib.figure.Figure) and figure.get_suptitle() == "A title"
     figure.savefig(tmp_path / "figure.png")
