@@ -131,8 +131,7 @@ def _list_classes(folder: Path, place: str) -> dict[str, list[Path]]:
             f"{'a file' if folder.is_file() else 'nothing there'}. Check the path."
         )
     try:
-        classes, left = _class_folders(folder, place)
-        owners = {path.resolve(): name for name, path in classes.items()}
+        classes, owners, left = _class_folders(folder, place)
         found = {name: _list_images(classes[name], owners, left) for name in sorted(classes)}
     except OSError as error:
         raise InvalidValueError(f"{place}: expected folders that can be read, found {error}. Change that.") from error
@@ -150,18 +149,16 @@ def _list_classes(folder: Path, place: str) -> dict[str, list[Path]]:
     return found
 
 
-def _class_folders(folder: Path, place: str) -> tuple[dict[str, Path], list[Path]]:
-    """The folders of the classes, and links that are none: those to another class, or to what holds one."""
+def _class_folders(folder: Path, place: str) -> tuple[dict[str, Path], dict[Path, str], list[Path]]:
+    """The folders of the classes, the class of each real folder, and links to another class or to what holds one."""
     entries = sorted(path for path in folder.iterdir() if path.is_dir() and _counts(path.name))
     classes: dict[str, Path] = {}
+    owners: dict[Path, str] = {}
     left: list[Path] = []
-    root = folder.resolve()
-    inside: dict[Path, str] = {}
-    around = {root, *root.parents}
+    around = {folder.resolve(), *folder.resolve().parents}
     # Real folders first: they have a label of their own.
     for path in sorted(entries, key=Path.is_symlink):
-        real = path.resolve()
-        other = next((inside[above] for above in (real, *real.parents) if above in inside), None)
+        real, other = path.resolve(), _owner(path, owners)
         if other is not None and classes[other].is_symlink():
             raise InvalidValueError(
                 f"{place}: expected a folder of its own for each class, found that {other} and {path.name} lead to "
@@ -170,32 +167,23 @@ def _class_folders(folder: Path, place: str) -> tuple[dict[str, Path], list[Path
         if path.is_symlink() and (other is not None or real in around):
             left.append(path)
             continue
-        classes[path.name], inside[real] = path, path.name
+        classes[path.name], owners[real] = path, path.name
         around.update(real.parents)
-    return classes, left
+    return classes, owners, left
 
 
 def _list_images(folder: Path, owners: Mapping[Path, str], left: list[Path]) -> list[Path]:
-    """The images of a class, in each real folder once.
-
-    Args:
-        folder: of the class.
-        owners: the class of each real folder.
-        left: takes the links that lead elsewhere.
-    """
+    """The images of a class, in each real folder once; `left` takes the links that lead elsewhere."""
     found: list[Path] = []
-    links: list[Path] = []
-    seen: set[Path] = set()
     for place, folders, files in os.walk(folder, onerror=_fail):
-        seen.add(Path(place).resolve())
         folders[:] = sorted(filter(_counts, folders))
-        links += [path for name in folders if (path := Path(place, name)).is_symlink()]
+        links = [path for name in folders if (path := Path(place, name)).is_symlink()]
+        left += [link for link in links if _owner(link, owners) != folder.name]
         for path in (Path(place, name) for name in sorted(filter(_counts, files))):
             if path.suffix.lower() in SUFFIXES:
                 # What a link to nothing leads to is found broken when it is read.
                 elsewhere = path.is_symlink() and _owner(path, owners) not in (None, folder.name)
                 (left if elsewhere else found).append(path)
-    left += [link for link in links if link.resolve() not in seen]
     return found
 
 
@@ -203,8 +191,10 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def _owner(link: Path, owners: Mapping[Path, str]) -> str | None:
-    return next((owners[path] for path in link.resolve().parents if path in owners), None)
+def _owner(path: Path, owners: Mapping[Path, str]) -> str | None:
+    """The class in whose folder something really lies."""
+    real = path.resolve()
+    return next((owners[above] for above in (real, *real.parents) if above in owners), None)
 
 
 def _counts(name: str) -> bool:
