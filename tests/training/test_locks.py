@@ -46,7 +46,8 @@ def test_another_process_is_named_and_its_lock_gone_when_it_was_killed(tmp_path:
             with pytest.raises(InvalidValueError, match=wanted):
                 locked(tmp_path, "output_dir").__enter__()
             holder.kill()
-            holder.join(PATIENCE)
+            # Not join(), which waits for the worker, too: it holds the other end of the pipe.
+            os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
             with locked(tmp_path, "output_dir"):
                 pass
             assert not list(tmp_path.iterdir())
