@@ -276,10 +276,14 @@ def verdict(methods: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str,
         return [row["method"] for row in sorted(small, key=lambda row: -row["new"])]
 
     said: dict[str, Any] = {}
-    for name in best(NEAR, lambda method: method.startswith(OURS) and GAINS in method)[:1]:
+    near = []
+    for name in best(NEAR, lambda method: method.startswith(OURS) and GAINS in method):
         new, old = (_difference(methods[name], methods[REFERENCE], place) for place in (0, 1))
         holds = new[0] >= -new[1] and old[0] >= -old[1]
-        said["near"] = {"ours": name, "new": new, "old": old, "holds": holds}
+        near.append({"ours": name, "new": new, "old": old, "holds": holds})
+    if near:
+        # The best for which both hold, or else the best of all.
+        said["near"] = next((one for one in near if one["holds"]), near[0])
     for name in best(LOW, lambda method: method.startswith(OURS))[:1]:
         others = best(LOW, lambda method: not method.startswith(OURS))
         ahead = {other: _difference(methods[name], methods[other], 0) for other in others}
