@@ -179,8 +179,11 @@ def _convert(
         dense = {k: v.double() for k, v in joined_rows(view, [], layer.bases, index).items()}
         full = {k: v.double() for k, v in joined_rows(view, residuals, layer.bases, index).items()}
         rows = dict(full)
+        # What gains change at every column; aligned, those of values are in the output.
+        changed = {"key", "value"}
         if is_wider(view, full):
             rows = _aligned(layer, full, dense)
+            changed |= {"output"}
         written = dict(dense)
         for role in rows:
             change = rows[role] - dense[role]
@@ -188,20 +191,24 @@ def _convert(
                 continue
             linear = base_module(view.projection(role, stream))
             width = change.shape[-1] if role == "output" else linear.in_features
-            whole = gains and role in ("key", "value")
-            inner = view.head_dim if whole else ranks[role in ("value", "output")]
+            inner = view.head_dim if gains and role in changed else ranks[role in ("value", "output")]
             lora = _lora_of(role, change, width, inner, rank, biases)
             loras[_path(view, stream, role)] = lora
             written[role] = dense[role] + _rows_of(role, lora, change.shape)
         if biases and is_wider(view, full) and base_module(view.value).bias is not None:
             # Attended values carry their bias into the changed output projection.
-            shift = torch.einsum("hp,hpd->d", dense["value"][..., -1], dense["output"] - written["output"])
+            shift = _bias_given(full) - _bias_given(written)
             path = _path(view, stream, "output")
             loras[path] = replace(loras[path], bias=shift.float())
         for pair, roles in PAIRS.items():
             if roles[1] in full:
                 lost[pair] = max(lost[pair], share_lost(full, written, dense, roles, view))
     return loras, lost
+
+
+def _bias_given(rows: Mapping[str, Tensor]) -> Tensor:
+    """What the biases of the values add to the output, `(d,)`."""
+    return torch.einsum("hp,hpd->d", rows["value"][..., -1], rows["output"])
 
 
 def _aligned(layer: CustomizeLayer, full: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

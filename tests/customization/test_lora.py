@@ -87,17 +87,20 @@ def load_into(base, folder) -> float:
     return (latents(plain) - latents(adapter)).abs().max().item()
 
 
-def test_full_factors_lose_what_is_said_and_no_more_than_an_export(base, tmp_path):
+@pytest.mark.parametrize("gains", [False, True])
+def test_full_factors_lose_what_is_said_and_no_more_than_an_export(base, tmp_path, gains):
     from comcat_hf import export_pipeline
 
-    pipeline = adapted(base)
-    lost = save_as_lora(pipeline, tmp_path / "lora")
+    pipeline, whole = adapted(base, head_gains=gains), 64 if gains else None
+    lost = save_as_lora(pipeline, tmp_path / "lora", rank=whole)
     exported = export_pipeline(pipeline, tmp_path / "cut", truncate=True)
     for name, shares in lost.items():
         assert shares == pytest.approx(exported[name], rel=1e-3)
     plain, cut = load(base), load(tmp_path / "cut")
     plain.load_lora_weights(tmp_path / "lora")
     assert torch.allclose(latents(plain), latents(cut), atol=1e-3)
+    if gains:
+        return
     loras, _ = convert_to_lora(pipeline)
     view = next(m for m in pipeline.unet.modules() if type(m).__name__ == "CustomizeLayer").view
     assert {len(lora.down) for path, lora in loras["unet"].items() if path.startswith(f"{view.name}.")} == {

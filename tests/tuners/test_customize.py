@@ -301,6 +301,7 @@ class TestProcessors:
             (lambda: IPAdapterAttnProcessor(WIDTH, WIDTH), FULL),
             (lambda: IPAdapterAttnProcessor2_0(WIDTH, WIDTH), CORE),
             (PAGIdentitySelfAttnProcessor2_0, {"vo_rank": 2}),
+            (PAGIdentitySelfAttnProcessor2_0, {"head_gains": True}),
         ],
     )
     def test_others_are_refused_by_name(self, processor, adapter):
@@ -320,8 +321,9 @@ class TestProcessors:
 
     def test_attention_that_is_not_plain_is_refused(self):
         for options, words in (({"added_kv_proj_dim": 8}, "added_kv_proj_dim"), ({"kv_heads": 1}, "fewer heads")):
-            with pytest.raises(UnsupportedModuleError, match=words):
-                host(FULL, **options)
+            for adapter in (FULL, {"head_gains": True}):
+                with pytest.raises(UnsupportedModuleError, match=words):
+                    host(adapter, **options)
 
     @pytest.mark.parametrize("processor", [AttnProcessor2_0, AttnProcessor, lambda: SlicedAttnProcessor(1)])
     def test_norms_of_queries_and_keys(self, processor):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
@@ -157,6 +158,10 @@ def test_what_is_refused():
     model, _ = BUILT["florence2_vision"]()
     with pytest.raises(UnsupportedModuleError, match=r"channel_attn is a .*ChannelAttention"):
         inject_adapter_in_model(ComCATConfig(**GAINS), model)
+    unet, _ = base("unet")
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(PAGIdentitySelfAttnProcessor2_0())
+    with pytest.raises(UnsupportedModuleError, match=r"mid_block.*attn1: .*PAGIdentity.*exclude_modules"):
+        inject_adapter_in_model(ComCATConfig(**GAINS), unet)
     quantised = torch.ao.quantization.quantize_dynamic(base("vit")[0], {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(UnsupportedModuleError, match=r"Put the adapter in before you quantise"):
         inject_adapter_in_model(ComCATConfig(**GAINS), quantised)

@@ -17,7 +17,7 @@ from ...modeling.views import AttentionView, attention_views, known_attention_cl
 from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module
 from .gains import Gains
-from .limits import check_adaptable, check_whole
+from .limits import check_adaptable
 
 
 __all__ = ["Core", "Factors", "Residual", "ResidualSite", "bases_of", "find_residual_sites", "rows_in", "rows_out"]
@@ -171,8 +171,7 @@ class ResidualSite:
 
     def substitutes(self, ranks: Mapping[str, int | None]) -> dict[str, nn.Module]:
         if self.gains:
-            for path, linear in self.view.projections().items():
-                check_whole(path, linear)
+            check_adaptable(self.view, ranks, self.core, gains=True)
         return {self.name: Residual(self.view, ranks.get("qk"), ranks.get("vo"), self.core, self.gains)}
 
     @torch.no_grad()

@@ -18,14 +18,14 @@ _INSTEAD = {"qk": "", "vo": ", or use core=True"}
 _NARROW = "sage"
 
 
-def check_adaptable(view: AttentionView, ranks: Mapping[str, int | None], core: bool) -> None:
-    """Raise for a module that factors of these ranks cannot be put beside.
+def check_adaptable(view: AttentionView, ranks: Mapping[str, int | None], core: bool, gains: bool = False) -> None:
+    """Raise for a module that factors of these ranks, or gains, cannot be put beside.
 
     Raises:
         UnsupportedModuleError: naming the module, what it does, and what to do.
     """
     wanted = [choice for choice in _PAIRS if ranks.get(choice) is not None]
-    if not wanted:
+    if not wanted and not gains:
         return
     try:
         view.query_factor(view.head_dim)
@@ -41,7 +41,7 @@ def check_adaptable(view: AttentionView, ranks: Mapping[str, int | None], core: 
             )
     for path, linear in view.projections().items():
         check_whole(path, linear)
-    if not core and (backend := _backend(view)).startswith(_NARROW):
+    if wanted and not core and (backend := _backend(view)).startswith(_NARROW):
         raise UnsupportedModuleError(
             f"{view.name}: the attention backend {backend} takes heads of 64 or 128 columns alone, and full factors "
             "widen them. Use an adapter with core=True, or another backend (model.reset_attention_backend())."
