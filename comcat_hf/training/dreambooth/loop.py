@@ -120,6 +120,9 @@ def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack
         on_main(accelerator, lambda: stack.enter_context(locked(output_dir, "output_dir")))
     checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir)
     done = None if checkpoint is None else Progress.read(checkpoint)
+    if done is not None and "gains_lr_ratio" not in done.facts and settings.gains_lr_ratio is None:
+        # Earlier versions had one rate for all.
+        settings = replace(settings, gains_lr_ratio=1.0)
     seed = choose_seed(settings.seed, None if done is None else done.seed)
     # Every process has looked into the folders before one of them writes there.
     accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """DreamBooth training on real pipelines of tiny size, in this process and through the script."""
 
+import json
 import os
 import random
 import shutil
@@ -236,6 +237,21 @@ def test_before_is_what_the_base_draws_and_after_what_was_validated(bases, tmp_p
 
 
 # Resuming
+
+
+def test_a_training_with_gains_that_an_earlier_version_began_goes_on_at_one_rate(bases, tmp_path):
+    changes = {"gains": True, "core": True, "checkpointing_steps": 1, "max_train_steps": 2}
+    whole, rest, other = (tmp_path / name for name in ("whole", "rest", "other"))
+    customize(settings(bases, whole, **changes, gains_lr_ratio=1.0))
+    shutil.copytree(whole / "checkpoint-1", rest / "checkpoint-1")
+    state = rest / "checkpoint-1" / "training_state.json"
+    content = json.loads(state.read_text())
+    del content["facts"]["gains_lr_ratio"], content["digest"]
+    state.write_text(json.dumps(content))
+    customize(settings(bases, rest, **changes, resume_from_checkpoint="latest"))
+    assert same(whole, rest)
+    customize(settings(bases, other, **changes))
+    assert not same(whole, other)
 
 
 @pytest.mark.parametrize(
