@@ -16,6 +16,7 @@ from ..modeling.views import AttentionView
 from ..modeling.wrappers import base_module
 from ..tensor_files import write_safetensors
 from ..tuners.residual.base import ResidualLayer
+from ..tuners.residual.factors import gains_of
 from ..tuners.residual.gain_layer import GainLayer
 from ..tuners.residual.layer import CustomizeLayer
 from ..tuners.residual.merging import is_wider, joined_rows
@@ -144,7 +145,7 @@ def _gained(layer: ResidualLayer, names: list[str] | None) -> dict[str, nn.Modul
     adapters = layer.present(names or layer.active_adapters, "converted")
     if isinstance(layer, GainLayer):
         return {layer.view.output_name: base_module(layer.view.output)} if adapters else {}
-    if isinstance(layer, CustomizeLayer) and any(layer.comcat_factors[name].key_gains for name in adapters):
+    if isinstance(layer, CustomizeLayer) and gains_of("key", layer.residuals(adapters)):
         view = layer.view
         return {_path(view, view.family.stream, role): base_module(getattr(view, role)) for role in ("key", "value")}
     return {}
@@ -173,7 +174,7 @@ def _convert(
         )
     loras: dict[str, LoRA] = {}
     lost = dict.fromkeys(PAIRS, 0.0)
-    gains = any(factors.key_gains is not None for factors, _ in residuals)
+    gains = bool(gains_of("key", residuals))
     ranks = [sum(factors.ranks[index] or 0 for factors, _ in residuals) for index in range(2)]
     for index, stream in enumerate(view.streams):
         dense = {k: v.double() for k, v in joined_rows(view, [], layer.bases, index).items()}

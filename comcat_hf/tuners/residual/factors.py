@@ -1,6 +1,6 @@
 """What a customize adapter adds to one attention module: full factors, or cores between frozen bases, and gains."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,17 @@ from .gains import Gains
 from .limits import check_adaptable
 
 
-__all__ = ["Core", "Factors", "Residual", "ResidualSite", "bases_of", "find_residual_sites", "rows_in", "rows_out"]
+__all__ = [
+    "Core",
+    "Factors",
+    "Residual",
+    "ResidualSite",
+    "bases_of",
+    "find_residual_sites",
+    "gains_of",
+    "rows_in",
+    "rows_out",
+]
 
 
 class Core(nn.Module):
@@ -106,6 +116,12 @@ class Factors(nn.Module):
         for last in (self.key, self.output, self.qk_core, self.vo_core, self.key_gains, self.value_gains):
             if last is not None:
                 nn.init.zeros_(last.weight)
+
+
+def gains_of(role: str, active: Sequence[tuple[Factors, Any]]) -> list[tuple[Gains, Any]]:
+    """The gains of keys or values that factors have, each with its scale."""
+    found = [(getattr(factors, f"{role}_gains", None), scale) for factors, scale in active]
+    return [(gains, scale) for gains, scale in found if gains is not None]
 
 
 class Residual(Factors):

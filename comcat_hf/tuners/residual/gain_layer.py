@@ -10,7 +10,7 @@ from ...modeling.mlps import FeedForwardView
 from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module
 from .base import ResidualLayer
-from .gains import Gains, joined_gains, multiplied
+from .gains import Gains, multiplied
 from .merging import check_others_merged, copy_of, linear_of, put_at, wide
 
 
@@ -96,7 +96,7 @@ class GainLayer(ResidualLayer):
     def merged_weight(self, residuals: Sequence[tuple[Gains, float]]) -> Tensor:
         """The weights of the last layer with gains in their columns, in float32 at least."""
         weight = wide(float_weight(base_module(self.view.output)))
-        return weight * (1 + joined_gains(list(residuals), weight)) if residuals else weight
+        return multiplied(weight, list(residuals))
 
     def released(self) -> nn.Module:
         """The dense module, which stays alone."""

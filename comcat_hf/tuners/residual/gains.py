@@ -15,7 +15,7 @@ from ...modeling.wrappers import base_module
 from .limits import check_whole
 
 
-__all__ = ["GainSite", "Gains", "find_gain_sites", "joined_gains", "multiplied"]
+__all__ = ["GainSite", "Gains", "find_gain_sites", "multiplied"]
 
 
 class Gains(nn.Module):
@@ -95,7 +95,7 @@ def find_gain_sites(model: nn.Module, refuse: Callable[[str], bool]) -> dict[str
     return {name: GainSite(view) for name, view in views.items()}
 
 
-def joined_gains(gains: list[tuple[Gains, Any]], like: Tensor) -> Tensor:
+def _joined(gains: list[tuple[Gains, Any]], like: Tensor) -> Tensor:
     """`sum t g` of several adapters, `(width,)` in the dtype of `like`."""
     first, *others = (factors(scale) for factors, scale in gains)
     for other in others:
@@ -106,4 +106,4 @@ def joined_gains(gains: list[tuple[Gains, Any]], like: Tensor) -> Tensor:
 def multiplied(states: Tensor, gains: list[tuple[Gains, Any]]) -> Tensor:
     """`states (1 + sum t g)`, for `(..., width)`; the states themselves where there are no gains."""
     # What is added is rounded, and not the sum with 1, of which half precision would leave three digits.
-    return torch.addcmul(states, states, joined_gains(gains, states)) if gains else states
+    return torch.addcmul(states, states, _joined(gains, states)) if gains else states

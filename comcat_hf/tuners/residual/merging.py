@@ -14,8 +14,8 @@ from ...modeling.stand_in import common_width
 from ...modeling.views import AttentionView
 from ...modeling.weights import compute_dtype, float_weight
 from ...modeling.wrappers import base_module, is_tuner_layer
-from .factors import Core, Residual, rows_in, rows_out
-from .gains import Gains, joined_gains
+from .factors import Core, Residual, gains_of, rows_in, rows_out
+from .gains import multiplied
 from .handover import MergedHandover
 
 
@@ -108,8 +108,9 @@ def joined_rows(
         parts["output"] = [wide(rows_out(view, stream))]
     active = [(residual.streams[index], scale) for residual, scale in residuals]
     for role in ("key", "value"):
-        gains = [(getattr(factors, f"{role}_gains"), scale) for factors, scale in active]
-        parts[role] = [_with_gains(parts[role][0], gains)]
+        rows = parts[role][0]
+        columns = multiplied(rows.flatten(0, 1).mT, gains_of(role, active))
+        parts[role] = [columns.mT.view(rows.shape)]
     dense = {role: rows[0] for role, rows in parts.items()}
     for factors, scale in active:
         if factors.qk_core is not None:
@@ -280,12 +281,6 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias.copy_(bias)
     return linear.requires_grad_(False)
-
-
-def _with_gains(rows: Tensor, gains: Sequence[tuple[Gains | None, float]]) -> Tensor:
-    """Rows by head `(H, p, n)`, their biases among them, times `1 + sum t g`."""
-    found = [(one, scale) for one, scale in gains if one is not None]
-    return rows * (1 + joined_gains(found, rows).view(*rows.shape[:2], 1)) if found else rows
 
 
 def _moves(core: Core, bases: Bases, pair: str, rows: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from ...modeling.rotary import norm_heads, place
 from ...modeling.stand_in import split_heads
 from ...modeling.views import AttentionView
 from ...modeling.weights import compute_dtype
-from .factors import Factors, Residual
-from .gains import Gains, multiplied
+from .factors import Factors, Residual, gains_of
+from .gains import multiplied
 from .joining import can_join, joined_input, joined_output
 
 
@@ -110,7 +110,7 @@ class StreamProjections:
         dense = getattr(self.layer.base_layer, getattr(self.stream, role))
         joins = own is None and layout == "pairs"
         cores = role == "query" and self._norm_of("query") is None and self._cores("qk_core")
-        gains = self._gains(role)
+        gains = gains_of(role, self._active())
         if linears and joins and not cores and not gains and can_join(dense, linears, states):
             added = self._side_by_side(linears, heads, None if role == "query" else scales)
             return joined_input(dense, added, heads, width, factor, states)
@@ -144,10 +144,6 @@ class StreamProjections:
 
     def _active(self) -> list[tuple[Factors, Tensor]]:
         return [(residual.streams[self.index], scale) for residual, scale in self.layer.active()]
-
-    def _gains(self, role: str) -> list[tuple[Gains, Tensor]]:
-        found = [(getattr(factors, f"{role}_gains", None), scale) for factors, scale in self._active()]
-        return [(gains, scale) for gains, scale in found if gains is not None]
 
     def _cores(self, pair: str) -> bool:
         return any(getattr(factors, pair) is not None for factors, _ in self._active())
