@@ -55,8 +55,12 @@ class VOFactors(NamedTuple):
     spectrum: Tensor  # (..., H, p) singular values, descending, float64
 
 
-# G1 and G2, each (..., H, p, p), and the spectrum (..., H, p), all float64.
-Maps: TypeAlias = tuple[Tensor, Tensor, Tensor]
+class Maps(NamedTuple):
+    """Head maps: those of rank r are the first r columns."""
+
+    first: Tensor  # (..., H, p, p), float64
+    second: Tensor  # (..., H, p, p), float64
+    spectrum: Tensor  # (..., H, p), float64
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class AttentionMoments:
 
 _Bias: TypeAlias = Tensor | None
 _Moments: TypeAlias = AttentionMoments | None
+_Roots: TypeAlias = tuple[Tensor, Tensor]
 
 # Share of the curvature in the mixture with the statistics (docs/benchmarks.md).
 QK_SHARE = 0.7
@@ -212,15 +217,15 @@ def vo_maps(
     return _head_maps(roots, value_weight.shape[-2])
 
 
-def _head_maps(found: tuple[Tensor, ...], rank: int) -> Maps:
-    """The maps of a rank, from two roots or from the maps of every rank."""
-    if len(found) == 2:
-        return head_maps(*found, rank)
-    return found[0][..., :rank], found[1][..., :rank], found[2]
+def _head_maps(found: _Roots | Maps, rank: int) -> Maps:
+    """The maps of a rank, from the roots or from the maps of every rank."""
+    if isinstance(found, Maps):
+        return Maps(found.first[..., :rank], found.second[..., :rank], found.spectrum)
+    return Maps(*head_maps(*found, rank))
 
 
-def _spectrum(found: tuple[Tensor, ...]) -> Tensor:
-    return singular_values(*found) if len(found) == 2 else found[2]
+def _spectrum(found: _Roots | Maps) -> Tensor:
+    return found.spectrum if isinstance(found, Maps) else singular_values(*found)
 
 
 def _fold(output_weight: Tensor, shift: Tensor, bias: _Bias) -> Tensor:
@@ -231,7 +236,7 @@ def _fold(output_weight: Tensor, shift: Tensor, bias: _Bias) -> Tensor:
 
 def _qk_roots(
     query_weight: Tensor, query_bias: _Bias, key_weight: Tensor, moments: _Moments, ridge: float
-) -> tuple[Tensor, ...]:
+) -> _Roots | Maps:
     """The roots of both sides or, where they are known already, the maps of every rank."""
     check_weight("query_weight", query_weight, "(..., H, p, d_q)", 3)
     heads, size = query_weight.shape[:-2], query_weight.shape[-2]
@@ -251,7 +256,7 @@ def _qk_roots(
 
 def _vo_roots(
     value_weight: Tensor, value_bias: _Bias, output_weight: Tensor, output_bias: _Bias, moments: _Moments, ridge: float
-) -> tuple[Tensor, ...]:
+) -> _Roots | Maps:
     """As [`_qk_roots`]."""
     check_weight("value_weight", value_weight, "(..., H, p, d_in)", 3)
     heads, size = value_weight.shape[:-2], value_weight.shape[-2]
