@@ -254,8 +254,10 @@ def minilm(args: Any) -> Case:
         how = {"padding": True, "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
         return [dict(tokenizer(part, **how)) for part in parts]
 
-    held = held[: args.held_out or 500]
-    subject = _encoder(model, tokens(calibration[: args.calibration or 2000]), tokens(held))
+    held, batches = held[: args.held_out or 500], tokens(calibration[: args.calibration or 2000])
+    if copies := vars(args).get("copies"):
+        batches = comcat_hf.vary_tokens(model, batches, tokenizer.all_special_ids, copies=copies)
+    subject = _encoder(model, batches, tokens(held))
     settings = {ATTENTION: (0.2, 0.4, 0.5, 0.6, 0.8), MLP: (0.3, 0.5), BOTH: (0.3, 0.5)}
     dense = f"compared with itself on {len(held)} held-out sentences"
     return Case(settings, "cosine", False, dense, (subject,))

@@ -257,6 +257,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scopes", nargs="+", help="of the cases' own, by name")
     parser.add_argument("--reductions", nargs="+", type=float, help="in place of the cases' own")
     parser.add_argument("--calibration", type=int, help="samples; by default 2000 sentences and 512 images")
+    parser.add_argument("--copies", type=int, default=0, help="of each calibration sentence, varied; images have none")
     parser.add_argument("--held-out", type=int, help="samples to measure on; by default 500 sentences and all images")
     parser.add_argument("--seeds", type=int, default=3, help="models of the digits")
     parser.add_argument("--data", type=Path, help="folder with vit-cifar10 and cifar10")

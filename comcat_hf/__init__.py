@@ -19,6 +19,7 @@ from .compression import (
     measure_sensitivities,
     refine,
     search_ranks,
+    vary_tokens,
 )
 from .configs.adapter import ComCATConfig
 from .configs.ranks import RankPlan
@@ -76,6 +77,7 @@ __all__ = [
     "save_comcat_weights",
     "search_ranks",
     "unload_comcat_weights",
+    "vary_tokens",
 ]
 
 _register()

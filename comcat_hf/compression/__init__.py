@@ -6,6 +6,7 @@ from .budget.sensitivity import measure_sensitivities as measure_sensitivities
 from .budget.timing import measure_latency as measure_latency
 from .calibration.statistics import Statistics as Statistics
 from .calibration.statistics import collect_statistics as collect_statistics
+from .calibration.variations import vary_tokens as vary_tokens
 from .compress import compress as compress
 from .counting import count_macs as count_macs
 from .counting import count_parameters as count_parameters
