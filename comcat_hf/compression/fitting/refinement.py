@@ -49,7 +49,7 @@ def refine(
     steps: int = 300,
     *,
     learning_rate: float | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     by_block: bool = False,
     seed: int = 0,
     progress: bool | None = None,
