@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from comcat_hf import RankPlan, compress
 from comcat_hf.compression.budget.budget import METRICS
 from comcat_hf.errors import InvalidValueError, RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import (
@@ -41,6 +42,16 @@ ATTENTION, FC1 = "vit.layers.0.attention", "vit.layers.0.mlp.fc1"
 
 
 # --- what is found
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "clip", "dinov2"])
+def test_low_rank_attention_and_its_output_are_no_sites(name):
+    """Neither where all of it is low-rank nor beside attention that is dense."""
+    model, _ = MODELS[name]()
+    dense, attention = find_sites(model, "model", width=True), find_sites(model, "attention")
+    for chosen in (list(attention)[:1], list(attention)):
+        small = compress(model, plan=RankPlan({path: {"qk": 3, "vo": 3} for path in chosen}))
+        assert set(find_sites(small, "model", width=True)) == set(dense) - set(chosen)
 
 
 def test_scopes_of_vit():

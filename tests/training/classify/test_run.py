@@ -309,6 +309,11 @@ class TestStages:
         assert not same(tmp_path / "0", tmp_path / "20")
         assert re.search(r"Refined: +20 steps on 48 images, no labels", (tmp_path / "20" / "README.md").read_text())
 
+    def test_rates_that_rise_are_refused_before_the_first_stage(self, base, tmp_path):
+        with pytest.raises(InvalidValueError, match=r"--min_learning_rate must be at most --learning_rate 0\.001"):
+            run(base, tmp_path / "out", learning_rate=1e-3, min_learning_rate=2e-3)
+        assert not (tmp_path / "out" / "statistics").exists()
+
     def test_refinement_needs_images(self, base, tmp_path):
         with pytest.raises(InvalidValueError, match="--refine_steps trains the factors on images, got --weights_only"):
             run(base, tmp_path / "out", weights_only=True, refine_steps=2)
