@@ -138,7 +138,10 @@ def test_a_case_whose_data_is_not_here_says_so(tmp_path, monkeypatch):
             cases.cifar10(argparse.Namespace(data=data, calibration=None, held_out=None))
 
 
-def test_every_method_gives_a_row():
+def test_every_method_gives_a_row(monkeypatch):
+    refine, steps = comcat_hf.refine, []
+    # Every number of steps is asked for; one is taken.
+    monkeypatch.setattr(comcat_hf, "refine", lambda *args: (steps.append(args[3]), refine(*args[:3], 1)))
     subject, _ = subject_of("vit")
     case = cases.Case({}, "accuracy", True, "", (subject, subject))
     found = list(quality.results_of("tiny", case, cases.ATTENTION, (0.4352,), list(quality.METHODS)))
@@ -147,6 +150,7 @@ def test_every_method_gives_a_row():
     # Of heads of 16 no equal widths with folded biases meet this budget.
     assert all(row["method"].startswith("equal widths") == ("cannot" in row) for row in rows)
     found = [result for result in found if result.cannot is None]
+    assert set(steps) == set(quality.REFINED)
     assert all(0.4352 <= one.reached <= 0.455 and 0 <= one.mean("accuracy") <= 1 for one in found)
     quality.print_scope(case, found)
     quality.print_verdict(case, quality.verdict(case, found))

@@ -46,6 +46,13 @@ def in_a_model(folder):
     return cycle
 
 
+@pytest.fixture(autouse=True)
+def alone():
+    """Leave out what other tests left in this process: to count it takes longer than the test."""
+    gc.collect()
+    gc.freeze()
+
+
 def held():
     gc.collect()
     found = [type(one) for one in gc.get_objects()]
