@@ -33,8 +33,8 @@ def vary_tokens(
     """Augment calibration texts with copies in which similar tokens replace some.
 
     A few thousand sentences hold a fraction of a vocabulary. The statistics of their variations hold more of it, so
-    that ranks and factors fit other texts better. For `compress` and `collect_statistics`; give `refine` the texts as
-    they are, since it keeps some apart, which are to be unlike those that it learns from.
+    that ranks and factors fit other texts better. For `compress` and `collect_statistics`. Call `refine` afterwards,
+    with the texts as they are: it keeps some apart, and these must be unlike those that it learns from.
 
     Args:
         model: a model of transformers that takes `input_ids`; the most similar tokens are those of the largest cosine
