@@ -1,6 +1,6 @@
 """Variations of calibration texts: similar tokens in the place of some."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -87,7 +87,8 @@ def _embeddings(model: nn.Module) -> Tensor:
         layer = None
     if not isinstance(layer, nn.Embedding):
         raise InvalidValueError(
-            f"model: expected one with token embeddings, found {type(model).__name__}. Augment images in their loader."
+            f"model: expected one with token embeddings, found {type(model).__name__}. Pass the text model within it, "
+            "such as clip.text_model; augment images in their loader."
         )
     return layer.weight
 
@@ -112,12 +113,10 @@ def _similar(weight: Tensor, present: Tensor, special: Tensor, count: int) -> Te
     """For each token that is present the most similar others, `(present, count)`."""
     weight = weight.float()
     rows = normalize(weight - weight.mean(0), dim=-1)
-
-    def nearest() -> Iterator[Tensor]:
-        for part in present.split(_ROWS):
-            cosines = rows[part] @ rows.T
-            cosines[:, special] = -torch.inf
-            cosines[torch.arange(len(part), device=part.device), part] = -torch.inf
-            yield cosines.topk(count).indices
-
-    return torch.cat(list(nearest()))
+    nearest = []
+    for part in present.split(_ROWS):
+        cosines = rows[part] @ rows.T
+        cosines[:, special] = -torch.inf
+        cosines[torch.arange(len(part), device=part.device), part] = -torch.inf
+        nearest.append(cosines.topk(count).indices)
+    return torch.cat(nearest)
