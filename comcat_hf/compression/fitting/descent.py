@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ...errors import ComCATError, brief
 from ..finetuning import one_cycle
+from .whitening import Whitened
 
 
 __all__ = ["Descent", "Refinement"]
@@ -48,8 +49,8 @@ class Descent:
 
     Attributes:
         steps: of the optimizer.
-        learning_rate: the highest, relative to the root mean square of a layer's weights and to the root of the
-            drift at the start.
+        learning_rate: the highest, relative to the root mean square of a layer's weights, in coordinates in which
+            their inputs are white, and to the root of the drift at the start.
         seed: of the order.
         learned, apart: mini-batches to learn from and to measure on, by their indices.
     """
@@ -61,12 +62,18 @@ class Descent:
     apart: Sequence[int]
 
     def run(
-        self, layers: Sequence[Sequence[nn.Parameter]], dtypes: Sequence[torch.dtype], errors: Errors, bar: Any
+        self,
+        layers: Sequence[Sequence[nn.Parameter]],
+        inputs: Sequence[Tensor | None],
+        dtypes: Sequence[torch.dtype],
+        errors: Errors,
+        bar: Any,
     ) -> Refinement:
         """Train parameters in place; afterwards, also after Ctrl-C, they have the values that were measured best.
 
         Args:
             layers: parameters in float32, by layer.
+            inputs: the second moments of the layers' inputs, where known ([`Whitened`]).
             dtypes: to which the values will be rounded, and are for a measurement; one per parameter.
             errors: of a mini-batch, given its index.
             bar: is moved on by the steps.
@@ -76,9 +83,9 @@ class Descent:
         """
         parameters = [parameter for layer in layers for parameter in layer]
         before = best = self._measure(parameters, dtypes, errors, 0)
-        rates = [self.learning_rate * before**0.5 * _size(layer) for layer in layers]
-        groups = [{"params": layer, "lr": rate} for layer, rate in zip(layers, rates, strict=True)]
-        optimizer = AdamW(groups, weight_decay=0.0)
+        whitened = [Whitened(layer, moments) for layer, moments in zip(layers, inputs, strict=True)]
+        rate = self.learning_rate * before**0.5
+        optimizer = AdamW([group for one in whitened for group in one.groups(rate)], weight_decay=0.0)
         schedule = LambdaLR(optimizer, lambda step: one_cycle(step, self.steps, _WARMUP))
         every = -(-self.steps // _MEASUREMENTS)
         order = self._order()
@@ -88,8 +95,12 @@ class Descent:
                 sums, counts = errors(next(order))
                 _backward((sums / counts.clamp(min=1)).mean())
                 clip_grad_norm_(parameters, _MAX_NORM)
+                for one in whitened:
+                    one.pull()
                 optimizer.step()
                 optimizer.zero_grad()
+                for one in whitened:
+                    one.push()
                 schedule.step()
                 bar.update()
                 if step % every == 0 or step == self.steps:
@@ -122,11 +133,6 @@ class Descent:
                 "Take a lower learning_rate, or batches in the range of the model."
             )
         return drift
-
-
-def _size(layer: Sequence[nn.Parameter]) -> float:
-    """The root mean square of a layer's weights; its bias learns at their pace."""
-    return max(layer, key=torch.Tensor.dim).detach().square().mean().sqrt().item()
 
 
 def _backward(loss: Tensor) -> None:

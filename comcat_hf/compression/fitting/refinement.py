@@ -23,16 +23,20 @@ from ...modeling.sites import block_of
 from ...progress import progress_bar
 from ..calibration.inputs import cut_batch, main_input, prepare_batch, read_batches, run_batch
 from ..calibration.outputs import main_output
-from ..calibration.statistics import token_mask
+from ..calibration.statistics import TokenMask, token_mask
 from ..request import check_merged
 from .calls import Calls, blocks_between, record_calls
 from .descent import Descent, Errors, Refinement
+from .whitening import input_moments
 
 
 __all__ = ["Refinement", "refine"]
 
 # One mini-batch in so many is kept apart; about so many samples at most.
 _APART, _MOST_APART = 8, 256
+
+# Inputs of layers are read on so many mini-batches, for the coordinates in which they are trained.
+_READ = 16
 
 # The dense model's states are kept up to this size in bytes; those beyond it are computed again at each step.
 _KEPT = 2**31
@@ -56,22 +60,24 @@ def refine(
 ) -> Refinement:
     """Train the factors of a compressed model, in place, so that its hidden states follow the dense model's.
 
-    No labels. AdamW with a learning rate that rises and then falls along a cosine, dropout off. Trained are the layers
-    whose shapes compression changed, with their biases; everything else stays. One mini-batch in eight is kept apart.
-    Of the start and ten measurements on those, the weights with the least drift are kept, so the model is never worse
-    there than before. On an error the model is as it was; after Ctrl-C it has the best weights so far.
+    No labels. AdamW, in coordinates in which the inputs of a layer are white, with a learning rate that rises and then
+    falls along a cosine, dropout off. Trained are the layers whose shapes compression changed, with their biases;
+    everything else stays. One mini-batch in eight is kept apart. Of the start and ten measurements on those, the
+    weights with the least drift are kept, so the model is never worse there than before. On an error the model is as
+    it was; after Ctrl-C it has the best weights so far.
 
-    Memory: a copy of the compressed model in float32, gradients and two moments per trained weight, the activations of
-    one mini-batch, and in the CPU's memory up to 2 GiB of the dense model's states (those beyond are computed again at
-    each step).
+    Memory: a copy of the compressed model in float32, gradients, coordinates and two moments per trained weight,
+    `d_in^2` numbers per trained layer, the activations of one mini-batch, and in the CPU's memory up to 2 GiB of the
+    dense model's states (those beyond are computed again at each step).
 
     Args:
         model: what [`compress`] returned for the dense model, or the same loaded from its folder.
         dense: the dense model, on the same device; it is left as it was.
         batches: calibration inputs, read once: at least two samples, better some hundreds.
         steps: optimizer steps.
-        learning_rate: the highest, relative to the root mean square of a layer's weights and to the root of the drift
-            at the start; by default a thousandth of the root of the steps, so that few steps are careful ones.
+        learning_rate: the highest, relative to the root mean square of a layer's weights in these coordinates and to
+            the root of the drift at the start; by default 0.00075 times the root of the steps, so that few steps are
+            careful ones.
         batch_size: samples per step; larger batches are split.
         by_block: train one block after the other, each for so many steps, on what the refined blocks before it give.
             For models too large to be trained as a whole: memory for the gradients of one block, and for the hidden
@@ -90,7 +96,7 @@ def refine(
     check(steps, whole(1), "steps")
     check(batch_size, whole(1), "batch_size")
     check(seed, whole(), "seed")
-    learning_rate = check(0.001 * steps**0.5 if learning_rate is None else learning_rate, finite(0), "learning_rate")
+    learning_rate = check(0.00075 * steps**0.5 if learning_rate is None else learning_rate, finite(0), "learning_rate")
     model, dense = unwrapped(model), unwrapped(dense)
     names = _factors(model, dense)
     parts = _mini_batches(model, read_batches(batches), batch_size)
@@ -262,7 +268,7 @@ def _whole(task: _Task) -> Refinement:
         def errors(index: int) -> Tensor:
             return targets.errors(states.run(convert_to_fp32(task.parts[index]), index), index)
 
-        return _train(task.model, trained, task.names, errors, task.descent, bar)
+        return _train(task.model, trained, task.names, errors, states.mask, task.descent, bar)
 
 
 def _by_block(task: _Task) -> Refinement:
@@ -307,11 +313,14 @@ def _train_block(block: nn.Module, names: Sequence[str], record: Calls, descent:
     wanted = list(zip(record.dense_out, record.masks, strict=True))
     scale = _scale([_squares([states]) for states in wanted])
 
+    mask = TokenMask()
+
     def errors(index: int) -> Tensor:
+        mask.mask = record.masks[index]
         found = exact.run(trained, record.small_in[index].float(), index)
         return _errors([(found, None)], [wanted[index]], scale)
 
-    return _train(block, trained, names, errors, descent, bar)
+    return _train(block, trained, names, errors, mask, descent, bar)
 
 
 def _float_copy(module: nn.Module) -> nn.Module:
@@ -320,7 +329,13 @@ def _float_copy(module: nn.Module) -> nn.Module:
 
 
 def _train(
-    model: nn.Module, trained: nn.Module, names: Sequence[str], errors: Errors, descent: Descent, bar: Any
+    model: nn.Module,
+    trained: nn.Module,
+    names: Sequence[str],
+    errors: Errors,
+    mask: TokenMask,
+    descent: Descent,
+    bar: Any,
 ) -> Refinement:
     """Train parameters of a copy, and write the best values into the model."""
     sources = [trained.get_parameter(name).requires_grad_() for name in names]
@@ -328,8 +343,11 @@ def _train(
     layers: dict[str, list[nn.Parameter]] = {}
     for name, source in zip(names, sources, strict=True):
         layers.setdefault(name.rpartition(".")[0], []).append(source)
+    read = descent.learned[:: math.ceil(len(descent.learned) / _READ)]
+    moments = input_moments({path: trained.get_submodule(path) for path in layers}, errors, read, mask)
+    inputs = [moments.get(path) for path in layers]
     try:
-        drift = descent.run(list(layers.values()), [goal.dtype for goal in goals], errors, bar)
+        drift = descent.run(list(layers.values()), inputs, [goal.dtype for goal in goals], errors, bar)
     except KeyboardInterrupt:
         _write(sources, goals)
         raise
