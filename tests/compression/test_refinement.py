@@ -170,6 +170,21 @@ def test_states_that_are_not_kept_are_computed_again(vit, small, monkeypatch):
     assert not changed(small, state_of(other))
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_what_no_step_comes_to_is_not_run(vit, small, by_block):
+    dense, _, batches = vit
+    # The first block runs once a mini-batch of four: of 24, three are kept apart and five learned.
+    parts = {"batch_size": 4, "steps": 5, "by_block": by_block, "progress": False}
+    seen = []
+    hook = dense.get_submodule("vit.layers.0").register_forward_pre_hook(lambda block, args: seen.append(len(args[0])))
+    try:
+        refine(small, dense, batches, **parts)
+    finally:
+        hook.remove()
+    assert set(seen) == {4}
+    assert len(seen) <= 2 * 8
+
+
 def test_both_models_draw_the_same_random_numbers():
     dense, _ = MODELS["vit_mae"]()
     images = torch.cat([batch["pixel_values"] for batch in batches_of("vit", 2, seed=1)])

@@ -73,7 +73,8 @@ def refine(
     Args:
         model: what [`compress`] returned for the dense model, or the same loaded from its folder.
         dense: the dense model, on the same device; it is left as it was.
-        batches: calibration inputs, read once: at least two samples, better some hundreds.
+        batches: calibration inputs, read once: at least two samples, better as many as `steps` mini-batches hold. What
+            no step would come to is not run.
         steps: optimizer steps.
         learning_rate: the highest, relative to the root mean square of a layer's weights in these coordinates and to
             the root of the drift at the start; by default 0.00075 times the root of the steps, so that few steps are
@@ -101,6 +102,7 @@ def refine(
     names = _factors(model, dense)
     parts = _mini_batches(model, read_batches(batches), batch_size)
     apart = _apart(parts, main_input(model))
+    parts, apart = _used(parts, apart, steps, seed)
     learned = [index for index in range(len(parts)) if index not in apart]
     descent = Descent(steps, learning_rate, seed, learned, apart)
     found = {block for name in names if (block := _block_of(name))}
@@ -177,6 +179,16 @@ def _apart(parts: Sequence[Mapping[str, Any]], main: str) -> list[int]:
     """Which parts are kept apart: evenly spread, since neighbours may be alike."""
     stride = max(_APART, math.ceil(sum(len(part[main]) for part in parts) / _MOST_APART))
     return list(range(min(stride // 2, len(parts) - 1), len(parts), stride))
+
+
+def _used(
+    parts: Sequence[dict[str, Any]], apart: Sequence[int], steps: int, seed: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The parts without those that no step would come to, and the places of the ones that are kept apart."""
+    learned = [index for index in range(len(parts)) if index not in apart]
+    order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed))
+    kept = sorted([*apart, *(learned[place] for place in order[:steps])])
+    return [parts[index] for index in kept], [kept.index(index) for index in apart]
 
 
 class _States:
