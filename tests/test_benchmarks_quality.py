@@ -1,6 +1,7 @@
 """The quality benchmark's own parts: its baselines, its text and its verdicts."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -129,6 +130,8 @@ def test_the_text_is_split_into_two_sides_without_near_duplicates(tmp_path, monk
     assert len(set(forms)) == len(forms) == len(names)
     assert calibration and held and marked not in calibration + held
     assert (calibration, held) == text.split_sentences(["some_text_package"])
+    known = [sentence.upper() for sentence in (*calibration, *held[1:])]
+    assert text.further_sentences(["some_text_package"], known) == held[:1]
 
 
 def test_a_case_whose_data_is_not_here_says_so(tmp_path, monkeypatch):
@@ -154,6 +157,16 @@ def test_every_method_gives_a_row(monkeypatch):
     assert all(0.4352 <= one.reached <= 0.455 and 0 <= one.mean("accuracy") <= 1 for one in found)
     quality.print_scope(case, found)
     quality.print_verdict(case, quality.verdict(case, found))
+
+
+def test_refinement_may_learn_from_other_samples_than_calibration(monkeypatch):
+    given = []
+    monkeypatch.setattr(comcat_hf, "refine", lambda small, dense, batches, steps: given.append(batches))
+    subject, _ = subject_of("vit")
+    for learned in (None, [object()]):
+        one = dataclasses.replace(subject, learned=learned)
+        quality.refined(one, cases.ATTENTION, 0.4352, steps=1, start="uniform")
+    assert given == [subject.batches, learned]
 
 
 def test_a_tie_is_a_difference_within_one_standard_error():
