@@ -134,7 +134,8 @@ def test_equal_autograd_on_what_is_inserted(family):
                     now = _at_rank(site, rank, statistics[site.moments_path], entered)
                     by_sample = ((now - left) * gradient).reshape(len(gradient), -1).double().sum(1)
                     total = total + _by_sample(by_sample, samples)
-                largest = sums.moved(choice)[0]
+                # Not always that of rank 0, at which cuts of several directions may cancel.
+                largest = sums.moved(choice).max()
                 close(movements(gathered, site, choice)[rank], total.square().sum() / weight, 1e-4, name, largest)
 
 
