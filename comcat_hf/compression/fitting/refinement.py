@@ -102,9 +102,9 @@ def refine(
     names = _factors(model, dense)
     parts = _mini_batches(model, read_batches(batches), batch_size)
     apart = _apart(parts, main_input(model))
-    parts, apart = _used(parts, apart, steps, seed)
-    learned = [index for index in range(len(parts)) if index not in apart]
-    descent = Descent(steps, learning_rate, seed, learned, apart)
+    parts = [parts[index] for index in (*apart, *_learned(len(parts), apart, steps, seed))]
+    measured = len(apart)
+    descent = Descent(steps, learning_rate, seed, range(measured, len(parts)), range(measured))
     found = {block for name in names if (block := _block_of(name))}
     # Without lists of layers within a block.
     outer = {one for one in found if not any(one.startswith(f"{other}.") for other in found)}
@@ -181,14 +181,11 @@ def _apart(parts: Sequence[Mapping[str, Any]], main: str) -> list[int]:
     return list(range(min(stride // 2, len(parts) - 1), len(parts), stride))
 
 
-def _used(
-    parts: Sequence[dict[str, Any]], apart: Sequence[int], steps: int, seed: int
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """The parts without those that no step would come to, and the places of the ones that are kept apart."""
-    learned = [index for index in range(len(parts)) if index not in apart]
-    order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed))
-    kept = sorted([*apart, *(learned[place] for place in order[:steps])])
-    return [parts[index] for index in kept], [kept.index(index) for index in apart]
+def _learned(count: int, apart: Sequence[int], steps: int, seed: int) -> list[int]:
+    """Which of the other parts are trained on: all, or a choice of as many as there are steps."""
+    others = [index for index in range(count) if index not in apart]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+    return sorted(others[place] for place in order[:steps])
 
 
 class _States:
@@ -324,7 +321,6 @@ def _train_block(block: nn.Module, names: Sequence[str], record: Calls, descent:
     exact.arguments = convert_to_fp32(record.arguments)
     wanted = list(zip(record.dense_out, record.masks, strict=True))
     scale = _scale([_squares([states]) for states in wanted])
-
     mask = TokenMask()
 
     def errors(index: int) -> Tensor:

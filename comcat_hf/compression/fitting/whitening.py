@@ -1,7 +1,7 @@
 """Weights in coordinates in which their layer's inputs are white, so that a step moves all directions alike."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -94,7 +94,11 @@ def input_moments(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, states: Tensor) -> None:
+    def add(name: str, *args: Tensor) -> None:
+        # Called by keyword, a layer is trained as it is.
+        if not args:
+            return
+        states = args[0]
         real = states[mask.weights(states) > 0].float()
         second = (real.mT @ real).double()
         sums[name] = sums[name] + second if name in sums else second
@@ -102,24 +106,13 @@ def input_moments(
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.enter_context(_reading(module, name, add))
+            if isinstance(module, LowRankLinear):
+                hook = module.first_factor.register_forward_hook(lambda m, args, output, key=name: add(key, output))
+            elif isinstance(module, nn.Linear):
+                hook = module.register_forward_pre_hook(lambda m, args, key=name: add(key, *args))
+            else:
+                continue
+            stack.callback(hook.remove)
         for index in indices:
             run(index)
     return {name: second / max(counts[name], 1) for name, second in sums.items()}
-
-
-@contextmanager
-def _reading(module: nn.Module, name: str, add: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within it, what the weight of a linear layer is multiplied by is added up."""
-    if isinstance(module, LowRankLinear):
-        handle = module.first_factor.register_forward_hook(lambda inner, args, output: add(name, output))
-    elif isinstance(module, nn.Linear):
-        # Called by keyword, it is trained as it is.
-        handle = module.register_forward_pre_hook(lambda linear, args: add(name, args[0]) if args else None)
-    else:
-        yield
-        return
-    try:
-        yield
-    finally:
-        handle.remove()
