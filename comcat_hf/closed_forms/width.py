@@ -154,7 +154,8 @@ def narrow_mlp(
     Raises:
         InvalidValueError: a width out of range, shapes that do not fit, values that are not finite.
     """
-    _check(output_weight, units.moments, ridge)
+    # Made ready, the moments have been checked when the units were ordered.
+    _check(output_weight, units.moments if units.products is None else None, ridge)
     size = output_weight.shape[1]
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= size:
         raise InvalidValueError(f"`width`: expected an int from 1 to {size} (the units), found {width!r}; choose one.")
@@ -173,9 +174,10 @@ def _refit(output_weight: Tensor, units: HiddenUnits, kept: Tensor, ridge: float
     """Weights (k, d_out), float64, of the units kept that stand in for all."""
     weight, moments = in_float64(output_weight), units.moments
     mean, index = in_float64(moments.mean, weight.device), kept.to(weight.device)
-    rows = in_float64(moments.covariance[kept.to(moments.covariance.device)], weight.device)
-    system, pull = _add_ridge(rows[:, index], ridge, mean)
-    products = rows @ weight.mT if units.products is None else units.products[index]
+    at = kept.to(moments.covariance.device)
+    rows = moments.covariance.index_select(0, at)
+    system, pull = _add_ridge(in_float64(rows.index_select(1, at), weight.device), ridge, mean)
+    products = in_float64(rows, weight.device) @ weight.mT if units.products is None else units.products[index]
     wanted = products + pull * weight[:, index].mT
     # What rounding in float32 changes is as small beside the default ridge as for orders.
     dtype = torch.float32 if len(weight.mT) >= _MANY and ridge >= RIDGE else torch.float64

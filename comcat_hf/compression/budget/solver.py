@@ -105,11 +105,10 @@ def program(budget: Budget, ladders: list[Ladder]) -> Choice | None:
 
 def _best_per_bin(saved: Tensor, cost: Tensor, top: int) -> Tensor:
     """Indices of the cheapest partial choice in every interval of what is removed, none above `top`."""
-    order = cost.argsort(stable=True)
-    order = order[saved[order] <= top]
-    bins = saved[order] * BINS // (top + 1)
-    order = order[bins.argsort(stable=True)]
-    bins = saved[order] * BINS // (top + 1)
-    first = torch.ones_like(bins, dtype=torch.bool)
-    first[1:] = bins[1:] != bins[:-1]
-    return order[first]
+    allowed = (saved <= top).nonzero().flatten()
+    cost, bins = cost[allowed], saved[allowed] * BINS // (top + 1)
+    least = cost.new_full((BINS,), torch.inf).scatter_reduce_(0, bins, cost, "amin")
+    # The first of equals; costs may be infinite.
+    cheapest = cost == least[bins]
+    first = torch.full((BINS,), len(saved)).scatter_reduce_(0, bins[cheapest], allowed[cheapest], "amin")
+    return first[first < len(saved)]
