@@ -15,6 +15,19 @@ def in_float64(tensor: Tensor, device: torch.device | None = None, dtype: torch.
     return tensor.detach().to(device="cpu" if device.type == "mps" else device, dtype=dtype)
 
 
+def gram(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The second moment of rows (n, k), summed with weights (n,), one each by default: (k, k), float64."""
+    size = rows.shape[1]
+    weighted = rows if weights is None else rows * weights[:, None].to(rows)
+    second = torch.empty(size, size, dtype=torch.float64, device=rows.device)
+    # Above the diagonal alone, in blocks.
+    for start in range(0, size, block := max(size // 8, 1)):
+        end = start + block
+        second[start:end, start:] = weighted[:, start:end].mT @ rows[:, start:]
+        second[end:, start:end] = second[start:end, end:].mT
+    return second
+
+
 def moment_root(moment: Tensor, ridge: float, device: torch.device) -> Tensor:
     """L (..., p, p) with `L^T L = moment + ridge * trace / p`; the identity where the moment is zero (a dead head)."""
     moment = in_float64(moment, device)

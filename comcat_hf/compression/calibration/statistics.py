@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...closed_forms.attention import AttentionMoments
 from ...closed_forms.linear import LinearMoments
+from ...closed_forms.roots import gram
 from ...errors import InvalidValueError
 from ...modeling import AttentionSite, LinearSite, MLPSite, Site, measuring, unwrapped
 from ...modeling.views import class_path
@@ -288,7 +289,7 @@ class _LinearCollector(_Collector):
         mean = (weights.to(inner) @ inner).double()
         entered = mean.clone() if self.side == "input" else weights @ states.flatten(0, -2).double()
         self.calls += 1
-        self._add(count=weights.sum(), input=entered, mean=mean, second=_gram(inner, weights))
+        self._add(count=weights.sum(), input=entered, mean=mean, second=gram(inner, weights))
 
 
 def _precise(rows: Tensor) -> Tensor:
@@ -299,19 +300,6 @@ def _second(heads: Tensor, weights: Tensor) -> Tensor:
     """The weighted second moment of each head, summed, float64."""
     weighted = heads * weights[:, None, :, None].to(heads)
     return (weighted.mT @ heads).sum(0, dtype=torch.float64)
-
-
-def _gram(rows: Tensor, weights: Tensor) -> Tensor:
-    """The weighted second moment of rows, summed, float64."""
-    size = rows.shape[1]
-    weighted = rows * weights[:, None].to(rows)
-    second = torch.empty(size, size, dtype=torch.float64, device=rows.device)
-    # Above the diagonal alone, in blocks.
-    for start in range(0, size, block := max(size // 8, 1)):
-        end = start + block
-        second[start:end, start:] = weighted[:, start:end].mT @ rows[:, start:]
-        second[end:, start:end] = second[start:end, end:].mT
-    return second
 
 
 def _of_linear(site: LinearSite, mask: TokenMask) -> _LinearCollector:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ...closed_forms.roots import gram
+
 
 __all__ = ["RIDGES", "Regression"]
 
@@ -14,7 +16,7 @@ _DEFAULT_RIDGE = 0.25
 
 _FOLDS = 2
 
-_MANY = 512
+_MANY = 256
 
 # Outputs by whose errors the ridge is chosen; of more, so many random mixtures.
 _MIXTURES = 64
@@ -43,7 +45,7 @@ class Regression:
             weights.flatten().to(dtype),
         )
         weighted = inputs * w[:, None]
-        new = [w.sum(), weighted.sum(0), w @ wanted, weighted.T @ inputs, weighted.T @ wanted]
+        new = [w.sum(), weighted.sum(0), w @ wanted, gram(inputs, w), weighted.T @ wanted]
         new = [value.double() for value in new]
         fold = self._added % _FOLDS
         old = self._folds[fold]
@@ -104,15 +106,28 @@ def _choose(folds: list[_Moments], start: Tensor, scale: Tensor) -> float:
         folds = [tuple(part.float() for part in fold) for fold in folds]
         start, mixtures = start.float(), mixtures.float()
     gradients = [(cross - covariance @ start) @ mixtures for covariance, cross, *_ in folds]
-    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-    for one, (covariance, _, _, _, least) in enumerate(folds):
-        other = folds[1 - one][0]
-        for index, ridge in enumerate(RIDGES):
-            factor, failed = torch.linalg.cholesky_ex(_pulled(covariance, ridge, least))
+
+    def error(index: int) -> float:
+        found = 0.0
+        for one, (covariance, _, _, _, least) in enumerate(folds):
+            factor, failed = torch.linalg.cholesky_ex(_pulled(covariance, RIDGES[index], least))
+            if failed:
+                return float("inf")
             change = torch.cholesky_solve(gradients[one], factor)
-            error = (change * (other @ change - 2 * gradients[1 - one])).sum()
-            errors[index] += float("inf") if failed else float(error)
-    return RIDGES[int(errors.argmin())]
+            found += float((change * (folds[1 - one][0] @ change - 2 * gradients[1 - one])).sum())
+        return found
+
+    # The error has one valley: from the best of a few on, downhill.
+    errors = {index: error(index) for index in range(1, len(RIDGES), 3)}
+    best = min(errors, key=errors.__getitem__)
+    for step in (-1, 1):
+        while 0 <= (index := best + step) < len(RIDGES):
+            if index not in errors:
+                errors[index] = error(index)
+            if not errors[index] < errors[best]:
+                break
+            best = index
+    return RIDGES[best]
 
 
 def _signs(size: int) -> Tensor:
