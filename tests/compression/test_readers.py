@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from comcat_hf import compress, plan_of
 from comcat_hf.compression.calibration.statistics import TokenMask
+from comcat_hf.compression.fitting.first_layers import FirstLayers
 from comcat_hf.compression.fitting.readers import Readers, shared_parameters
 from comcat_hf.modeling.rows import Rows
 from tests.compression.test_compensation import batches_for, error, scaled
@@ -98,6 +99,8 @@ def test_a_compressed_model_is_nearer_to_the_dense_one(name, monkeypatch):
     model, inputs = MODELS[name]()
     model = scaled(model)
     batches = batches_for(model, inputs, 48)
+    # First layers that are fitted to the outputs make up for drift too.
+    monkeypatch.setattr(FirstLayers, "improve", lambda self: False)
     near = compress(model, 0.3, batches=batches[:32])
     monkeypatch.setattr(Readers, "correct", lambda *args: None)
     far = compress(model, plan=plan_of(near), batches=batches[:32])

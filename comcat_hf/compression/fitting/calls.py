@@ -1,7 +1,7 @@
 """What the blocks of a model are called with, recorded once so that each can be run again alone."""
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from ..calibration.inputs import run_batch
 
 
-__all__ = ["Calls", "blocks_between", "record_calls"]
+__all__ = ["Calls", "Reached", "blocks_between", "record_calls", "stop"]
+
+
+class Reached(Exception):
+    """The module that a run is for has been called."""
+
+
+def stop(module: nn.Module, *args: Any) -> None:
+    """A hook that ends the run."""
+    raise Reached
 
 
 @dataclass
@@ -58,10 +67,15 @@ def blocks_between(model: nn.Module, blocks: Collection[str]) -> list[str]:
 
 
 def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> dict[str, Calls]:
-    """Run the dense model and keep what its blocks are called with."""
+    """Run the dense model and keep what its blocks are called with.
+
+    Where each block of the first batch takes the output of the one before and otherwise the same objects as the first
+    block, so it is for all batches, and these run up to the first block alone.
+    """
     calls = {path: Calls() for path in paths}
     running: Mapping[str, Any] = {}
     gave: dict[str, Tensor] = {}
+    alike = False
 
     def before(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         record, kwargs = calls[path], dict(kwargs)
@@ -82,10 +96,41 @@ def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mappin
             stack.callback(module.register_forward_hook(partial(after, path)).remove)
         for index, batch in enumerate(inputs):
             running = batch
+            if alike:
+                with suppress(Reached):
+                    run_batch(model, batch, index)
+                for path in paths[1:]:
+                    calls[path].arguments.append(calls[paths[0]].arguments[-1])
+                    calls[path].masks.append(calls[paths[0]].masks[-1])
+                continue
             run_batch(model, batch, index)
             for previous, path in pairwise(path for path in paths if path in gave):
                 record = calls[path]
                 record.chained = record.chained if index else torch.equal(gave[previous], record.dense_in[0])
                 if record.chained:
                     record.dense_in.clear()
+            if index == 0 and all(_alike(calls[path], calls[paths[0]]) for path in paths[1:]):
+                alike = True
+                # Behind the hook that keeps the call.
+                stack.callback(model.get_submodule(paths[0]).register_forward_pre_hook(stop).remove)
     return calls
+
+
+def _alike(one: Calls, first: Calls) -> bool:
+    """Whether a block was called once, in a chain, with the very objects that the first block was called with."""
+    if not (one.chained and len(one.arguments) == len(first.arguments) == 1):
+        return False
+    (args, kwargs), (others, named) = one.arguments[0], first.arguments[0]
+    return (
+        len(args) == len(others)
+        and all(map(_same, args, others))
+        and kwargs.keys() == named.keys()
+        and all(_same(kwargs[name], named[name]) for name in kwargs)
+        and _same(one.masks[0], first.masks[0])
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (isinstance(one, (int, float, str)) and type(one) is type(other) and one == other)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...modeling import LowRankLinear, Site, apply_ranks, eval_mode
+from ...modeling import LowRankLinear, MLPSite, Site, apply_ranks, eval_mode
 from ...modeling.filling import fill, warn_not_finite
 from ...modeling.sites import block_of
 from ...modeling.surgery import sites_for, substitute_module
@@ -24,7 +24,8 @@ from ...progress import progress_bar
 from ..calibration.inputs import prepare_batch, read_batches
 from ..calibration.moments import Statistics, weighed
 from ..calibration.statistics import TokenMask, collecting, token_mask
-from .calls import Calls, blocks_between, record_calls
+from .calls import Calls, Reached, blocks_between, record_calls, stop
+from .first_layers import FirstLayers
 from .readers import Readers, shared_parameters
 from .regression import Regression
 
@@ -101,14 +102,6 @@ def compress_in_order(
         model.get_submodule(name).train()
 
 
-class _Reached(Exception):
-    """The module that a run is for has been called."""
-
-
-def _stop(module: nn.Module, args: tuple, output: Any) -> None:
-    raise _Reached
-
-
 @dataclass(frozen=True)
 class _Residual:
     """Where the residual stream meets a layer's output: `total = stream + scale * output`."""
@@ -157,7 +150,12 @@ class _Block:
                         substitute_module(self.model, dense, substitutes[path])
                 if name in residuals:
                     linear = self.model.get_submodule(outputs[name][0])
-                    fitted &= self._refit(linear, residuals[name], totals[name], last=name == next(reversed(totals)))
+                    first = None
+                    if isinstance(site, MLPSite) and linear.in_features < site.view.width:
+                        layers = [self.model.get_submodule(path) for path, _ in site.view.first]
+                        first = self._fit_first(layers, linear, residuals[name], totals[name])
+                    last = name == next(reversed(totals))
+                    fitted &= self._refit(linear, residuals[name], totals[name], last, first)
                 totals[name] = []
                 if not fitted:
                     unfitted.append(name)
@@ -197,14 +195,14 @@ class _Block:
 
     def _run(self, states: list[Tensor], until: nn.Module | None = None) -> Iterator[Tensor | None]:
         """Run the block on all batches; with `until` only until that module has been called."""
-        handle = until.register_forward_hook(_stop) if until is not None else None
+        handle = until.register_forward_hook(stop) if until is not None else None
         try:
             for index, mask in enumerate(self.calls.masks):
                 self.mask.mask, self.index = mask, index
                 self.called.clear()
                 try:
                     output = self.calls.run(self.module, states[index], index)
-                except _Reached:
+                except Reached:
                     output = None
                 yield output
         finally:
@@ -235,32 +233,69 @@ class _Block:
                         kept.append(events[residuals[name].total])
         return residuals, totals
 
-    def _refit(self, linear: nn.Module, residual: _Residual, totals: list[Tensor], last: bool) -> bool:
+    def _refit(
+        self,
+        linear: nn.Module,
+        residual: _Residual,
+        totals: list[Tensor],
+        last: bool,
+        first: FirstLayers | None = None,
+    ) -> bool:
         """Fit the output factor again; what would not be finite is left as it is, which is returned as false.
 
         Where the last layer adds to the stream and the block ends there, what it gives follows without another run.
+        First layers that have been changed to no good are as before.
         """
-        inner = linear.first_factor if isinstance(linear, LowRankLinear) else linear
-        held: dict[str, Tensor] = {}
-        if isinstance(linear, LowRankLinear):
-            handle = inner.register_forward_hook(lambda module, args, output: held.update(z=output))
-        else:
-            handle = inner.register_forward_pre_hook(lambda module, args: held.update(z=args[0]))
-        regression, ends = Regression(), []
+        regression, ends, error = Regression(), [], 0.0
         ends_block = last and residual.total == "block.out" and bool((residual.scale == 1).all())
+        for (z, given, stream), total in zip(self._reads(linear, residual), totals, strict=True):
+            weights = self.mask.weights(z)
+            regression.add(z, total - stream, weights)
+            if ends_block:
+                ends.append((stream, z))
+            if first is not None:
+                error += float((total - stream - residual.scale.to(given) * given)[weights > 0].square().sum())
+        if first is not None and not error <= first.error:
+            first.undo()
+            return self._refit(linear, residual, totals, last)
+        fitted = _solve(regression, linear, residual.scale, self.ridge)
+        self.calls.small_out = [stream + F.linear(z, linear.weight, linear.bias) for stream, z in ends]
+        return fitted
+
+    def _reads(self, linear: nn.Module, residual: _Residual) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Run the compressed block up to a layer: what this reads and gives and the stream there, each batch.
+
+        A layer with factors reads what its first factor gives.
+        """
+        held: dict[str, Tensor] = {}
+        handles = [linear.register_forward_hook(lambda module, args, output: held.update(z=args[0], y=output))]
+        if isinstance(linear, LowRankLinear):
+            hook = linear.first_factor.register_forward_hook(lambda module, args, output: held.update(first=output))
+            handles.append(hook)
         try:
             with _captured(self.module, {}) as seen:
                 for index, _ in enumerate(self._run(self.calls.small_in, linear)):
                     events = {"block.in": self.calls.small_in[index], **seen}
-                    wanted = totals[index] - events[residual.stream]
-                    regression.add(held["z"], wanted, self.mask.weights(held["z"]))
-                    if ends_block:
-                        ends.append((events[residual.stream], held["z"]))
+                    yield held.get("first", held["z"]), held["y"], events[residual.stream]
         finally:
-            handle.remove()
-        fitted = _solve(regression, linear, residual.scale, self.ridge)
-        self.calls.small_out = [stream + F.linear(z, linear.weight, linear.bias) for stream, z in ends]
-        return fitted
+            for handle in handles:
+                handle.remove()
+
+    def _fit_first(
+        self, layers: list[nn.Linear], linear: nn.Linear, residual: _Residual, totals: list[Tensor]
+    ) -> FirstLayers | None:
+        """Fit the first layers of a narrowed MLP; `None` where they are as before."""
+        first = FirstLayers(layers, linear, residual.scale)
+        with first.recording():
+            for index, (z, given, stream) in enumerate(self._reads(linear, residual)):
+                used = self.mask.weights(z) > 0
+                halves = {index % 2: used}
+                if len(totals) == 1:
+                    early = torch.zeros_like(used)
+                    early[: len(early) // 2] = True
+                    halves = {0: used & early, 1: used & ~early}
+                first.add(totals[index] - stream - residual.scale.to(given) * given, halves)
+        return first if first.improve() else None
 
 
 def _solve(regression: Regression, linear: nn.Module, scale: Tensor, ridge: float | None) -> bool:

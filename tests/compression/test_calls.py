@@ -1,0 +1,74 @@
+"""Blocks of a model are recorded once and run again alone."""
+
+import pytest
+import torch
+
+from comcat_hf.compression.fitting.calls import blocks_between, record_calls
+from comcat_hf.modeling import find_sites
+from comcat_hf.modeling.sites import block_of
+from tests.compression.test_compensation import batches_for
+from tests.helpers import MODELS
+
+
+def paths_of(model):
+    return blocks_between(model, {block_of(site.moments_path) for site in find_sites(model).values()} - {None, ""})
+
+
+def runs_of(model, path):
+    """How often a module is run to its end."""
+    count = []
+    model.get_submodule(path).register_forward_hook(lambda *_: count.append(1))
+    return count
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "dinov2", "clip", "deit_distilled"])
+@torch.no_grad()
+def test_blocks_give_again_what_they_gave(name):
+    model, inputs = MODELS[name]()
+    model.eval()
+    paths, batches = paths_of(model), batches_for(model, inputs, 3)
+    wanted = {path: [] for path in paths}
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(
+            lambda m, a, y, path=path: wanted[path].append(y[0] if isinstance(y, tuple) else y)
+        )
+    for batch in batches:
+        model(**batch)
+    found = {path: list(outputs) for path, outputs in wanted.items()}
+    calls, before = record_calls(model, paths, batches), None
+    for path in paths:
+        calls[path].follow(before)
+        for index, states in enumerate(calls[path].dense_in):
+            calls[path].dense_out.append(calls[path].run(model.get_submodule(path), states, index))
+            assert torch.equal(calls[path].dense_out[-1], found[path][index])
+        assert len(calls[path].masks) == len(batches)
+        before = calls[path]
+
+
+@torch.no_grad()
+def test_later_batches_run_up_to_the_first_block():
+    model, inputs = MODELS["vit"]()
+    paths = paths_of(model.eval())
+    count = runs_of(model, paths[0])
+    record_calls(model, paths, batches_for(model, inputs, 4))
+    assert len(count) == 1
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_blocks_with_arguments_of_their_own_run_whole():
+    model, inputs = MODELS["vit"]()
+    paths = paths_of(model.eval())
+    count = runs_of(model, paths[0])
+    last = model.get_submodule(paths[-1])
+    forward = last.forward
+    last.forward = lambda states, *args, **kwargs: forward(states)
+
+    # An argument that another block does not get.
+    def add(module, args, kwargs):
+        return (*args, torch.zeros(1)), kwargs
+
+    last.register_forward_pre_hook(add, with_kwargs=True)
+    calls = record_calls(model, paths, batches_for(model, inputs, 4))
+    assert len(count) == 4
+    assert [len(args) for args, _ in calls[paths[-1]].arguments] == [1 + len(calls[paths[0]].arguments[0][0])] * 4
