@@ -117,8 +117,8 @@ def compress(
         mlp: how MLPs shrink: `"width"` (by default where there are batches or statistics), `"rank"` (else) or
             `"mixed"`; see [`allocate_ranks`].
         compensate: factorise layer by layer, on what the compressed layers before produce, with weights that make up
-            for its drift, and fit each block's output again to the dense model's residual stream. Needs `batches`; by
-            default done where there are any.
+            for its drift, and fit each block's output, and the first layers of MLPs that lose units, again to the
+            dense model's residual stream. Needs `batches`; by default done where there are any.
         refine: steps of training, without labels, after that: all factors together follow the dense model's hidden
             states on the `batches`; see [`refine`], which also does it later, or block by block.
         layout: `"free"`: every layer may get other ranks; loading needs this package. `"plain"`: all layers get the

@@ -55,20 +55,38 @@ def test_later_batches_run_up_to_the_first_block():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def extra(args, kwargs):
+    return (*args, torch.zeros(1)), kwargs
+
+
+def named(args, kwargs):
+    return args, {**kwargs, "more": 1}
+
+
+def other_value(args, kwargs):
+    return args, {**kwargs, "scale": torch.ones(1)}
+
+
+def moved(args, kwargs):
+    return (args[0] * 1.5, *args[1:]), kwargs
+
+
+@pytest.mark.parametrize("change", [extra, named, other_value, moved])
 @torch.no_grad()
-def test_blocks_with_arguments_of_their_own_run_whole():
+def test_blocks_that_are_called_in_another_way_run_whole(change):
     model, inputs = MODELS["vit"]()
     paths = paths_of(model.eval())
     count = runs_of(model, paths[0])
-    last = model.get_submodule(paths[-1])
-    forward = last.forward
-    last.forward = lambda states, *args, **kwargs: forward(states)
-
-    # An argument that another block does not get.
-    def add(module, args, kwargs):
-        return (*args, torch.zeros(1)), kwargs
-
-    last.register_forward_pre_hook(add, with_kwargs=True)
+    for path in paths:
+        block = model.get_submodule(path)
+        block.forward = lambda states, *args, forward=block.forward, **kwargs: forward(states)
+        # The first block gets a value of the same name.
+        own = change if path == paths[-1] else lambda args, kwargs: (args, kwargs)
+        if change is other_value:
+            own = other_value
+        block.register_forward_pre_hook(lambda m, args, kwargs, own=own: own(args, kwargs), with_kwargs=True)
     calls = record_calls(model, paths, batches_for(model, inputs, 4))
     assert len(count) == 4
-    assert [len(args) for args, _ in calls[paths[-1]].arguments] == [1 + len(calls[paths[0]].arguments[0][0])] * 4
+    last = calls[paths[-1]]
+    assert len(last.arguments) == 4
+    assert len(last.dense_in) == (4 if change is moved else 0)

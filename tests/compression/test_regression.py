@@ -61,6 +61,25 @@ def test_the_pull_follows_the_noise(noise, offset, most):
         assert error < 0.02
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.3, 1.0, 3.0, 10.0, 30.0])
+def test_the_pull_is_the_best_of_all(noise):
+    z, truth, wanted = problem(noise=noise)
+    start = truth + 0.3
+    found, _ = fitted(z, wanted, start)
+    halves = [(z[half::2], wanted[half::2]) for half in (0, 1)]
+
+    def error(ridge):
+        total = 0.0
+        for (x, y), (other, target) in (halves, halves[::-1]):
+            weight, _ = fitted(x, y, start, ridge=ridge)
+            left = target - other @ weight
+            total += float((left - left.mean((0, 1))).square().mean((0, 1)).sum())
+        return total
+
+    best = min(RIDGES, key=error)
+    torch.testing.assert_close(found, fitted(z, wanted, start, ridge=best / 2)[0])
+
+
 def test_a_dead_input_keeps_its_start():
     z, _, wanted = problem()
     z[..., 0] = 0

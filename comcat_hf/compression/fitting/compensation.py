@@ -3,7 +3,8 @@
 A block's attention and MLP get their factors from the activations that reach them in the compressed model, and from
 weights that predict the dense activations from those. Their output factor and bias are then fitted again, by ridge
 regression toward the closed form, onto what the dense block would have added plus the drift of the residual stream so
-far (docs/method.md). Small linear solves; no labels and no gradients.
+far, and before that the first layers of MLPs that have lost units (docs/method.md). No labels, and no passes back
+through the model.
 """
 
 from collections import Counter
@@ -51,8 +52,9 @@ def compress_in_order(
 ) -> None:
     """Replace the modules named in a plan, in place and in forward order, with compensation.
 
-    Memory: some six hidden states of one block on all batches, `tokens * d` numbers each, and the moments of one site;
-    where a block does not take what the block before it gives, the states that it takes.
+    Memory: some six hidden states of one block on all batches, `tokens * d` numbers each, ten with the hidden units in
+    an MLP that loses some, and the moments of one site; where a block does not take what the block before it gives, the
+    states that it takes.
 
     Args:
         model: a dense model, changed in place; on an error it may be half changed, so pass a copy.
