@@ -143,6 +143,24 @@ def test_few_noisy_tokens_do_no_harm(noise, most):
     assert sum(shares) / 8 < most < sum(whole) / 8
 
 
+class Rounded(nn.Module):
+    """An activation without a gradient."""
+
+    def forward(self, states):
+        return nn.functional.gelu(states.detach())
+
+
+@pytest.mark.parametrize(("activation", "changed"), [(nn.ReLU(inplace=True), True), (Rounded(), False)])
+def test_activations_in_place_and_without_gradients(activation, changed):
+    dense, inputs = host("vit")
+    for module in dense.modules():
+        if hasattr(module, "activation_fn"):
+            module.activation_fn = activation
+    batches = batches_for(dense, inputs, 32)
+    small, plain = compressed(dense, batches), compressed(dense, batches, lambda self: False)
+    assert torch.equal(mlp_weight(small), mlp_weight(plain)) is not changed
+
+
 @torch.no_grad()
 def test_layers_that_run_several_times_are_left_alone():
     first, output, states, wanted = toy(count=800)

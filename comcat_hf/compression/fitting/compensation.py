@@ -52,9 +52,9 @@ def compress_in_order(
 ) -> None:
     """Replace the modules named in a plan, in place and in forward order, with compensation.
 
-    Memory: some six hidden states of one block on all batches, `tokens * d` numbers each, ten with the hidden units in
-    an MLP that loses some, and the moments of one site; where a block does not take what the block before it gives, the
-    states that it takes.
+    Memory: some six hidden states of one block on all batches, `tokens * d` numbers each, in an MLP that loses units
+    three more and its units, and the moments of one site; where a block does not take what the block before it gives,
+    the states that it takes.
 
     Args:
         model: a dense model, changed in place; on an error it may be half changed, so pass a copy.

@@ -71,13 +71,20 @@ class FirstLayers:
                 gradients.enter_context(torch.enable_grad())
             # A copy: what is made in inference mode has no gradients.
             units.append(output.detach().clone().requires_grad_())
-            return units[-1]
+            # Another one, as an activation may work in place.
+            return units[-1].clone()
 
         def end(layer: nn.Module, args: tuple) -> Tensor:
-            slopes = torch.autograd.grad(args[0].sum(), units)
+            try:
+                slopes = torch.autograd.grad(args[0].sum(), units)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # An activation without a gradient.
+                self._fits, slopes = False, tuple(units)
             gradients.close()
             units.clear()
-            self._runs.append((inputs[0], torch.cat(slopes, -1)))
+            self._runs.append((inputs[0], torch.cat(slopes, -1).detach()))
             return args[0].detach()
 
         with gradients, ExitStack() as hooks:
