@@ -55,6 +55,12 @@ def test_later_batches_run_up_to_the_first_block():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@torch.no_grad()
+def test_without_blocks_nothing_is_recorded():
+    model, inputs = MODELS["vit"]()
+    assert record_calls(model.eval(), [], batches_for(model, inputs, 2)) == {}
+
+
 def extra(args, kwargs):
     return (*args, torch.zeros(1)), kwargs
 

@@ -109,7 +109,7 @@ def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mappin
                 record.chained = record.chained if index else torch.equal(gave[previous], record.dense_in[0])
                 if record.chained:
                     record.dense_in.clear()
-            if index == 0 and all(_alike(calls[path], calls[paths[0]]) for path in paths[1:]):
+            if index == 0 and paths and all(_alike(calls[path], calls[paths[0]]) for path in paths[1:]):
                 alike = True
                 # Behind the hook that keeps the call.
                 stack.callback(model.get_submodule(paths[0]).register_forward_pre_hook(stop).remove)
