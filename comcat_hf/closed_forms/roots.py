@@ -15,10 +15,10 @@ def in_float64(tensor: Tensor, device: torch.device | None = None, dtype: torch.
     return tensor.detach().to(device="cpu" if device.type == "mps" else device, dtype=dtype)
 
 
-def gram(rows: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The second moment of rows (n, k), summed with weights (n,), one each by default: (k, k), float64."""
+def gram(rows: Tensor, weighted: Tensor | None = None) -> Tensor:
+    """The second moment of rows (n, k), summed: (k, k), float64; `weighted` are the same, each times its weight."""
     size = rows.shape[1]
-    weighted = rows if weights is None else rows * weights[:, None].to(rows)
+    weighted = rows if weighted is None else weighted
     second = torch.empty(size, size, dtype=torch.float64, device=rows.device)
     # Above the diagonal alone, in blocks.
     for start in range(0, size, block := max(size // 8, 1)):

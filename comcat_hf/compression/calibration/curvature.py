@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...closed_forms.curvature import basis_movement, head_gradients, pair_movement, width_movement
 from ...closed_forms.linear import linear_basis
+from ...closed_forms.roots import gram
 from ...closed_forms.width import output_factors
 from ...errors import InvalidValueError, brief
 from ...modeling import AttentionSite, LinearSite, MLPSite, Site, measuring
@@ -234,7 +235,7 @@ class _OutputMeter(_Meter):
 
     def metric(self, gradients: Tensor) -> None:
         rows = gradients.float().flatten(0, -2)
-        self.add("gradient", rows.mT @ rows)
+        self.add("gradient", gram(rows))
 
 
 class _LinearMeter(_OutputMeter):

@@ -289,7 +289,9 @@ class _LinearCollector(_Collector):
         mean = (weights.to(inner) @ inner).double()
         entered = mean.clone() if self.side == "input" else weights @ states.flatten(0, -2).double()
         self.calls += 1
-        self._add(count=weights.sum(), input=entered, mean=mean, second=gram(inner, weights))
+        self._add(
+            count=weights.sum(), input=entered, mean=mean, second=gram(inner, inner * weights[:, None].to(inner))
+        )
 
 
 def _precise(rows: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Regression:
             weights.flatten().to(dtype),
         )
         weighted = inputs * w[:, None]
-        new = [w.sum(), weighted.sum(0), w @ wanted, gram(inputs, w), weighted.T @ wanted]
+        new = [w.sum(), weighted.sum(0), w @ wanted, gram(inputs, weighted), weighted.T @ wanted]
         new = [value.double() for value in new]
         fold = self._added % _FOLDS
         old = self._folds[fold]

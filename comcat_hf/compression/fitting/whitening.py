@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...closed_forms.roots import gram
 from ...modeling import LowRankLinear
 from ..calibration.statistics import TokenMask
 
@@ -100,7 +101,7 @@ def input_moments(
             return
         states = args[0]
         real = states[mask.weights(states) > 0].float()
-        second = (real.mT @ real).double()
+        second = gram(real)
         sums[name] = sums[name] + second if name in sums else second
         counts[name] = counts.get(name, 0) + len(real)
 
