@@ -112,6 +112,10 @@ class _Residual:
     total: str
     scale: Tensor
 
+    def missing(self, total: Tensor, stream: Tensor, output: Tensor) -> Tensor:
+        """How far the stream behind the layer is from a total."""
+        return total - stream - self.scale.to(output) * output
+
 
 class _Block:
     def __init__(
@@ -256,7 +260,7 @@ class _Block:
             if ends_block:
                 ends.append((stream, z))
             if first is not None:
-                error += float((total - stream - residual.scale.to(given) * given)[weights > 0].square().sum())
+                error += float(residual.missing(total, stream, given)[weights > 0].square().sum())
         if first is not None and not error <= first.error:
             first.undo()
             return self._refit(linear, residual, totals, last)
@@ -296,7 +300,7 @@ class _Block:
                     early = torch.zeros_like(used)
                     early[: len(early) // 2] = True
                     halves = {0: used & early, 1: used & ~early}
-                first.add(totals[index] - stream - residual.scale.to(given) * given, halves)
+                first.add(residual.missing(totals[index], stream, given), halves)
         return first if first.improve() else None
 
 

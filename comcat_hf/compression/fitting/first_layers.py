@@ -76,15 +76,14 @@ class FirstLayers:
 
         def end(layer: nn.Module, args: tuple) -> Tensor:
             try:
-                slopes = torch.autograd.grad(args[0].sum(), units)
+                self._runs.append((inputs[0], torch.cat(torch.autograd.grad(args[0].sum(), units), -1)))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 # An activation without a gradient.
-                self._fits, slopes = False, tuple(units)
+                self._fits = False
             gradients.close()
             units.clear()
-            self._runs.append((inputs[0], torch.cat(slopes, -1).detach()))
             return args[0].detach()
 
         with gradients, ExitStack() as hooks:
@@ -101,11 +100,11 @@ class FirstLayers:
             used: for half 0 or 1 or both which tokens count there, (...).
         """
         runs, self._runs = self._runs, []
-        inputs, slopes = runs[-1]
         # Called several times, or on tokens in another form: there is no change that fits.
-        self._fits &= len(runs) == 1 and inputs.shape[:-1] == missing.shape[:-1]
+        self._fits = self._fits and len(runs) == 1 and runs[0][0].shape[:-1] == missing.shape[:-1]
         if not self._fits:
             return
+        inputs, slopes = runs[0]
         for half, tokens in used.items():
             read, short = inputs[tokens].float(), missing[tokens].float()
             if self._bias:
