@@ -80,8 +80,8 @@ class FirstLayers:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                # An activation without a gradient.
-                self._fits = False
+                # An activation without a gradient: there is no run to add.
+                pass
             gradients.close()
             units.clear()
             return args[0].detach()
@@ -100,7 +100,7 @@ class FirstLayers:
             used: for half 0 or 1 or both which tokens count there, (...).
         """
         runs, self._runs = self._runs, []
-        # Called several times, or on tokens in another form: there is no change that fits.
+        # Called several times, without slopes, or on tokens in another form: there is no change that fits.
         self._fits = self._fits and len(runs) == 1 and runs[0][0].shape[:-1] == missing.shape[:-1]
         if not self._fits:
             return
