@@ -229,6 +229,18 @@ def test_what_cannot_be_refined(vit, small, given, message):
     assert not changed(small, state_of(before))
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_dense_states_that_are_not_finite_on_a_batch_to_learn_from(vit, small, by_block):
+    dense, before, batches = vit
+    # The first batches are also measured on.
+    batches = [*batches[:-1], {"pixel_values": torch.full_like(batches[-1]["pixel_values"], torch.nan)}]
+    around = [surroundings(m) for m in (dense, small)]
+    with pytest.raises(InvalidValueError, match="dense model's hidden states are not finite"):
+        refine(small, dense, batches, 40, by_block=by_block, progress=False)
+    assert not changed(small, state_of(before))
+    assert [surroundings(m) for m in (dense, small)] == around
+
+
 def test_a_model_without_gradients_is_named(vit, small):
     dense, before, batches = copy.deepcopy(vit)
     dense.__class__ = small.__class__ = Silent

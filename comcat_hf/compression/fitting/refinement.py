@@ -218,26 +218,28 @@ class _States:
 
 
 class _Targets:
-    """The dense model's states by mini-batch, kept as far as there is room."""
+    """The dense model's states by mini-batch, from when they are first asked for kept as far as there is room."""
 
-    def __init__(self, states: _States, parts: Sequence[Mapping[str, Any]]) -> None:
-        self.states, self.parts = states, parts
-        self.kept: dict[int, list[State]] = {}
-        room, squares = _KEPT, []
-        for index in range(len(parts)):
-            found = self._run(index)
-            squares.append(_squares(found))
-            room -= sum(one.nbytes for one, _ in found)
-            if room > 0:
-                self.kept[index] = [(one.cpu(), mask) for one, mask in found]
-        self.scale = _scale(squares)
+    def __init__(self, states: _States, parts: Sequence[Mapping[str, Any]], apart: Iterable[int]) -> None:
+        self._states, self._parts = states, parts
+        self._kept: dict[int, list[State]] = {}
+        self._room = _KEPT
+        self._scale = _scale([_squares(self._of(index)) for index in apart])
 
     def errors(self, found: Sequence[State], index: int) -> Tensor:
-        return _errors(found, self.kept[index] if index in self.kept else self._run(index), self.scale)
+        return _errors(found, self._of(index), self._scale)
 
     @torch.no_grad()
-    def _run(self, index: int) -> list[State]:
-        return self.states.run(self.parts[index], index)
+    def _of(self, index: int) -> list[State]:
+        if index in self._kept:
+            return self._kept[index]
+        found = self._states.run(self._parts[index], index)
+        _check_finite(_squares(found))
+        size = sum(one.nbytes for one, _ in found)
+        if size <= self._room:
+            self._room -= size
+            self._kept[index] = [(one.cpu(), mask) for one, mask in found]
+        return found
 
 
 def _squares(states: Iterable[State]) -> Tensor:
@@ -251,13 +253,18 @@ def _squares(states: Iterable[State]) -> Tensor:
 
 def _scale(squares: Sequence[Tensor]) -> Tensor:
     """The mean square of each of the dense model's states."""
-    sums, counts = torch.stack([one.cpu().double() for one in squares]).sum(0)
-    if not sums.isfinite().all():
+    total = torch.stack([one.cpu().double() for one in squares]).sum(0)
+    _check_finite(total)
+    sums, counts = total
+    return (sums / counts.clamp(min=1)).clamp(min=torch.finfo(torch.float32).tiny).float()
+
+
+def _check_finite(squares: Tensor) -> None:
+    if not squares.isfinite().all():
         raise InvalidValueError(
             "The dense model's hidden states are not finite on the calibration batches. Check the inputs, the weights "
             "and, in half precision, the range of the activations."
         )
-    return (sums / counts.clamp(min=1)).clamp(min=torch.finfo(torch.float32).tiny).float()
 
 
 def _errors(found: Sequence[State], wanted: Sequence[State], scale: Tensor) -> Tensor:
@@ -271,7 +278,7 @@ def _whole(task: _Task) -> Refinement:
     trained = _float_copy(task.model)
     with ExitStack() as stack:
         states = _States(trained, task.blocks, stack)
-        targets = _Targets(_States(task.dense, task.blocks, stack), task.parts)
+        targets = _Targets(_States(task.dense, task.blocks, stack), task.parts, task.descent.apart)
         bar = stack.enter_context(task.bar(task.descent.steps))
 
         def errors(index: int) -> Tensor:
