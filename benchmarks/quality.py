@@ -96,7 +96,7 @@ ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
 # These are measured with compensation besides.
 COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature", "curvature, step 1", "plain")
 # And these steps of refinement behind it.
-REFINED = (100, 300, 1000, 3000)
+REFINED = (100, 300, 1000, 3000, 5000)
 METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES | {
     name + (" + compensation" if compensate else ""): partial(ours, allocation=allocation, compensate=compensate)
     for name, allocation in ALLOCATIONS.items()
@@ -258,7 +258,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reductions", nargs="+", type=float, help="in place of the cases' own")
     parser.add_argument("--calibration", type=int, help="samples; by default 2000 sentences and 512 images")
     parser.add_argument("--copies", type=int, default=0, help="of each calibration sentence, varied; images have none")
-    parser.add_argument("--further", action="store_true", help="sentences of more packages behind the usual ones")
+    further = "sentences of more packages behind the usual ones, of those named here besides"
+    parser.add_argument("--further", nargs="*", metavar="PACKAGE", help=further)
     parser.add_argument("--refinement", type=int, help="sentences to refine on, in place of the calibration samples")
     parser.add_argument("--held-out", type=int, help="samples to measure on; by default 500 sentences and all images")
     parser.add_argument("--seeds", type=int, default=3, help="models of the digits")
