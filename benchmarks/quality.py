@@ -53,11 +53,19 @@ def refined(
     subject: Subject, scope: Scope, reduction: float, *, steps: int, start: str = "curvature + compensation"
 ) -> nn.Module:
     """Another method, then steps without labels."""
-    key = scope.name, reduction, start
-    if key not in subject.starts:
-        subject.starts[key] = METHODS[start](subject, scope, reduction)
-    small = copy.deepcopy(subject.starts[key])
+    small = copy.deepcopy(made(subject, scope, reduction, start))
     comcat_hf.refine(small, subject.model, subject.learned or subject.batches, steps)
+    return small
+
+
+def made(subject: Subject, scope: Scope, reduction: float, method: str) -> nn.Module:
+    """A method's model; one that others start from is made once."""
+    key = scope.name, reduction, method
+    if key in subject.starts:
+        return subject.starts[key]
+    small = METHODS[method](subject, scope, reduction)
+    if method in STARTS:
+        subject.starts[key] = small
     return small
 
 
@@ -95,7 +103,8 @@ ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 # These are measured with compensation besides.
 COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature", "curvature, step 1", "plain")
-# And these steps of refinement behind it.
+# These have steps of refinement behind them besides.
+STARTS = ("curvature + compensation", "plain + compensation", "equal widths + compensation")
 REFINED = (100, 300, 1000, 3000, 5000)
 METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES | {
     name + (" + compensation" if compensate else ""): partial(ours, allocation=allocation, compensate=compensate)
@@ -104,9 +113,7 @@ METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES 
 }
 METHODS |= {"equal widths + compensation": equal_widths}
 METHODS |= {
-    f"{start} + {steps} steps": partial(refined, steps=steps, start=start)
-    for start in ("curvature + compensation", "plain + compensation", "equal widths + compensation")
-    for steps in REFINED
+    f"{start} + {steps} steps": partial(refined, steps=steps, start=start) for start in STARTS for steps in REFINED
 }
 
 
@@ -153,7 +160,7 @@ def measure(name: str, case: Case, scope: Scope, reduction: float, method: str) 
     settings = (name, scope.name, reduction, method)
     for subject in case.subjects:
         try:
-            small = METHODS[method](subject, scope, reduction)
+            small = made(subject, scope, reduction, method)
         except (OutOfReach, BudgetError, UnsupportedModuleError) as error:
             return Result(*settings, time.perf_counter() - start, cannot=str(error))
         reached.append(1 - scope.size(small, subject.model) / scope.size(subject.model))
