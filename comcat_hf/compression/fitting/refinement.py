@@ -222,7 +222,8 @@ class _Targets:
 
     def __init__(self, states: _States, parts: Sequence[Mapping[str, Any]], apart: Iterable[int]) -> None:
         self._states, self._parts = states, parts
-        self._kept: dict[int, list[State]] = {}
+        # None is for a mini-batch that was seen when there was no room.
+        self._kept: dict[int, list[State] | None] = {}
         self._room = _KEPT
         self._scale = _scale([_squares(self._of(index)) for index in apart])
 
@@ -231,15 +232,20 @@ class _Targets:
 
     @torch.no_grad()
     def _of(self, index: int) -> list[State]:
-        if index in self._kept:
-            return self._kept[index]
+        if (kept := self._kept.get(index)) is not None:
+            return kept
         found = self._states.run(self._parts[index], index)
-        _check_finite(_squares(found))
-        size = sum(one.nbytes for one, _ in found)
-        if size <= self._room:
-            self._room -= size
-            self._kept[index] = [(one.cpu(), mask) for one, mask in found]
+        if index not in self._kept:
+            _check_finite(_squares(found))
+            self._kept[index] = self._keep(found)
         return found
+
+    def _keep(self, states: Sequence[State]) -> list[State] | None:
+        size = sum(one.nbytes for one, _ in states)
+        if size > self._room:
+            return None
+        self._room -= size
+        return [(one.cpu(), mask) for one, mask in states]
 
 
 def _squares(states: Iterable[State]) -> Tensor:
