@@ -99,8 +99,8 @@ assert not any(name.startswith("comcat") for name in sys.modules)
 @pytest.mark.processes
 def test_loads_runs_exports_and_trains_without_this_package(tmp_path):
     classes = {}
-    images_and_text = "vit deit dinov2 dinov2_with_registers ijepa vit_mae vit_msn bert clip siglip"
-    for name in images_and_text.split():
+    pictures = "vit deit dinov2 dinov2_with_registers ijepa vit_mae vit_msn beit tipsv2_vision"
+    for name in (*pictures.split(), "bert", "clip", "siglip"):
         plain, dense, inputs = shrunk(name)
         plain.save_pretrained(tmp_path / name)
         torch.save((inputs, outputs(plain, inputs)[0]), tmp_path / f"{name}.pt")
