@@ -11,6 +11,7 @@ from transformers import ViTForImageClassification
 
 from comcat_hf import compress, refine
 from comcat_hf.compression.fitting import refinement
+from comcat_hf.compression.fitting.descent import Descent
 from comcat_hf.errors import ComCATError, InvalidValueError
 from tests.compression.test_compensation import error
 from tests.helpers import MODELS, small_bert, state_of
@@ -104,11 +105,21 @@ def test_compress_refines_at_the_end(vit):
 
 
 @pytest.mark.parametrize("by_block", [False, True])
-def test_never_worse_than_before(vit, small, by_block):
+def test_never_worse_than_before_and_says_that_nothing_was_gained(vit, small, by_block, caplog):
     dense, before, batches = vit
     found = refine(small, dense, batches, 10, by_block=by_block, learning_rate=10.0, progress=False)
+    assert "gained nothing" in caplog.text and "learning_rate below 10" in caplog.text
     assert found.after == found.before
     assert not changed(small, state_of(before))
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(100, 0.0075), (1600, 0.03), (10_000, 0.03)])
+def test_the_usual_learning_rate_rises_with_the_steps_up_to_a_limit(vit, small, steps, rate, monkeypatch):
+    dense, _, batches = vit
+    rates = []
+    monkeypatch.setattr(Descent, "run", lambda self, *_: rates.append(self.learning_rate))
+    refine(small, dense, batches, steps, progress=False)
+    assert rates == [pytest.approx(rate)]
 
 
 @pytest.mark.parametrize("by_block", [False, True])

@@ -1,5 +1,6 @@
 """Training of some parameters on an error, measured on data kept apart; the best values are kept."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from .whitening import Whitened
 
 
 __all__ = ["Descent", "Refinement"]
+
+logger = logging.getLogger(__name__)
 
 # The share of the steps in which the learning rate rises.
 _WARMUP = 0.1
@@ -83,6 +86,7 @@ class Descent:
         """
         parameters = [parameter for layer in layers for parameter in layer]
         before = best = self._measure(parameters, dtypes, errors, 0)
+        lowest = float("inf")
         whitened = [Whitened(layer, moments) for layer, moments in zip(layers, inputs, strict=True)]
         rate = self.learning_rate * before**0.5
         optimizer = AdamW([group for one in whitened for group in one.groups(rate)], weight_decay=0.0)
@@ -105,6 +109,7 @@ class Descent:
                 bar.update()
                 if step % every == 0 or step == self.steps:
                     found = self._measure(parameters, dtypes, errors, step)
+                    lowest = min(lowest, found)
                     if found < best:
                         best = found
                         kept = [parameter.detach().clone() for parameter in parameters]
@@ -113,6 +118,12 @@ class Descent:
             with torch.no_grad():
                 for parameter, value in zip(parameters, kept, strict=True):
                     parameter.copy_(value)
+        if lowest >= before:
+            logger.warning(
+                "Refinement gained nothing, so the weights stay as they were: on the samples kept apart the drift is "
+                "%.4g at the start and %.4g or more in %d steps. Take a learning_rate below %.3g, or more batches.",
+                *(before, lowest, self.steps, self.learning_rate),
+            )
         return Refinement(before, best)
 
     def _order(self) -> Iterator[int]:

@@ -41,6 +41,9 @@ _READ = 16
 # The dense model's states are kept up to this size in bytes; those beyond it are computed again at each step.
 _KEPT = 2**31
 
+# Of the learning rate by default. Thousands of steps at higher ones do worse, or lose the start and never find back.
+_HIGHEST_RATE = 0.03
+
 State = tuple[Tensor, Tensor | None]
 
 
@@ -78,7 +81,7 @@ def refine(
         steps: optimizer steps.
         learning_rate: the highest, relative to the root mean square of a layer's weights in these coordinates and to
             the root of the drift at the start; by default 0.00075 times the root of the steps, so that few steps are
-            careful ones.
+            careful ones, and at most 0.03.
         batch_size: samples per step; larger batches are split.
         by_block: train one block after the other, each for so many steps, on what the refined blocks before it give.
             For models too large to be trained as a whole: memory for the gradients of one block, and for the hidden
@@ -97,7 +100,8 @@ def refine(
     check(steps, whole(1), "steps")
     check(batch_size, whole(1), "batch_size")
     check(seed, whole(), "seed")
-    learning_rate = check(0.00075 * steps**0.5 if learning_rate is None else learning_rate, finite(0), "learning_rate")
+    usual = min(0.00075 * steps**0.5, _HIGHEST_RATE)
+    learning_rate = check(usual if learning_rate is None else learning_rate, finite(0), "learning_rate")
     model, dense = unwrapped(model), unwrapped(dense)
     names = _factors(model, dense)
     parts = _mini_batches(model, read_batches(batches), batch_size)
