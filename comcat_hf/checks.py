@@ -16,6 +16,7 @@ __all__ = [
     "FLAG",
     "TEXT",
     "Kind",
+    "above",
     "check",
     "check_fields",
     "finite",
@@ -73,6 +74,12 @@ def finite(low: float = -math.inf, high: float = math.inf) -> Kind:
         return low <= value <= high and -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT
 
     return Kind(f"a finite number{''.join(bounds)}", holds)
+
+
+def above(low: float) -> Kind:
+    """A number that is neither NaN nor infinite, above a bound."""
+    number = finite(low)
+    return Kind(f"a finite number above {low:g}", lambda value: number.holds(value) and value > low)
 
 
 def listed(*options: str) -> Kind:

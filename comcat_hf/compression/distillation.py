@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import above, check, finite, whole
 from ..errors import InvalidValueError
 from ..modeling import eval_mode
 
@@ -80,14 +81,10 @@ class DistillationLoss(nn.Module):
         super().__init__()
         if kind not in TEACHER_LOSSES:
             raise InvalidValueError(f"kind must be one of {', '.join(map(repr, TEACHER_LOSSES))}, got {kind!r}.")
-        if not 0 <= alpha <= 1:
-            raise InvalidValueError(f"alpha must be a share from 0 to 1, got {alpha!r}.")
-        if not 0 < temperature < math.inf:
-            raise InvalidValueError(f"temperature must be a number above 0, got {temperature!r}.")
-        if not 0 <= alignment < math.inf:
-            raise InvalidValueError(f"alignment must be a weight from 0, got {alignment!r}.")
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-            raise InvalidValueError(f"blocks must be a whole number from 1, got {blocks!r}.")
+        check(alpha, finite(0, 1), "alpha")
+        check(temperature, above(0), "temperature")
+        check(alignment, finite(0), "alignment")
+        check(blocks, whole(1), "blocks")
         self.alpha, self.kind, self.temperature = alpha, kind, temperature
         self.alignment, self.blocks, self.without_token = alignment, blocks, without_token
 

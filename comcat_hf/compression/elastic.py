@@ -75,7 +75,7 @@ class Elastic:
                 f"elastic: expected two shares between 0 and 1, the smaller first, such as (0.3, 0.7), got "
                 f"{(low, high)!r}."
             )
-        if not statistics.has_curvature:
+        if not getattr(statistics, "has_curvature", False):
             raise InvalidValueError(
                 "elastic: expected statistics with curvature, found none. Gather them with "
                 "collect_statistics(model, batches, curvature=True), or give batches."

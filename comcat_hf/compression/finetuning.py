@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from ..checks import above, check, finite, whole
 from ..errors import ComCATError, InvalidValueError
 from ..progress import progress_bar
 from .distillation import DistillationLoss, LossParts, ask_teacher
@@ -66,7 +67,12 @@ def finetune(
         ComCATError: the loss is not finite.
     """
     loss = DistillationLoss(alignment=1.0) if loss is None else loss
-    _check(student, teacher, loader, epochs, learning_rate, loss)
+    check(epochs, whole(1), "epochs")
+    check(learning_rate, above(0), "learning_rate")
+    check(weight_decay, finite(0), "weight_decay")
+    check(warmup, finite(0, 1), "warmup")
+    check(max_norm, above(0), "max_norm")
+    _check(student, teacher, loader, loss)
     accelerator = Accelerator() if accelerator is None else accelerator
     optimizer = AdamW(parameter_groups(student, weight_decay), lr=learning_rate)
     steps = epochs * math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
@@ -159,13 +165,7 @@ def one_cycle(step: int, steps: int, warmup: float) -> float:
     return (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def _check(
-    student: nn.Module, teacher: nn.Module | None, loader: Any, epochs: int, learning_rate: float, loss: Any
-) -> None:
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise InvalidValueError(f"epochs must be a whole number from 1, got {epochs!r}.")
-    if not 0 < learning_rate < math.inf:
-        raise InvalidValueError(f"learning_rate must be a number above 0, got {learning_rate!r}.")
+def _check(student: nn.Module, teacher: nn.Module | None, loader: Any, loss: Any) -> None:
     if not hasattr(loader, "__len__") or len(loader) == 0:
         raise InvalidValueError(
             f"The loader must have a length above 0, so that the rate can be planned; got {type(loader).__name__}. "

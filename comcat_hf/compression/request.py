@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check, whole
+from ..checks import Kind, check, optional, whole
 from ..errors import InvalidValueError
 from ..modeling import EVERYTHING, Site, Targets, find_sites
 from ..modeling.layout import LAYOUTS
+from .calibration.moments import Statistics
 
 
 __all__ = ["WAYS", "Request", "check_choice", "check_merged", "sites_by_way"]
@@ -20,6 +21,14 @@ WAYS = ("width", "rank", "mixed")
 # Strategies that look at statistics, and those that measure on batches.
 _INFORMED = ("spectrum", "sensitivity", "curvature")
 _MEASURING = ("sensitivity", "curvature")
+
+_MEASURED = {
+    "statistics": Kind(
+        "what collect_statistics returns or Statistics.from_pretrained reads",
+        lambda value: isinstance(value, Statistics),
+    ),
+    "sensitivities": Kind("what measure_sensitivities returns", lambda value: isinstance(value, Mapping)),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ class Request:
     def of(
         cls, model: nn.Module, target_modules: Any, exclude_modules: Any, data: Mapping[str, Any] = {}, **how: Any
     ) -> "Request":
-        """A request with this data, by name; raises InvalidValueError for modules that the model does not have."""
+        """A request with this data, by name; raises InvalidValueError for modules and data that cannot be meant."""
+        for name, kind in _MEASURED.items():
+            check(data.get(name), optional(kind), name)
         given: dict[str, Any] = {name: value is not None for name, value in data.items()}
         given["curvature"] = getattr(data.get("statistics"), "has_curvature", False)
         return cls(targets=Targets.of(model, target_modules, exclude_modules).check(model), **given, **how)
@@ -137,7 +148,7 @@ class Request:
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Raise InvalidValueError if an argument is none of the values allowed."""
-    if value not in allowed:
+    if value not in tuple(allowed):
         raise InvalidValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 

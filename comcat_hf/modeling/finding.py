@@ -112,7 +112,7 @@ def known_sites(
         InvalidValueError: unknown scope.
         UnsupportedModuleError: attention for which `refuse` says so; attention that is the whole model.
     """
-    if scope not in _FINDERS:
+    if scope not in tuple(_FINDERS):
         raise InvalidValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
     model = unwrapped(model)
     modules = list(named_base_modules(model))

@@ -218,7 +218,7 @@ class Silent(ViTForImageClassification):
         ({"steps": 0}, "steps: expected a whole number from 1, found 0"),
         ({"steps": True}, "steps: expected a whole number"),
         ({"batch_size": 0}, "batch_size: expected a whole number from 1"),
-        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number from 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number above 0"),
         ({"batches": []}, "calibration batches are empty"),
         ({"batches": torch.zeros(4, 3, 32, 32)}, "expected several"),
         ({"batches": [torch.zeros(1, 3, 32, 32)]}, "expected at least two samples.*found one"),

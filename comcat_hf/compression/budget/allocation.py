@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checks import some_of
+from ...checks import check, optional, some_of, whole
 from ...configs import RankPlan
 from ...errors import BudgetError, InvalidValueError, UnsupportedModuleError
 from ...modeling import Site, Targets, apply_ranks, known_sites, meta_copy, unwrapped
@@ -48,7 +48,7 @@ def allocate_ranks(
     mlp: str | None = None,
     target_modules: Collection[str] | str | None = None,
     exclude_modules: Collection[str] | str | None = None,
-    statistics: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
     batches: Iterable[Any] | None = None,
     sensitivities: Sensitivities | None = None,
     latency: LatencyTable | None = None,
@@ -131,7 +131,7 @@ def allocate(
         sites, groups = _expressible(model, sites)
     measure = _READY[request.metric](model, found, sites, latency, inputs, progress, request)
     budget, count = find_budget(model, sites, reduction, measure, request, inputs)
-    if isinstance(data["statistics"], Statistics) and request.informed:
+    if data["statistics"] is not None and request.informed:
         data["statistics"].check_model(model, sites_of(budget.options), found)
     how: dict[str, Any] = {"collect": partial(gather, sites=sites.values(), scope=request.scope, progress=progress)}
     if groups is not None:
@@ -257,14 +257,13 @@ def check_ask(reduction: Any, metric: Any, step: Any, metrics: Iterable[str] = t
     """
     if not isinstance(reduction, (int, float)) or not 0 < reduction < 1:
         raise InvalidValueError(f"reduction must be a share between 0 and 1, both excluded, got {reduction!r}.")
-    if metric in _READY and metric not in metrics:
+    if metric in tuple(_READY) and metric not in metrics:
         raise InvalidValueError(
             f"metric must be one of {', '.join(map(repr, metrics))} here, got {metric!r}, which allocate_ranks and "
             "compress take: choose ranks with them."
         )
     check_choice("metric", metric, metrics)
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
-        raise InvalidValueError(f"step must be a whole number from 1 or None, got {step!r}.")
+    check(step, optional(whole(1)), "step")
 
 
 def check_allocation(request: Request, reduction: Any, table: Any) -> None:

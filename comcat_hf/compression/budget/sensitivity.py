@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import check, optional, whole
 from ...errors import InvalidValueError
 from ...modeling import Site, measuring, replace_module, unwrapped
 from ...modeling.filling import fill
 from ...modeling.sites import block_of
 from ...progress import progress_bar
 from ..calibration.inputs import prepare_batch, read_batches, run_batch
+from ..calibration.moments import Statistics
 from ..calibration.outputs import Movement, main_output
 from ..calibration.statistics import gather
 from ..request import WAYS, Request, check_choice, sites_by_way
@@ -85,7 +87,7 @@ def measure_sensitivities(
     mlp: str = "width",
     target_modules: Collection[str] | str | None = None,
     exclude_modules: Collection[str] | str | None = None,
-    statistics: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
     step: int | None = None,
     progress: bool | None = None,
 ) -> Sensitivities:
@@ -110,11 +112,14 @@ def measure_sensitivities(
     """
     check_choice("mlp", mlp, WAYS)
     model = unwrapped(model)
-    found = Request.of(model, target_modules, exclude_modules, scope=scope).find_sites(model)
+    check(step, optional(whole(1)), "step")
+    data = {"statistics": statistics}
+    found = Request.of(model, target_modules, exclude_modules, data, scope=scope).find_sites(model)
     sites = sites_by_way(found, mlp)
     batches = read_batches(batches)
     if statistics is None:
         statistics = gather(model, batches, found.values(), scope, progress=progress)
+    statistics.check_model(model, sites, found)
     options = find_options(model, sites, METRICS["params"])
     prepared = prepare_sites(options, statistics)
     return measure(model, options, step or default_step(sites), batches, prepared, progress=progress)

@@ -47,7 +47,8 @@ def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
 
 def several(batches: Iterable[Batch]) -> Iterable[Batch]:
     """The batches, after a check that they are not a single one, whose rows or names would be taken for batches."""
-    if isinstance(batches, (Tensor, Mapping)):
+    iterable = any(hasattr(batches, name) for name in ("__iter__", "__getitem__"))
+    if isinstance(batches, (Tensor, Mapping, str)) or not iterable:
         raise InvalidValueError(
             f"batches: expected several, such as a DataLoader or [batch], found one {type(batches).__name__}."
         )

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
-from ...checks import check, finite, whole
+from ...checks import above, check, whole
 from ...errors import InvalidValueError
 from ...modeling import measuring, unwrapped
 from ...modeling.sites import block_of
@@ -101,7 +101,7 @@ def refine(
     check(batch_size, whole(1), "batch_size")
     check(seed, whole(), "seed")
     usual = min(0.00075 * steps**0.5, _HIGHEST_RATE)
-    learning_rate = check(usual if learning_rate is None else learning_rate, finite(0), "learning_rate")
+    learning_rate = check(usual if learning_rate is None else learning_rate, above(0), "learning_rate")
     model, dense = unwrapped(model), unwrapped(dense)
     names = _factors(model, dense)
     parts = _mini_batches(model, read_batches(batches), batch_size)

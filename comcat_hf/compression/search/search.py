@@ -5,7 +5,6 @@ here one forward of a [`NestedModel`] has the value and the gradients of that mi
 """
 
 import copy
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ...checks import TEXT, Kind, check_fields, list_of, optional, shown, whole
+from ...checks import TEXT, Kind, above, check, check_fields, finite, list_of, optional, shown, whole
 from ...configs import RankPlan
 from ...errors import CheckpointError, ComCATError, InvalidValueError
 from ...modeling import unwrapped
@@ -26,6 +25,7 @@ from ...progress import progress_bar
 from ...tensor_files import read_saved, write_saved
 from ..budget.allocation import check_ask, finish_plan
 from ..budget.budget import METRICS, Budget, entries, find_budget
+from ..calibration.moments import Statistics
 from ..distillation import DistillationLoss, ask_teacher
 from ..request import Request, sites_by_way
 from .nested import Candidates, Key, NestedModel
@@ -34,6 +34,11 @@ from .nested import Candidates, Key, NestedModel
 __all__ = ["SearchState", "search_ranks", "split_for_search"]
 
 _EPOCHS = 5
+
+_TWO_TEMPERATURES = Kind(
+    "two finite numbers above 0",
+    lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(above(0).holds, value)),
+)
 
 _TENSOR = optional(
     Kind("a tensor of finite numbers", lambda value: isinstance(value, Tensor) and bool(value.isfinite().all()))
@@ -188,7 +193,7 @@ def search_ranks(
     learning_rate: float = 1e-2,
     weight_decay: float = 5e-4,
     temperature: tuple[float, float] = (5.0, 0.1),
-    statistics: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
     step: int | None = None,
     inputs: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
@@ -229,13 +234,13 @@ def search_ranks(
         BudgetError: a reduction out of reach.
         ComCATError: gradients that are not finite.
     """
-    _check(reduction, metric, beta, learning_rate, temperature, steps, epochs, step)
+    _check(reduction, metric, beta, learning_rate, weight_decay, temperature, steps, epochs, seed, step)
     loss = loss or DistillationLoss(alpha=0.0 if teacher is None else 0.5)
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
     model = unwrapped(model)
     asked: dict[str, Any] = {"scope": scope, "metric": metric, "strategy": "search", "step": step}
-    request = Request.of(model, target_modules, exclude_modules, **asked)
+    request = Request.of(model, target_modules, exclude_modules, {"statistics": statistics}, **asked)
     sites = sites_by_way(request.find_sites(model), request.mlp)
     budget, count = find_budget(model, sites, reduction, METRICS[metric], request, inputs)
     candidates = Candidates(budget)
@@ -364,19 +369,20 @@ def _check(
     metric: Any,
     beta: float,
     learning_rate: float,
+    weight_decay: float,
     temperature: tuple[float, float],
     steps: Any,
     epochs: Any,
+    seed: int,
     step: Any,
 ) -> None:
     check_ask(reduction, metric, step)
-    for name, value in (("learning_rate", learning_rate), *(("temperature", value) for value in temperature)):
-        if not 0 < value < math.inf:
-            raise InvalidValueError(f"{name} must be above 0, got {value!r}.")
-    if not 0 <= beta < math.inf:
-        raise InvalidValueError(f"beta must be a number from 0, got {beta!r}.")
+    check(learning_rate, above(0), "learning_rate")
+    check(temperature, _TWO_TEMPERATURES, "temperature")
+    check(beta, finite(0), "beta")
+    check(weight_decay, finite(0), "weight_decay")
     if steps is not None and epochs is not None:
         raise InvalidValueError(f"Give either steps or epochs, got steps={steps!r} and epochs={epochs!r}.")
-    for name, value in (("steps", steps), ("epochs", epochs)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidValueError(f"{name} must be a whole number from 1 or None, got {value!r}.")
+    check(steps, optional(whole(1)), "steps")
+    check(epochs, optional(whole(1)), "epochs")
+    check(seed, whole(), "seed")
