@@ -177,7 +177,8 @@ def test_nothing_missing_and_single_tokens_change_nothing():
     first, output, states, _ = toy(count=8)
     before = first.weight.detach().clone()
     with torch.no_grad():
-        wanted = output(nn.functional.gelu(first(states)))
+        # One by one, as they are read: a product of several rows may be rounded otherwise.
+        wanted = torch.cat([output(nn.functional.gelu(first(state))) for state in states.split(1)])
     assert not fitted(first, output, states, wanted)[1]
     assert not fitted(first, output, states[:1], wanted[:1] + 1, parts=1)[1]
     assert torch.equal(first.weight, before)
