@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check, whole
+from ..checks import check, optional, whole
 from ..errors import InvalidValueError, UnsupportedModuleError
 from ..modeling.families import Stream
 from ..modeling.views import AttentionView
@@ -75,7 +75,7 @@ def convert_to_lora(
         InvalidValueError: there is no such adapter, or one has gains and there is no `rank`.
         UnsupportedModuleError: adapters of other methods, or full factors beside norms, rotations or a second stream.
     """
-    check(rank or 1, whole(1), "rank")
+    check(rank, optional(whole(1)), "rank")
     found: dict[str, dict[str, LoRA]] = {}
     lost: dict[str, dict[str, float]] = {}
     parts = adapted_layers(pipeline, adapter_names)

@@ -181,8 +181,9 @@ def test_from_the_shell(base, tmp_path):
 def test_what_is_refused(base, tmp_path):
     with pytest.raises(InvalidValueError, match="no ComCAT adapter at all"):
         save_as_lora(load(base), tmp_path / "none")
-    with pytest.raises(InvalidValueError, match="rank"):
-        convert_to_lora(adapted(base), rank=-1)
+    for rank in (0, -1, 1.5, True):
+        with pytest.raises(InvalidValueError, match="rank: expected a whole number from 1"):
+            convert_to_lora(adapted(base, core=True), rank=rank)
     assert not (tmp_path / "none").exists()
 
 
