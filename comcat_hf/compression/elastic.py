@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -11,21 +12,24 @@ from ..checks import check, finite, listed, make_document, open_document
 from ..closed_forms.width import HiddenUnits
 from ..configs import RankPlan
 from ..errors import InvalidValueError
-from ..hub import read_json, resolve_file, write_json_atomic
+from ..hub import push_folder, read_json, resolve_file, write_json_atomic
 from ..modeling import apply_ranks, unwrapped
 from ..modeling.layout import LAYOUTS, make_plain
 from ..native import attach_plan, load_model
-from .budget.allocation import allocate, check_allocation
+from .budget.allocation import allocate, check_ask
 from .budget.budget import METRICS, find_budget, prepare_sites
+from .calibration.curvature import gather_curvature
+from .calibration.inputs import read_batches
 from .calibration.moments import Statistics
-from .calibration.statistics import collect_statistics
-from .request import Request, check_merged, sites_by_way
+from .calibration.statistics import gather
+from .request import Request, check_data, check_merged, sites_by_way
 
 
 __all__ = ["ELASTIC_NAME", "Elastic"]
 
 ELASTIC_NAME = "comcat_elastic.json"
 
+_OF_THE_HUB = ("commit_message", "create_pr", "private", "revision", "token")
 _FORMAT, _VERSION = "comcat_elastic", 1
 _FIELDS = {
     "low": finite(0, 1),
@@ -68,33 +72,41 @@ class Elastic:
             InvalidValueError: no range, or statistics without curvature or of another model.
             BudgetError: the largest reduction is out of reach.
         """
-        self.dense = dense = unwrapped(dense)
-        check_merged(dense)
+        self._begin(dense, low, high, scope, metric, layout)
+        check_data({"statistics": statistics})
+        self._take(statistics)
+
+    def _begin(self, dense: nn.Module, low: float, high: float, scope: str, metric: str, layout: str) -> None:
+        """Set and check all that needs no statistics."""
+        self.dense, self.low, self.high, self.model = unwrapped(dense), low, high, None
+        check_merged(self.dense)
         if not all(isinstance(share, (int, float)) for share in (low, high)) or not 0 < low < high < 1:
             raise InvalidValueError(
                 f"elastic: expected two shares between 0 and 1, the smaller first, such as (0.3, 0.7), got "
                 f"{(low, high)!r}."
             )
-        if not getattr(statistics, "has_curvature", False):
+        check_ask(high, metric, None)
+        how: dict[str, Any] = {"scope": scope, "metric": metric, "layout": layout}
+        self._request = Request(strategy="curvature", mlp="width", statistics=True, curvature=True, **how)
+        self._sites = self._request.find_sites(self.dense)
+        self._meant = sites_by_way(self._sites, "width")
+        self._budget, _ = find_budget(self.dense, self._meant, high, METRICS[metric], self._request)
+
+    def _take(self, statistics: Statistics) -> None:
+        """Compute from the statistics what all reductions have in common."""
+        if not statistics.has_curvature:
             raise InvalidValueError(
                 "elastic: expected statistics with curvature, found none. Gather them with "
                 "collect_statistics(model, batches, curvature=True), or give batches."
             )
-        self.statistics, self.low, self.high, self.model = statistics, low, high, None
-        data = {"statistics": statistics}
-        how = {"scope": scope, "metric": metric, "layout": layout}
-        self._request = Request.of(dense, None, None, data, strategy="curvature", mlp="width", **how)
-        check_allocation(self._request, high, None)
-        self._sites = self._request.find_sites(dense)
-        sites = sites_by_way(self._sites, "width")
-        statistics.check_model(dense, sites, self._sites)
-        budget, _ = find_budget(dense, sites, high, METRICS[metric], self._request)
-        prepared = prepare_sites(budget.options, statistics)
+        statistics.check_model(self.dense, self._meant, self._sites)
+        self.statistics = statistics
+        prepared = prepare_sites(self._budget.options, statistics)
         self._prepared = {
-            sites[name].moments_path: found.with_products(sites[name].output_layer[1].weight.detach())
+            site.moments_path: found.with_products(site.output_layer[1].weight.detach())
             if isinstance(found, HiddenUnits)
             else found
-            for name, found in prepared.items()
+            for site, found in ((self._meant[name], found) for name, found in prepared.items())
         }
 
     @classmethod
@@ -107,21 +119,29 @@ class Elastic:
         statistics: Statistics | None = None,
         progress: bool | None = None,
         scope: str = "model",
-        **how: Any,
+        metric: str = "params",
+        layout: str = "free",
     ) -> "Elastic":
-        """Gather the statistics, where none are given, and prepare; `how` are `metric` and `layout`.
+        """Gather the statistics, or their curvature, where they are not given, and prepare.
 
         `shares` are the least and the largest reduction.
         """
         if not isinstance(shares, (tuple, list)) or len(shares) != 2:
             raise InvalidValueError(f"elastic: expected two shares, such as (0.3, 0.7), got {shares!r}.")
-        if statistics is None:
-            if batches is None:
-                raise InvalidValueError("elastic: expected batches, or statistics with curvature; found neither.")
-            statistics = collect_statistics(
-                model, batches, scope=scope, curvature=True, mlp="width", progress=progress
-            )
-        return cls(model, statistics, *shares, scope=scope, **how)
+        if statistics is None and batches is None:
+            raise InvalidValueError("elastic: expected batches, or statistics with curvature; found neither.")
+        elastic = cls.__new__(cls)
+        elastic._begin(model, *shares, scope, metric, layout)
+        check_data({"statistics": statistics})
+        if batches is not None and (statistics is None or not statistics.has_curvature):
+            batches = read_batches(batches)
+            if statistics is None:
+                statistics = gather(elastic.dense, batches, elastic._sites.values(), scope, progress=progress)
+            statistics.check_model(elastic.dense, elastic._meant, elastic._sites)
+            found = elastic._meant.values()
+            statistics = gather_curvature(elastic.dense, batches, found, statistics, progress=progress)
+        elastic._take(statistics)
+        return elastic
 
     def plan(self, reduction: float) -> RankPlan:
         """The rank plan of a reduction.
@@ -149,14 +169,34 @@ class Elastic:
         self.model = attach_plan(small, plan)
         return self.model
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the dense model, its statistics and the range into a folder; `kwargs` are those of the model."""
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
+        """Write the dense model, its statistics and the range into a folder.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: upload the folder afterwards.
+            repo_id: where to; by default the name of the folder.
+            **kwargs: those of the model's `save_pretrained`, and of [`push_folder`].
+        """
         folder = Path(save_directory)
+        hub = {key: kwargs.pop(key) for key in _OF_THE_HUB if key in kwargs}
+        # Without its range the folder is none of ours, until all of it is written.
+        (folder / ELASTIC_NAME).unlink(missing_ok=True)
         self.dense.save_pretrained(folder, **kwargs)
         self.statistics.save_pretrained(folder)
         request = self._request
         fields = {"low": self.low, "high": self.high, "scope": request.scope, "metric": request.metric}
         write_json_atomic(folder / ELASTIC_NAME, make_document(_FORMAT, _VERSION, fields | {"layout": request.layout}))
+        if push_to_hub:
+            push_folder(folder, repo_id or folder.resolve().name, **hub)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload what [`save_pretrained`] writes; `kwargs` and the result are those of [`push_folder`]."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -167,7 +207,7 @@ class Elastic:
         Args:
             pretrained_model_name_or_path: folder, or repository on the Hub.
             reduction: for `model`, if given.
-            **kwargs: `revision`, `token` and others of a download.
+            **kwargs: `revision`, `token`, `cache_dir`, `subfolder` and `local_files_only`, as elsewhere on the Hub.
 
         Raises:
             CheckpointError: no such folder or repository, or damaged files.
@@ -175,7 +215,7 @@ class Elastic:
         path = resolve_file(pretrained_model_name_or_path, ELASTIC_NAME, **kwargs)
         fields = open_document(read_json(path), _FORMAT, _VERSION, _FIELDS, str(path), required=tuple(_FIELDS))
         statistics = Statistics.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        elastic = cls(load_model(pretrained_model_name_or_path), statistics, **fields)
+        elastic = cls(load_model(pretrained_model_name_or_path, **kwargs), statistics, **fields)
         if reduction is not None:
             elastic.set_reduction(reduction)
         return elastic

@@ -13,7 +13,7 @@ from ..modeling.layout import LAYOUTS
 from .calibration.moments import Statistics
 
 
-__all__ = ["WAYS", "Request", "check_choice", "check_merged", "sites_by_way"]
+__all__ = ["WAYS", "Request", "check_choice", "check_data", "check_merged", "sites_by_way"]
 
 # How an MLP is made smaller: by its hidden units, by the ranks of its layers, or by whichever costs less.
 WAYS = ("width", "rank", "mixed")
@@ -89,8 +89,7 @@ class Request:
         cls, model: nn.Module, target_modules: Any, exclude_modules: Any, data: Mapping[str, Any] = {}, **how: Any
     ) -> "Request":
         """A request with this data, by name; raises InvalidValueError for modules and data that cannot be meant."""
-        for name, kind in _MEASURED.items():
-            check(data.get(name), optional(kind), name)
+        check_data(data)
         given: dict[str, Any] = {name: value is not None for name, value in data.items()}
         given["curvature"] = getattr(data.get("statistics"), "has_curvature", False)
         return cls(targets=Targets.of(model, target_modules, exclude_modules).check(model), **given, **how)
@@ -150,6 +149,12 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Raise InvalidValueError if an argument is none of the values allowed."""
     if value not in tuple(allowed):
         raise InvalidValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Raise InvalidValueError for statistics or sensitivities, by name, that are none."""
+    for name, kind in _MEASURED.items():
+        check(data.get(name), optional(kind), name)
 
 
 def check_merged(model: nn.Module) -> None:

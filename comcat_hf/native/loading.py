@@ -22,16 +22,21 @@ __all__ = ["check_whole", "class_name", "is_image_classifier", "load_model", "lo
 _NO_MODELS = ("Extractor", "None", "Processor", "Scheduler", "Tokenizer", "TokenizerFast")
 
 
-def class_name(source: str | Path, *, subfolder: str | None = None) -> str | None:
+def class_name(source: str | Path, *, subfolder: str | None = None, **where: Any) -> str | None:
     """The class that the configuration of a model names; `None` where there is none.
+
+    Args:
+        source: folder or Hub id.
+        subfolder: where in it.
+        **where: `revision`, `token`, `cache_dir` and `local_files_only`, as elsewhere on the Hub.
 
     Raises:
         CheckpointError: a whole pipeline; the error names its parts.
     """
     try:
-        fields = read_json(resolve_file(source, "config.json", subfolder=subfolder))
+        fields = read_json(resolve_file(source, "config.json", subfolder=subfolder, **where))
     except CheckpointError:
-        if parts := _parts(source):
+        if parts := _parts(source, **where):
             raise CheckpointError(
                 f"{source}: expected a model, found a whole pipeline. Give one of its parts with --subfolder: "
                 f"{', '.join(parts)}."
@@ -47,12 +52,13 @@ def is_image_classifier(name: str | None) -> bool:
     return any(name == one or (isinstance(one, tuple) and name in one) for one in known)
 
 
-def load_model(source: str | Path, *, subfolder: str | None = None) -> nn.Module:
+def load_model(source: str | Path, *, subfolder: str | None = None, **where: Any) -> nn.Module:
     """Read a model, of transformers in the dtype of its file, of diffusers in float32.
 
     Args:
         source: folder or Hub id.
         subfolder: where in it, such as `"unet"` of a pipeline.
+        **where: `revision`, `token`, `cache_dir` and `local_files_only`, as elsewhere on the Hub.
 
     Returns:
         the model in eval mode.
@@ -60,7 +66,8 @@ def load_model(source: str | Path, *, subfolder: str | None = None) -> nn.Module
     Raises:
         CheckpointError: there is none that loads, or it lacks weights.
     """
-    name = class_name(source, subfolder=subfolder) or "AutoModel"
+    where = {key: value for key, value in where.items() if value is not None}
+    name = class_name(source, subfolder=subfolder, **where) or "AutoModel"
     how: dict[str, Any] = {"dtype": "auto"}
     library: Any = transformers
     if not hasattr(transformers, name) and find_spec("diffusers") is not None:
@@ -74,7 +81,7 @@ def load_model(source: str | Path, *, subfolder: str | None = None) -> nn.Module
         )
     try:
         model, loading = getattr(library, name).from_pretrained(
-            source, subfolder=subfolder or "", output_loading_info=True, **how
+            source, subfolder=subfolder or "", output_loading_info=True, **where, **how
         )
     except ComCATError:
         raise
@@ -149,9 +156,9 @@ def check_whole(
         )
 
 
-def _parts(source: str | Path) -> list[str]:
+def _parts(source: str | Path, **where: Any) -> list[str]:
     try:
-        index = read_json(resolve_file(source, "model_index.json"))
+        index = read_json(resolve_file(source, "model_index.json", **where))
     except CheckpointError:
         return []
     classes = {name: str(about[-1]) for name, about in index.items() if isinstance(about, list) and about[-1:]}

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForImageClassification
 
-from comcat_hf import Elastic, collect_statistics, compress, plan_of
+from comcat_hf import Elastic, Statistics, collect_statistics, compress, plan_of
 from comcat_hf.compression.elastic import ELASTIC_NAME
 from comcat_hf.errors import BudgetError, CheckpointError, InvalidValueError
 from tests.helpers import assert_close, images, outputs, small_vit
@@ -57,13 +57,41 @@ def test_statistics_serve_in_place_of_images():
         ({"elastic": (0.3, "0.7")}, InvalidValueError, "expected two shares"),
         ({"elastic": (0.3, 0.99)}, BudgetError, "out of reach"),
         ({"elastic": (0.3, 0.5), "reduction": 0.4}, InvalidValueError, "reduction cannot be used"),
+        ({"elastic": (0.3, 0.5), "metric": "latency"}, InvalidValueError, "metric must be one of .*got 'latency'"),
         ({"elastic": (0.3, 0.5), "batches": None}, InvalidValueError, "expected batches"),
     ],
 )
 def test_a_range_that_cannot_be_is_said(how, kind, says):
     dense, _ = small_vit()
+
+    def unread():
+        pytest.fail("The batches were read first.")
+        yield
+
     with pytest.raises(kind, match=says):
-        compress(dense, **{"batches": [images(4)], "progress": False, **how})
+        compress(dense, **{"batches": unread(), "progress": False, **how})
+
+
+def test_the_curvature_alone_is_gathered_where_moments_are_given():
+    dense, inputs = small_vit()
+    statistics = collect_statistics(dense, [images(8)])
+    made = compress(dense, statistics=statistics, batches=[images(8)], elastic=(0.2, 0.5), progress=False)
+    whole = collect_statistics(dense, [images(8)], curvature=True, mlp="width")
+    assert_close(outputs(made.set_reduction(0.3), inputs), outputs(compress(dense, 0.3, statistics=whole), inputs))
+
+
+def test_a_folder_that_is_written_half_is_none(tmp_path, monkeypatch):
+    elastic, _, _ = made()
+    elastic.save_pretrained(tmp_path)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Statistics, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        elastic.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=ELASTIC_NAME):
+        Elastic.from_pretrained(tmp_path)
 
 
 def test_a_reduction_outside_of_the_range_is_said(tmp_path):
