@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ..checks import check, finite, whole
 from ..compression.clock import wait_for
 from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
-from ..errors import CheckpointError, ComCATError, InvalidValueError, brief
+from ..errors import ComCATError, InvalidValueError, brief
 from ..native import load_pipeline
 from .devices import best_device
 from .sources import expanded, needed, prompts_of
@@ -30,11 +29,6 @@ LARGEST = 2048  # side of an image
 _MULTIPLE = 8
 _NATIVE = 512  # where the pipeline does not say
 _MOST_STEPS, _MOST_SEED = 1000, 2**32 - 1
-_UNREADABLE = (
-    *(OSError, ValueError, RuntimeError, LookupError, TypeError),
-    # A part's class that is not installed or not known to this version.
-    *(AttributeError, ImportError, SafetensorError),
-)
 _CALLED_WITH = ("prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator")
 
 
@@ -311,14 +305,13 @@ def _read(source: str) -> Any:
         ) from error
     device = best_device()
     dtype = torch.float32 if device.type == "cpu" else torch.float16
+    pipeline = load_pipeline(expanded(source), dtype=dtype)
     try:
-        return load_pipeline(expanded(source), dtype=dtype).to(device)
-    except ComCATError:
-        raise
-    except _UNREADABLE as error:
-        raise CheckpointError(
-            f"{source}: expected a folder or Hub id of a pipeline of diffusers, found none that loads "
-            f"({brief(error)}). Check the path, the files and the network."
+        return pipeline.to(device)
+    except RuntimeError as error:
+        raise ComCATError(
+            f"{source}: expected {device} to hold the pipeline, found too little memory ({brief(error)}). Close what "
+            "else uses it."
         ) from error
 
 

@@ -52,23 +52,32 @@ def vit(
 def adapter(
     file: Annotated[Path, typer.Argument(help="comcat_weight.pt of the release, or a LoRA as .safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder for the adapter.")],
-    base: Annotated[str, typer.Option(help="Folder or Hub id of the pipeline it was trained on, or of its UNet.")],
-    alpha: Annotated[float, typer.Option(help="As given to the release when it draws.")] = 1.0,
+    base: Annotated[
+        str, typer.Option(help="Folder or Hub id of the pipeline it was trained on; of a .pt file, or of its UNet.")
+    ],
+    alpha: Annotated[
+        float | None, typer.Option(help="Of a .pt file: as given to the release when it draws.", show_default="1")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Of a LoRA: rank of the adapter, per head.", min=1)] = None,
-    most_lost: Annotated[float, typer.Option(help="Of a LoRA: the share of its change that may be lost.")] = 0.25,
+    most_lost: Annotated[
+        float | None, typer.Option(help="Of a LoRA: the share of its change that may be lost.", show_default="0.25")
+    ] = None,
 ) -> None:
     """A ComCAT adapter of a diffusion pipeline, from the original release's file or from a LoRA on attention."""
     from ..reporting.cards import quoted
 
     _check_output(out)
-    if file.suffix == ".safetensors":
+    is_lora = file.suffix == ".safetensors"
+    of_others = {"--alpha": alpha} if is_lora else {"--rank": rank, "--most-lost": most_lost}
+    for option in (option for option, value in of_others.items() if value is not None):
+        wanted = "a file of the release, a .pt" if is_lora else "a LoRA, a .safetensors file"
+        raise InvalidValueError(f"{option} is for {wanted}; found {file}. Leave {option} out.")
+    if is_lora:
         typer.echo(f"Lost share of the change of each product:\n\n{_from_lora(file, out, base, rank, most_lost)}\n")
     else:
         from ..original import convert_original_adapter
 
-        if rank is not None:
-            raise InvalidValueError(f"--rank is for a LoRA, a .safetensors file; found {file}. Leave --rank out.")
-        convert_original_adapter(file, out, base, alpha=alpha)
+        convert_original_adapter(file, out, base, alpha=1.0 if alpha is None else alpha)
     typer.echo(
         f"{out}: an adapter of {base}.\n\n"
         f"    import comcat_hf\n"
@@ -78,16 +87,17 @@ def adapter(
     )
 
 
-def _from_lora(file: Path, out: Path, base: str, rank: int | None, most_lost: float) -> str:
+def _from_lora(file: Path, out: Path, base: str, rank: int | None, most_lost: float | None) -> str:
     import torch
 
     from ..customization import adapter_from_lora, save_comcat_weights
+    from ..customization.from_lora import MOST_LOST
     from ..native import load_pipeline
 
     if rank is None:
         raise InvalidValueError(f"{file}: a LoRA becomes an adapter of a rank per head that you choose; give --rank.")
-    pipeline = load_pipeline(base, dtype=torch.float32)
-    lost = adapter_from_lora(pipeline, file, rank, most_lost=most_lost)
+    pipeline = load_pipeline(base, dtype=torch.float32, fix="Give another --base.")
+    lost = adapter_from_lora(pipeline, file, rank, most_lost=MOST_LOST if most_lost is None else most_lost)
     save_comcat_weights(pipeline, out, base_model_name_or_path=base)
     return _lost_table(lost)
 
@@ -121,15 +131,19 @@ def lora(
     from ..native import load_pipeline
 
     _check_output(out)
-    base = base or read_index(resolve_file(adapter, INDEX)).get("base_model_name_or_path")
+    revision = None
+    if base is None:
+        index = read_index(resolve_file(adapter, INDEX))
+        base, revision = index.get("base_model_name_or_path"), index.get("revision")
     if base is None:
         raise InvalidValueError(f"{adapter}: expected an adapter that names its pipeline, found none. Give --base.")
-    pipeline = load_pipeline(base, dtype=torch.float32)
+    pipeline = load_pipeline(base, dtype=torch.float32, revision=revision, fix="Check the path, or give --base.")
     load_comcat_weights(pipeline, adapter)
     dtype = torch.float16 if half else None
     lost = save_as_lora(pipeline, out, rank=rank, kohya=kohya, dtype=dtype)
     typer.echo(f"Lost share of the change of each product:\n\n{_lost_table(lost)}")
-    typer.echo(f"\n{out / LORA_NAME}: a LoRA of {base}.")
+    at = f", revision {revision}" if revision else ""
+    typer.echo(f"\n{out / LORA_NAME}: a LoRA of {base}{at}.")
 
 
 def _lost_table(lost: dict[str, dict[str, float]]) -> str:

@@ -131,7 +131,8 @@ class Elastic:
         if statistics is None and batches is None:
             raise InvalidValueError("elastic: expected batches, or statistics with curvature; found neither.")
         elastic = cls.__new__(cls)
-        elastic._begin(model, *shares, scope, metric, layout)
+        low, high = shares
+        elastic._begin(model, low, high, scope, metric, layout)
         check_data({"statistics": statistics})
         if batches is not None and (statistics is None or not statistics.has_curvature):
             batches = read_batches(batches)

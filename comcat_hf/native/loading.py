@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -18,6 +19,11 @@ from ..hub import read_json, resolve_file
 
 __all__ = ["check_whole", "class_name", "is_image_classifier", "load_model", "load_pipeline"]
 
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError),
+    # A part's class that is not installed or not known to this version.
+    *(AttributeError, ImportError, SafetensorError),
+)
 # How the names of other parts of a pipeline end; a part that is left out has none.
 _NO_MODELS = ("Extractor", "None", "Processor", "Scheduler", "Tokenizer", "TokenizerFast")
 
@@ -94,18 +100,38 @@ def load_model(source: str | Path, *, subfolder: str | None = None, **where: Any
     return model.eval()
 
 
-def load_pipeline(source: str | Path, *, dtype: torch.dtype, variant: str | None = None, **how: Any) -> Any:
+def load_pipeline(
+    source: str | Path,
+    *,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    fix: str = "Check the path, the files and the network.",
+    **how: Any,
+) -> Any:
     """Read a pipeline of diffusers with all weights of its models, which diffusers itself fills up with random ones.
 
     Args:
         source: folder or Hub id.
         dtype: of all models.
         variant: of their files, where they have it.
+        fix: what to do where none loads, for the error.
         **how: `revision`, `cache_dir`, and parts to use in place of its own.
 
     Raises:
-        CheckpointError: a model lacks weights.
+        CheckpointError: there is none that loads, or a model lacks weights.
     """
+    try:
+        return _load_pipeline(source, dtype, variant, how)
+    except (ComCATError, torch.OutOfMemoryError):
+        raise
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{source}: expected a folder or Hub id of a pipeline of diffusers, found none that loads "
+            f"({brief(error)}). {fix}"
+        ) from error
+
+
+def _load_pipeline(source: str | Path, dtype: torch.dtype, variant: str | None, how: Mapping[str, Any]) -> Any:
     import diffusers
 
     where = {key: value for key, value in how.items() if key in ("cache_dir", "revision") and value is not None}
@@ -126,7 +152,7 @@ def load_pipeline(source: str | Path, *, dtype: torch.dtype, variant: str | None
                 raise
             parts[name], loading = load(source, **asked)
         check_whole(parts[name], loading, f"{source}, {name}")
-    return diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variant, **(parts | how))
+    return diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variant, **{**parts, **how})
 
 
 def check_whole(

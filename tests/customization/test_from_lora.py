@@ -112,6 +112,13 @@ def test_from_the_shell(base, tmp_path):
     assert not (tmp_path / "less").exists()
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 1 and "--rank" in result.output
+    for said in ("--alpha", "--base"):
+        wrong = [*command[:-1], "gone", "--rank", "4"] if said == "--base" else [*command, said, "2", "--rank", "4"]
+        result = CliRunner().invoke(cli.app, wrong)
+        assert result.exit_code == 1 and said in result.output and not (tmp_path / "less").exists()
+    for option in ("--rank", "--most-lost"):
+        result = CliRunner().invoke(cli.app, [*command[:2], "x.pt", str(tmp_path / "less"), *command[4:], option, "1"])
+        assert result.exit_code == 1 and f"{option} is for a LoRA" in result.output
 
 
 @pytest.mark.parametrize(

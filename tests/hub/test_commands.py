@@ -1,7 +1,15 @@
 """`comcat push`, `pull` and `info` with a Hub: what they say, and what they fetch."""
 
-import pytest
+import shutil
 
+import pytest
+from safetensors.torch import load_file, save_file
+
+from comcat_hf import save_as_lora, save_comcat_weights
+from comcat_hf.customization.lora import LORA_NAME
+from tests.customization.pipelines import tiny_sd
+from tests.customization.test_export import adapted
+from tests.hub.folders import read
 from tests.hub.server import Fault
 from tests.hub.test_kinds import START
 
@@ -70,3 +78,23 @@ def test_push_and_pull(hub, client, run, folder, tmp_path):
     assert sorted(path.name for path in (tmp_path / "in").rglob("*.*")) == ["config.json", "ranks.json"]
     code, _, failed = run("pull", "user/none", str(tmp_path / "no"))
     assert code == 1 and failed.startswith("comcat pull: user/none: ") and not (tmp_path / "no").exists()
+
+
+def test_a_lora_is_made_with_the_revision_of_the_base_that_the_adapter_names(hub, run, tmp_path):
+    base = tiny_sd(tmp_path / "base")
+    hub.put("user/base", read(base), "v1")
+    pipeline = adapted(base, core=True)
+    save_comcat_weights(pipeline, tmp_path / "adapter", "dog", base_model_name_or_path="user/base", revision="v1")
+    save_as_lora(pipeline, tmp_path / "wanted")
+    # A model trained on from it, for which the adapter was not made.
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.02 for name, value in load_file(weights).items()}, weights)
+    hub.put("user/base", read(base))
+    code, said, failed = run("convert", "lora", str(tmp_path / "adapter"), str(tmp_path / "found"))
+    assert code == 0 and "a LoRA of user/base, revision v1" in said, failed
+    found, wanted = (load_file(tmp_path / name / LORA_NAME) for name in ("found", "wanted"))
+    assert found.keys() == wanted.keys()
+    assert all((found[name] - wanted[name]).abs().max() < 1e-5 for name in wanted)
+    shutil.rmtree(tmp_path / "found")
+    code, _, failed = run("convert", "lora", str(tmp_path / "adapter"), str(tmp_path / "found"), "--base", "user/none")
+    assert code == 1 and "user/none: expected a folder or Hub id of a pipeline of diffusers" in failed.splitlines()[-1]

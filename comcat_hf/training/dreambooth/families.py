@@ -128,14 +128,15 @@ def load_pipeline(settings: CustomizeSettings, dtype: torch.dtype) -> tuple[Any,
     from diffusers import DiffusionPipeline
 
     source = settings.pretrained_model_name_or_path
-    where = {"revision": settings.revision, "cache_dir": settings.cache_dir}
+    where: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
     try:
         class_name = str(DiffusionPipeline.load_config(source, **where).get("_class_name"))
         family = family_of(class_name, source)
         _check_flags(settings, family, class_name)
         # A checker only takes memory here; a family that has none does not know the words.
         unsafe = {"safety_checker": None, "requires_safety_checker": False} if family is _ONE else {}
-        pipeline = native.load_pipeline(source, dtype=dtype, variant=settings.variant, **where, **unsafe)
+        fix = "Check --revision, --variant, the files and the network."
+        pipeline = native.load_pipeline(source, dtype=dtype, variant=settings.variant, fix=fix, **where, **unsafe)
     except ComCATError:
         raise
     except (OSError, ValueError) as error:
