@@ -155,7 +155,7 @@ def cut_back(view: AttentionView, rows: Mapping[str, Tensor]) -> tuple[dict[str,
     cut, p, bias = dict(rows), view.head_dim, None
     query, key, value, output = (rows[role] for role in ("query", "key", "value", "output"))
     if query.shape[1] > p:
-        factors = factorize_qk(*_split(query, view.query), _split(key, view.key)[0], p)
+        factors = factorize_qk(*split_bias(query, view.query), split_bias(key, view.key)[0], p)
         cut["query"] = _join(factors.query_weight, factors.query_bias, view.query)
         cut["key"] = _join(factors.key_weight, None, view.key)
     if value.shape[1] > p:
@@ -164,7 +164,7 @@ def cut_back(view: AttentionView, rows: Mapping[str, Tensor]) -> tuple[dict[str,
             raise UnsupportedModuleError(
                 f"{view.name} has a value bias and no output bias to take it up, so its heads cannot be cut back."
             )
-        factors = factorize_vo(*_split(value, view.value), output.mT, output_bias, p)
+        factors = factorize_vo(*split_bias(value, view.value), output.mT, output_bias, p)
         cut["value"], cut["output"] = _join(factors.value_weight, None, view.value), factors.output_weight.mT
         bias = factors.output_bias if output_bias is not None else None
     return cut, bias
@@ -220,12 +220,13 @@ def errors_of(
     return (whole - product(rows)).norm().item(), (whole - product(dense)).norm().item()
 
 
-def _split(rows: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def split_bias(rows: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Rows without the column of the bias, and that column where the layer has one."""
     return (rows[..., :-1], rows[..., -1]) if base_module(linear).bias is not None else (rows, None)
 
 
 def weights_of(rows: Tensor, linear: nn.Module) -> Tensor:
-    return _split(rows, linear)[0]
+    return split_bias(rows, linear)[0]
 
 
 def _join(weight: Tensor, bias: Tensor | None, linear: nn.Module) -> Tensor:

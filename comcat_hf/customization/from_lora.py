@@ -19,7 +19,7 @@ from ..hub import resolve_file
 from ..modeling.views import AttentionView, attention_views
 from ..modeling.wrappers import is_tuner_layer
 from ..tuners.residual.factors import rows_in, rows_out
-from .export import PAIRS, errors_of, has_plain_products, weights_of
+from .export import PAIRS, errors_of, has_plain_products, split_bias, weights_of
 from .lora import LORA_NAME
 
 
@@ -85,6 +85,9 @@ def adapter_from_lora(
         )
     file = _file_of(lora, weight_name)
     found = {name: _nearest_of(part, rows, rank) for name, part, rows in _changes(pipeline, parts, file)}
+    found = {name: modules for name, modules in found.items() if modules}
+    if not found:
+        raise _no_change(pipeline, file)
     errors = [pair for part in found.values() for nearest in part.values() for pair in nearest.errors.values()]
     lost = math.hypot(*(error for error, _ in errors)) / math.hypot(*(change for _, change in errors))
     if lost > most_lost:
@@ -140,11 +143,15 @@ def _changes(
         pipeline.unload_lora_weights()
     found = [one for one in found if one[2]]
     if not found:
-        raise CheckpointError(
-            f"{file}: expected a LoRA of the attention of this {type(pipeline).__name__}, found nothing that changes "
-            "it. Convert it with the pipeline that it was trained on."
-        )
+        raise _no_change(pipeline, file)
     return found
+
+
+def _no_change(pipeline: Any, file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: expected a LoRA of the attention of this {type(pipeline).__name__}, found nothing that changes it. "
+        "Convert it with the pipeline that it was trained on."
+    )
 
 
 def _added_rows(name: str, part: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -159,7 +166,10 @@ def _added_rows(name: str, part: nn.Module) -> dict[str, dict[str, Tensor]]:
         for role, linear in roles.items():
             if linear in places:
                 _check_form(name, view)
-                rows.setdefault(path, {})[role] = _added(view, role, layers.pop(places.pop(linear)))
+                layer = layers.pop(places.pop(linear))
+                rows.setdefault(path, {})[role] = _added(view, role, layer)
+                if role == "output" and layer.lora_B[_SOURCE].bias is not None:
+                    rows[path]["output_bias"] = _added_bias(layer)
     if layers:
         raise UnsupportedModuleError(
             f"{name}: expected a LoRA on projections of attention alone, found one on {len(layers)} other layers, "
@@ -188,10 +198,14 @@ def _added(view: AttentionView, role: str, layer: nn.Module) -> Tensor:
     if role == "output":
         return change.T.unflatten(0, (view.num_heads, -1))
     if layer.get_base_layer().bias is not None:
-        bias, factor = layer.lora_B[_SOURCE].bias, layer.scaling[_SOURCE]
-        added = change.new_zeros(len(change)) if bias is None else factor * bias.double()
+        bias = layer.lora_B[_SOURCE].bias
+        added = change.new_zeros(len(change)) if bias is None else _added_bias(layer)
         change = torch.cat([change, added[:, None]], dim=1)
     return change.unflatten(0, (view.num_heads, -1))
+
+
+def _added_bias(layer: nn.Module) -> Tensor:
+    return layer.scaling[_SOURCE] * layer.lora_B[_SOURCE].bias.double()
 
 
 def _nearest_of(part: nn.Module, changes: Mapping[str, Mapping[str, Tensor]], rank: int) -> dict[str, _Nearest]:
@@ -204,6 +218,7 @@ def _nearest(view: AttentionView, added: Mapping[str, Tensor], rank: int) -> _Ne
     dense = {role: rows_in(getattr(view, role), view.num_heads).double() for role in ("query", "key", "value")}
     dense["output"] = rows_out(view).double()
     full = {role: rows + added[role] if role in added else rows for role, rows in dense.items()}
+    full |= {"output_bias": added["output_bias"]} if "output_bias" in added else {}
     rank = min(rank, view.head_dim)
     nearest = _Nearest({}, {}, {})
     for pair, roles in PAIRS.items():
@@ -222,8 +237,17 @@ def _nearest(view: AttentionView, added: Mapping[str, Tensor], rank: int) -> _Ne
         }
         nearest.ranks[pair] = rank
         nearest.factors.update(new)
-        nearest.errors[pair] = errors_of(full, dense | written, dense, roles, view)
+        errors = errors_of(full, dense | written, dense, roles, view)
+        constant = 0.0 if pair == "qk" else (_constant(view, full) - _constant(view, dense)).norm().item()
+        nearest.errors[pair] = (math.hypot(errors[0], constant), math.hypot(errors[1], constant))
     return nearest
+
+
+def _constant(view: AttentionView, rows: Mapping[str, Tensor]) -> Tensor:
+    """What an attention adds to the output whatever its inputs are, (d_out,): value biases through the output rows."""
+    constant = rows.get("output_bias", rows["output"].new_zeros(rows["output"].shape[-1]))
+    bias = split_bias(rows["value"], view.value)[1]
+    return constant if bias is None else constant + torch.einsum("hp,hpd->d", bias, rows["output"])
 
 
 def _weights(view: AttentionView, role: str, rows: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoKrConfig, LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from comcat_hf import adapter_from_lora, cli, load_comcat_weights, save_as_lora, save_comcat_weights
@@ -99,6 +101,47 @@ def test_text_encoders_and_names_of_other_tools(base, tmp_path):
     save_as_lora(pipeline, tmp_path / "kohya", ["dog"], kohya=True)
     again = load(base)
     assert adapter_from_lora(again, tmp_path / "kohya" / LORA_NAME, 4, "dog").keys() == lost.keys()
+
+
+def test_what_value_biases_and_biases_of_a_lora_add_is_counted_as_lost(base, tmp_path):
+    pipeline = load(base)
+    torch.manual_seed(3)
+    for name, parameter in pipeline.text_encoder.named_parameters():
+        if name.endswith("v_proj.bias"):
+            nn.init.normal_(parameter, std=0.5)
+    pipeline.save_pretrained(tmp_path / "base")
+    other = write_lora(tmp_path / "base", tmp_path / "lora", part="text_encoder", targets=["out_proj"])
+    lost = adapter_from_lora(pipeline, tmp_path / "lora", 4, most_lost=1)
+    path, shares = next(iter(lost.items()))
+    layer = other.text_encoder.get_submodule(path.removeprefix("text_encoder."))
+    change = layer.out_proj.get_delta_weight("default")
+    constant = change @ layer.v_proj.bias
+    heads = layer.num_heads
+    rows = change.T.unflatten(0, (heads, -1)), layer.v_proj.weight.unflatten(0, (heads, -1))
+    products = rows[1].mT @ rows[0]
+    expected = constant.norm() / torch.hypot(constant.norm(), products.norm())
+    assert shares["vo"] == pytest.approx(expected.item(), rel=1e-4) and expected > 0.01
+    write_lora(base, tmp_path / "biased", part="text_encoder", targets=["out_proj"], lora_bias=True)
+    lost = adapter_from_lora(load(base), tmp_path / "biased", 4, most_lost=1)
+    assert all(shares["vo"] > 0.01 for shares in lost.values())
+
+
+def zeroed(file, word):
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({name: value * (word not in name) for name, value in load_file(file).items()}, file, metadata)
+
+
+@pytest.mark.parametrize("word", ["unet.", "text_encoder."])
+def test_a_part_that_a_lora_leaves_as_it_is(base, tmp_path, word):
+    write_lora(base, tmp_path / "lora", text=True)
+    zeroed(tmp_path / "lora" / LORA_NAME, word)
+    pipeline = load(base)
+    lost = adapter_from_lora(pipeline, tmp_path / "lora", 4)
+    assert lost and not any(name.startswith(word) for name in lost)
+    zeroed(tmp_path / "lora" / LORA_NAME, "")
+    with pytest.raises(CheckpointError, match="found nothing that changes it"):
+        adapter_from_lora(load(base), tmp_path / "lora", 4)
 
 
 def test_from_the_shell(base, tmp_path):
