@@ -1,7 +1,8 @@
 """Writes adapters as LoRA, which every other tool loads."""
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from ..tuners.residual.factors import gains_of
 from ..tuners.residual.gain_layer import GainLayer
 from ..tuners.residual.layer import CustomizeLayer
 from ..tuners.residual.merging import is_wider, joined_rows
-from .export import PAIRS, adapted_layers, check_form, cut_back, share_lost
+from .export import PAIRS, adapted_layers, check_form, cut_back, errors_of
 
 
 __all__ = ["LORA_NAME", "LoRA", "convert_to_lora", "save_as_lora"]
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
-# How kohya's tools name the parts of a pipeline: with one text encoder, and with two.
-_KOHYA = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": "lora_te"}
-_KOHYA_TWO = {**_KOHYA, "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+# How kohya's tools name the parts of a pipeline: with one text encoder, and with two. Those of transformers have names
+# for other layers than diffusers has.
+_KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
+_KOHYA_TWO = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 # Changes of a projection below this share of its weights are rounding.
 _NOTHING = 1e-12
@@ -115,10 +117,19 @@ def save_as_lora(
 
     Returns:
         what is lost, see [`convert_to_lora`].
+
+    Raises:
+        InvalidValueError: those of [`convert_to_lora`], or the adapters change nothing.
+        UnsupportedModuleError: those of [`convert_to_lora`], or kohya's scripts have no names for a part.
     """
     found, lost = convert_to_lora(pipeline, adapter_names, rank=rank, biases=not kohya)
-    name = _kohya_names(found) if kohya else _diffusers_names(found)
-    tensors = {key: tensor.to(dtype or torch.float32).contiguous() for key, tensor in name}
+    if not any(found.values()):
+        raise InvalidValueError(
+            "pipeline: expected an adapter that changes something, found none but untrained ones or ones of scale 0. "
+            "Train it, or set its scale with set_adapters."
+        )
+    names = _kohya_names(found, _kohya_prefixes(pipeline, found)) if kohya else _diffusers_names(found)
+    tensors = {key: tensor.to(dtype or torch.float32).contiguous() for key, tensor in names}
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / weight_name, tensors, {"format": "pt"})
@@ -196,14 +207,19 @@ def _convert(
             lora = _lora_of(role, change, width, inner, rank, biases)
             loras[_path(view, stream, role)] = lora
             written[role] = dense[role] + _rows_of(role, lora, change.shape)
-        if biases and is_wider(view, full) and base_module(view.value).bias is not None:
+        constant = (0.0, 0.0)
+        if "output" in full and base_module(view.value).bias is not None:
             # Attended values carry their bias into the changed output projection.
-            shift = _bias_given(full) - _bias_given(written)
-            path = _path(view, stream, "output")
-            loras[path] = replace(loras[path], bias=shift.float())
+            shift, path = _bias_given(full) - _bias_given(written), _path(view, stream, "output")
+            if biases and is_wider(view, full) and path in loras:
+                loras[path] = replace(loras[path], bias=shift.float())
+            else:
+                constant = (shift.norm().item(), (_bias_given(full) - _bias_given(dense)).norm().item())
         for pair, roles in PAIRS.items():
             if roles[1] in full:
-                lost[pair] = max(lost[pair], share_lost(full, written, dense, roles, view))
+                further = constant if pair == "vo" else (0.0, 0.0)
+                error, change = map(math.hypot, errors_of(full, written, dense, roles, view), further)
+                lost[pair] = max(lost[pair], error / change if change else 0.0)
     return loras, lost
 
 
@@ -289,8 +305,18 @@ def _diffusers_names(found: Mapping[str, Mapping[str, LoRA]]) -> Iterator[tuple[
                 yield f"{name}.lora_B.bias", lora.up.new_zeros(len(lora.up)) if lora.bias is None else lora.bias
 
 
-def _kohya_names(found: Mapping[str, Mapping[str, LoRA]]) -> Iterator[tuple[str, Tensor]]:
-    prefixes = _KOHYA_TWO if "text_encoder_2" in found else _KOHYA
+def _kohya_prefixes(pipeline: Any, found: Iterable[str]) -> Mapping[str, str]:
+    prefixes = _KOHYA if pipeline.components.get("text_encoder_2") is None else _KOHYA_TWO
+    for part in found:
+        if part not in prefixes:
+            raise UnsupportedModuleError(
+                f"{part}: kohya's scripts have names for UNets and CLIP text encoders alone. Write the LoRA without "
+                "kohya (--kohya): diffusers loads it."
+            )
+    return prefixes
+
+
+def _kohya_names(found: Mapping[str, Mapping[str, LoRA]], prefixes: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     for part, loras in found.items():
         for path, lora in loras.items():
             name = f"{prefixes[part]}_{_with_text_model(part, path).replace('.', '_')}"

@@ -178,6 +178,67 @@ def test_from_the_shell(base, tmp_path):
     assert result.exit_code == 1 and "Give --base" in result.output
 
 
+def with_value_biases(base, folder):
+    pipeline = load(base)
+    torch.manual_seed(3)
+    for name, parameter in pipeline.text_encoder.named_parameters():
+        if name.endswith("v_proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_what_value_biases_add_is_counted_where_it_is_lost(base, tmp_path):
+    base = with_value_biases(base, tmp_path / "base")
+    pipeline = load(base)
+    torch.manual_seed(1)
+    config = ComCATConfig(mode="customize", vo_rank=1, init_weights=False)
+    pipeline.text_encoder.add_adapter(config, adapter_name="dog")
+    loras, written = convert_to_lora(pipeline)
+    path = "text_model.encoder.layers.0.self_attn"
+    path = path if f"{path}.out_proj" in loras["text_encoder"] else path.removeprefix("text_model.")
+    shift = loras["text_encoder"][f"{path}.out_proj"].bias.norm().item()
+    _, without = convert_to_lora(pipeline, biases=False)
+    name = f"text_encoder.{path}"
+    assert shift > 0 and without[name]["vo"] > written[name]["vo"] * 1.05
+
+
+def test_queries_and_keys_of_a_text_encoder_alone(base, tmp_path):
+    base = with_value_biases(base, tmp_path / "base")
+    pipeline = load(base)
+    torch.manual_seed(1)
+    config = ComCATConfig(mode="customize", qk_rank=2, init_weights=False)
+    pipeline.text_encoder.add_adapter(config, adapter_name="dog")
+    lost = save_as_lora(pipeline, tmp_path / "lora")
+    assert all(shares["vo"] == 0 < shares["qk"] < 1 for shares in lost.values())
+    other = load(base)
+    other.load_lora_weights(tmp_path / "lora")
+    kept = (latents(other) - latents(pipeline)).norm()
+    assert kept < (latents(load(base)) - latents(pipeline)).norm()
+
+
+@pytest.mark.parametrize("how", ["untrained", "scale 0"])
+def test_adapters_that_change_nothing(base, tmp_path, how):
+    pipeline = adapted(base, core=True) if how == "scale 0" else load(base)
+    if how == "scale 0":
+        pipeline.set_adapters(["dog"], [0.0])
+    else:
+        pipeline.unet.add_adapter(ComCATConfig(mode="customize", vo_rank=1), adapter_name="dog")
+    with pytest.raises(InvalidValueError, match="expected an adapter that changes something"):
+        save_as_lora(pipeline, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_names_of_other_tools_are_those_of_the_pipeline(tmp_path):
+    base = tiny_sdxl(tmp_path / "base")
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    torch.manual_seed(1)
+    config = ComCATConfig(mode="customize", vo_rank=1, core=True, init_weights=False)
+    pipeline.text_encoder.add_adapter(config, adapter_name="dog")
+    save_as_lora(pipeline, tmp_path / "kohya", kohya=True)
+    assert all(key.startswith("lora_te1_") for key in load_file(tmp_path / "kohya" / LORA_NAME))
+
+
 def test_what_is_refused(base, tmp_path):
     with pytest.raises(InvalidValueError, match="no ComCAT adapter at all"):
         save_as_lora(load(base), tmp_path / "none")
@@ -211,6 +272,8 @@ def test_transformers_of_two_streams(kind, tmp_path):
     other.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(sample(other), expected, rtol=0, atol=1e-4)
     assert (expected - before).abs().max() > 1e-2
+    with pytest.raises(UnsupportedModuleError, match="transformer: kohya's scripts have names for UNets"):
+        save_as_lora(pipe, tmp_path / "refused", kohya=True)
     full = opened()
     full.transformer.add_adapter(ComCATConfig(**options), adapter_name="full")
     with pytest.raises(UnsupportedModuleError, match=r"a second stream, so full factors have no form.*core=True"):
