@@ -5,7 +5,7 @@ import copy
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..checks import check, listed
 from ..errors import ComCATError, InvalidValueError, brief
+from ..modeling import eval_mode
 from .counting import example_inputs
 
 
@@ -62,7 +63,8 @@ def export_model(
         model: of transformers.
         folder: to write; nothing is written if the export fails or differs from the model.
         format: `"onnx"` or `"torch"`.
-        dtype: of the weights in the program; by default the model's.
+        dtype: of the weights in the program; by default the model's, in ONNX float32 in place of bfloat16, which
+            onnxruntime does not compute on CPUs.
         inputs: example inputs, two or more samples; by default random ones of the model's native size.
 
     Returns:
@@ -82,14 +84,17 @@ def export_model(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidValueError(f"{folder}: expected an empty folder to write to, found files. Give another path.")
+    if dtype is None and format == "onnx" and model.dtype == torch.bfloat16:
+        dtype = torch.float32
     chosen = _cast(model, dtype)
     samples = [_samples(model, size) for size in _BATCHES] if inputs is None else [dict(inputs)]
     exported = _export(chosen, format, samples[0])
-    difference = max(_difference(model, exported, sample, chosen.dtype) for sample in samples)
-    if not difference <= _LIMITS[chosen.dtype]:
+    difference = _difference(model, exported, samples, chosen, format)
+    limit = max(_LIMITS[chosen.dtype], _LIMITS.get(model.dtype, 0.0))
+    if not difference <= limit:
         raise ComCATError(
             f"{type(model).__name__} as {format} in {chosen.dtype}: expected outputs within "
-            f"{_LIMITS[chosen.dtype]:.0e} of the model's range, found a difference of {difference:.1e}. Nothing was "
+            f"{limit:.0e} of the model's range, found a difference of {difference:.1e}. Nothing was "
             "written. Export in float32, or other inputs."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +117,8 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     for name, weight in chosen.named_parameters():
         if not weight.isfinite().all():
             raise InvalidValueError(
-                f"{name}: expected finite weights in {chosen.dtype}, found infinite ones or NaN. Export in bfloat16 "
-                "or float32."
+                f"{name}: expected finite weights in {chosen.dtype}, found infinite ones or NaN. Export in float32, "
+                "or as a program of torch in bfloat16."
             )
     # A program is no checkpoint: it is not loaded by a rank plan.
     for key in ("quantization_config", "auto_map"):
@@ -145,35 +150,33 @@ def _export(model: PreTrainedModel, format: str, inputs: Mapping[str, Tensor]) -
     if len(set(sizes.values())) != 1 or min(sizes.values()) < 2:
         raise InvalidValueError(f"inputs: expected two or more samples in every tensor, found {sizes}.")
     batch = torch.export.Dim("batch", min=1, max=2**16)
-    try:
-        with _quiet():
-            return exporter().export(
-                model, _in_dtype(inputs, model.dtype), config(dynamic_shapes={name: {0: batch} for name in inputs})
-            )
-    except ImportError as error:
-        raise ComCATError(
-            f"The export needs packages that are not installed ({brief(error)}). Run `pip install 'comcat_hf[onnx]'`."
-        ) from error
-    # The exporters let errors of any kind of torch and onnxscript through.
-    except Exception as error:
-        raise ComCATError(
-            f"{type(model).__name__} as {format}: transformers' exporter failed ({brief(error)}). Export the dense "
-            "model to see whether the library supports this class."
-        ) from error
+    shapes = config(dynamic_shapes={name: {0: batch} for name in inputs})
+    with _quiet(), _explained(model, format):
+        return exporter().export(model, _like(inputs, model.dtype, model.device), shapes)
 
 
 @torch.inference_mode()
-def _difference(model: PreTrainedModel, exported: Any, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> float:
-    training = model.training
-    model.eval()
-    try:
-        wanted = model(**{name: value.to(model.device) for name, value in _in_dtype(inputs, model.dtype).items()})
-    finally:
-        model.train(training)
-    with _quiet():
-        found = exported(**_in_dtype(inputs, dtype))
-    pairs = zip(_floats(wanted), _floats(found), strict=True)
-    return max(((b - a).abs().max() / (a.max() - a.min())).item() for a, b in pairs)
+def _difference(
+    model: PreTrainedModel,
+    exported: Any,
+    samples: Iterable[Mapping[str, Tensor]],
+    chosen: PreTrainedModel,
+    format: str,
+) -> float:
+    """The largest difference of an output, as a share of its range; NaN where there is one."""
+    # A program of torch computes where the model did, onnxruntime takes what is in the CPU's memory.
+    device = chosen.device if format == "torch" else torch.device("cpu")
+    found = []
+    for inputs in samples:
+        with eval_mode(model):
+            wanted = model(**_like(inputs, model.dtype, model.device))
+        with _quiet(), _explained(chosen, format):
+            given = exported(**_like(inputs, chosen.dtype, device))
+        for one, other in zip(_floats(wanted), _floats(given), strict=True):
+            spread = (one.max() - one.min()).clamp(min=torch.finfo(one.dtype).tiny)
+            found.append((other - one).abs().max() / spread)
+    # Not Python's max(), which passes over NaN.
+    return torch.stack(found).max().item()
 
 
 def _floats(outputs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -182,8 +185,24 @@ def _floats(outputs: Mapping[str, Any]) -> Iterator[Tensor]:
             yield value.double().cpu()
 
 
-def _in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+def _like(inputs: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {n: value.to(device, dtype if value.is_floating_point() else None) for n, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def _explained(model: PreTrainedModel, format: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ComCATError(
+            f"The export needs packages that are not installed ({brief(error)}). Run `pip install 'comcat_hf[onnx]'`."
+        ) from error
+    # The exporters, and the programs, let errors of any kind of torch, onnxscript and onnxruntime through.
+    except Exception as error:
+        raise ComCATError(
+            f"{type(model).__name__} as {format} in {model.dtype}: transformers' exporter failed, or its program does "
+            f"not run ({brief(error)}). Export the dense model, in float32, to see whether the library supports it."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def adapted():
             r"dtype: expected one of .*bfloat16, found torch\.int8",
         ),
         (overflowing, {"format": "tflite"}, InvalidValueError, "format: expected one of onnx, torch, found 'tflite'"),
-        (untraceable, {"format": "torch"}, ComCATError, "as torch: transformers' exporter failed.*dense model"),
+        (untraceable, {"format": "torch"}, ComCATError, r"as torch in .*float32: transformers' exporter failed"),
         (adapted, {}, InvalidValueError, "expected a model of transformers, found Sequential"),
     ],
 )
@@ -140,6 +140,35 @@ def test_a_program_that_differs_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ComCATError, match=r"as torch in torch\.float32: expected .* found a difference"):
         export_model(small, tmp_path / "out", "torch")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_program_with_nan_in_any_output_of_any_batch_is_refused(place, tmp_path, monkeypatch):
+    model, _ = MODELS["clip"]()
+    call = ExportedModel.__call__
+    calls = []
+
+    def wrong(self, **inputs):
+        found = call(self, **inputs)
+        calls.append(found)
+        if len(calls) == 2:
+            values = [value for value in found.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+            values[place].view(-1)[-1] = float("nan")
+        return found
+
+    monkeypatch.setattr(ExportedModel, "__call__", wrong)
+    with pytest.raises(ComCATError, match="found a difference of nan"):
+        export_model(model, tmp_path / "out", "torch")
+    assert len(calls) == 3 and not list(tmp_path.iterdir())
+
+
+def test_bfloat16_in_onnx(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = small_vit()[0].to(torch.bfloat16)
+    with pytest.raises(ComCATError, match=r"as onnx in torch\.bfloat16: .* does not run .*in float32"):
+        export_model(model, tmp_path / "out", "onnx", dtype=torch.bfloat16)
+    assert not list(tmp_path.iterdir())
+    assert export_model(model, tmp_path / "out", "onnx").difference < 0.1
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path):
