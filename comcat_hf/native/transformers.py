@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import PushToHubMixin
+from transformers.utils.hub import create_and_tag_model_card
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checks import check, listed, some_of
@@ -205,15 +207,35 @@ def _save_pretrained(
     # Nor what torchao splits a tensor into.
     quantised = state_dict is None and is_torchao(model)
     kwargs.setdefault("save_original_format", not quantised and not _joins_tensors(model))
-    with _quantised(model) if quantised else nullcontext():
-        save(False, *args, **kwargs)
-    if is_main_process:
-        plan.save_pretrained(save_directory)
-        if remote_code:
-            write_remote_code(model.config, save_directory)
-        if push_to_hub:
-            # Not within save(): that uploads only what it wrote itself, so never the rank file.
-            model.push_to_hub(repo_id, **hub)
+    with _pushed(model, save_directory, repo_id, **hub) if push_to_hub and is_main_process else nullcontext():
+        with _quantised(model) if quantised else nullcontext():
+            save(False, *args, **kwargs)
+        if is_main_process:
+            plan.save_pretrained(save_directory)
+            if remote_code:
+                write_remote_code(model.config, save_directory)
+
+
+@contextmanager
+def _pushed(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    tags: Sequence[str] = (),
+    **commit: Any,
+) -> Iterator[None]:
+    """Upload what is written to a folder in here: the library itself uploads what it wrote alone, so no rank file."""
+    repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    os.makedirs(folder, exist_ok=True)
+    before = model._get_files_timestamps(folder)
+    yield
+    card = Path(folder, "README.md")
+    if not card.exists():
+        create_and_tag_model_card(repo_id, [*(model.model_tags or ()), *tags], token=token).save(card)
+    model._upload_modified_files(folder, repo_id, before, token=token, **commit)
 
 
 @contextmanager

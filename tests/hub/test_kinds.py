@@ -123,6 +123,31 @@ def test_every_kind_is_pushed_as_its_library_does_it(hub, client, tmp_path, unet
     assert client(use) is True
 
 
+def test_a_push_while_saving_uploads_what_was_saved(hub, client, tmp_path):
+    folder = write(tmp_path / "out", {"old.json": b"{}", "checkpoint-1/mine.json": b"{}"})
+    client(start(folder=folder, cache=tmp_path / "cache") + MAKE["model"].replace("address", "small.train(); address"))
+    hub.repositories.clear()
+    client("state = {name: value / 2 for name, value in small.state_dict().items()}")
+    how = 'state_dict=state, max_shard_size="20kB", commit_message="Halves", private=True, revision="v1", tags=["x"]'
+    client(f'small.save_pretrained(folder, False, push_to_hub=True, repo_id="user/other", {how})')
+    assert "user/other" not in hub.repositories
+    (folder / "model.safetensors").unlink()
+    client(f'small.save_pretrained(folder, push_to_hub=True, repo_id="user/repo", {how})')
+    pushed, written = hub.files("user/repo", "v1"), read(folder)
+    assert len([name for name in pushed if name.endswith(".safetensors")]) > 1
+    assert {"comcat_ranks.json", "config.json"} < pushed.keys() and b"- x" in pushed["README.md"]
+    pushed.pop(".gitattributes")
+    assert pushed == {name: written[name] for name in pushed}
+    assert "old.json" not in pushed and "checkpoint-1/mine.json" not in pushed
+    repository = hub.repositories["user/repo"]
+    assert repository.private and repository.messages[-1] == "Halves" and "config.json" not in hub.files("user/repo")
+    client('again = ViTForImageClassification.from_pretrained("user/repo", cache_dir=cache, revision="v1")')
+    assert client("all(torch.equal(value, state[name]) for name, value in again.state_dict().items())")
+    # By the name of the folder.
+    client("small.save_pretrained(folder, push_to_hub=True)")
+    assert "comcat_ranks.json" in hub.files("user/out")
+
+
 # An adapter on a base that was read from a folder: calls that make it, save it and upload it.
 LOCAL_BASE = {
     "PEFT": (

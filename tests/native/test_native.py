@@ -345,20 +345,6 @@ def test_adapters_on_top_are_saved_alone(saved, tmp_path):
     assert not (tmp_path / "adapter" / "comcat_ranks.json").exists()
 
 
-def test_a_push_while_saving_takes_the_rank_file_too(saved, tmp_path, monkeypatch):
-    model, _, _ = saved
-    uploads = []
-    monkeypatch.setattr(
-        type(model), "push_to_hub", lambda self, repo_id, **options: uploads.append((repo_id, options)), raising=True
-    )
-    model.save_pretrained(tmp_path / "name", push_to_hub=False)
-    assert uploads == []
-    model.save_pretrained(tmp_path / "name", push_to_hub=True, private=True, commit_message="x", max_shard_size="1GB")
-    model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="user/other", revision="v1")
-    model.save_pretrained(tmp_path / "name", False, push_to_hub=True)
-    assert uploads == [("name", {"private": True, "commit_message": "x"}), ("user/other", {"revision": "v1"})]
-
-
 def test_other_processes_than_the_first_write_nothing(saved, tmp_path):
     saved[0].save_pretrained(tmp_path / "rank1", is_main_process=False)
     assert list((tmp_path / "rank1").iterdir()) == []
