@@ -14,7 +14,7 @@ from torch import nn
 from ..checks import check, finite, whole
 from ..compression.clock import wait_for
 from ..customization.pipelines import load_comcat_weights, unload_comcat_weights
-from ..errors import ComCATError, InvalidValueError, brief
+from ..errors import CheckpointError, ComCATError, InvalidValueError, brief
 from ..native import load_pipeline
 from .devices import best_device
 from .sources import expanded, needed, prompts_of
@@ -305,13 +305,14 @@ def _read(source: str) -> Any:
         ) from error
     device = best_device()
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    pipeline = load_pipeline(expanded(source), dtype=dtype)
     try:
-        return pipeline.to(device)
-    except RuntimeError as error:
-        raise ComCATError(
-            f"{source}: expected {device} to hold the pipeline, found too little memory ({brief(error)}). Close what "
-            "else uses it."
+        return load_pipeline(expanded(source), dtype=dtype).to(device)
+    except ComCATError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: expected a pipeline that can be drawn with on {device}, found an error "
+            f"({brief(error)}). Check the path, and the memory that is free."
         ) from error
 
 

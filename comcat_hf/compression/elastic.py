@@ -29,7 +29,7 @@ __all__ = ["ELASTIC_NAME", "Elastic"]
 
 ELASTIC_NAME = "comcat_elastic.json"
 
-_OF_THE_HUB = ("commit_message", "create_pr", "private", "revision", "token")
+_OF_THE_HUB = ("allow_patterns", "commit_message", "create_pr", "ignore_patterns", "private", "revision", "token")
 _FORMAT, _VERSION = "comcat_elastic", 1
 _FIELDS = {
     "low": finite(0, 1),

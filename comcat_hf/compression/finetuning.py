@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from ..checks import above, check, finite, whole
+from ..checks import Kind, above, check, finite, whole
 from ..errors import ComCATError, InvalidValueError
 from ..progress import progress_bar
 from .distillation import DistillationLoss, LossParts, ask_teacher
@@ -23,6 +23,7 @@ __all__ = ["finetune", "one_cycle", "parameter_groups"]
 
 EpochLosses = dict[str, float]
 
+_NORM = Kind("a number above 0", lambda value: value == math.inf or above(0).holds(value))
 _PARTS = tuple(field.name for field in fields(LossParts))
 
 
@@ -53,7 +54,7 @@ def finetune(
         loss: by default `DistillationLoss(alignment=1.0)`.
         weight_decay: of matrices; biases, norms and other vectors have none.
         warmup: share of the steps in which the rate rises.
-        max_norm: gradients are scaled down to this norm.
+        max_norm: gradients are scaled down to this norm; `math.inf` leaves them.
         accelerator: by default `Accelerator()`; its gradient accumulation and mixed precision are respected.
         progress, description: show one bar on the main process, by default where transformers shows its own, and what
             it says.
@@ -71,7 +72,7 @@ def finetune(
     check(learning_rate, above(0), "learning_rate")
     check(weight_decay, finite(0), "weight_decay")
     check(warmup, finite(0, 1), "warmup")
-    check(max_norm, above(0), "max_norm")
+    check(max_norm, _NORM, "max_norm")
     _check(student, teacher, loader, loss)
     accelerator = Accelerator() if accelerator is None else accelerator
     optimizer = AdamW(parameter_groups(student, weight_decay), lr=learning_rate)

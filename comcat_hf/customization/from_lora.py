@@ -63,8 +63,8 @@ def adapter_from_lora(
         rank: of the adapter, per head.
         adapter_name: of the adapter.
         weight_name: name of the file in a folder or on the Hub.
-        most_lost: the largest share of the LoRA's change that may be lost; of all products together, by the Frobenius
-            norm of the weights.
+        most_lost: the largest share of the LoRA's change that may be lost; of all products together and what biases
+            add to them, by the Frobenius norm of the weights.
 
     Returns:
         by `part.module`, for `"qk"` and `"vo"`, the lost share of the change.

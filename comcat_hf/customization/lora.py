@@ -71,7 +71,7 @@ def convert_to_lora(
 
     Returns:
         by part the LoRA of each layer by its path; and by `part.module`, for `"qk"` and `"vo"` or for `"gains"`, the
-        share of the adapters' change that is lost, measured on the products of the weights.
+        share of the adapters' change that is lost, measured on the products of the weights and on what biases add.
 
     Raises:
         InvalidValueError: there is no such adapter, or one has gains and there is no `rank`.
@@ -208,7 +208,7 @@ def _convert(
             loras[_path(view, stream, role)] = lora
             written[role] = dense[role] + _rows_of(role, lora, change.shape)
         constant = (0.0, 0.0)
-        if "output" in full and base_module(view.value).bias is not None:
+        if "output" in full and base_module(view.projection("value", stream)).bias is not None:
             # Attended values carry their bias into the changed output projection.
             shift, path = _bias_given(full) - _bias_given(written), _path(view, stream, "output")
             if biases and is_wider(view, full) and path in loras:
@@ -308,7 +308,8 @@ def _diffusers_names(found: Mapping[str, Mapping[str, LoRA]]) -> Iterator[tuple[
 def _kohya_prefixes(pipeline: Any, found: Iterable[str]) -> Mapping[str, str]:
     prefixes = _KOHYA if pipeline.components.get("text_encoder_2") is None else _KOHYA_TWO
     for part in found:
-        if part not in prefixes:
+        encoder = part != "unet" and not type(pipeline.components[part]).__name__.startswith("CLIPText")
+        if encoder or part not in prefixes:
             raise UnsupportedModuleError(
                 f"{part}: kohya's scripts have names for UNets and CLIP text encoders alone. Write the LoRA without "
                 "kohya (--kohya): diffusers loads it."

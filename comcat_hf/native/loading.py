@@ -119,7 +119,12 @@ def load_pipeline(
 
     Raises:
         CheckpointError: there is none that loads, or a model lacks weights.
+        ComCATError: diffusers is not installed.
     """
+    if find_spec("diffusers") is None:
+        raise ComCATError(
+            "Pipelines need diffusers, which is not installed. Install it with: pip install 'comcat_hf[diffusers]'"
+        )
     try:
         return _load_pipeline(source, dtype, variant, how)
     except (ComCATError, torch.OutOfMemoryError):

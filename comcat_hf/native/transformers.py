@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -224,7 +224,7 @@ def _pushed(
     *,
     private: bool | None = None,
     token: str | bool | None = None,
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] | None = None,
     **commit: Any,
 ) -> Iterator[None]:
     """Upload what is written to a folder in here: the library itself uploads what it wrote alone, so no rank file."""
@@ -232,9 +232,14 @@ def _pushed(
     os.makedirs(folder, exist_ok=True)
     before = model._get_files_timestamps(folder)
     yield
-    card = Path(folder, "README.md")
-    if not card.exists():
-        create_and_tag_model_card(repo_id, [*(model.model_tags or ()), *tags], token=token).save(card)
+    path = Path(folder, "README.md")
+    if path.exists():
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    else:
+        card = create_and_tag_model_card(repo_id, token=token)
+    named = [tags] if isinstance(tags, str) else tags or ()
+    card.data.tags = [*dict.fromkeys([*(card.data.tags or ()), *(model.model_tags or ()), *named])]
+    card.save(path)
     model._upload_modified_files(folder, repo_id, before, token=token, **commit)
 
 

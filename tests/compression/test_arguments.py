@@ -44,7 +44,7 @@ WRONG = {
         "learning_rate": ABOVE_ZERO,
         "weight_decay": FROM_ZERO,
         "warmup": (*FROM_ZERO, 1.1),
-        "max_norm": ABOVE_ZERO,
+        "max_norm": (math.nan, -math.inf, "1", [1], None, -1, 0),
     },
     "distillation": {
         "alpha": (*FROM_ZERO, 1.1),

@@ -145,7 +145,7 @@ def test_a_push_while_saving_uploads_what_was_saved(hub, client, tmp_path):
     assert client("all(torch.equal(value, state[name]) for name, value in again.state_dict().items())")
     # By the name of the folder.
     client("small.save_pretrained(folder, push_to_hub=True)")
-    assert "comcat_ranks.json" in hub.files("user/out")
+    assert "comcat_ranks.json" in hub.files("user/out") and b"- x" in hub.files("user/out")["README.md"]
 
 
 # An adapter on a base that was read from a folder: calls that make it, save it and upload it.

@@ -29,6 +29,7 @@ from .budget import (
     default_step,
     find_options,
     prepare_sites,
+    sites_of,
 )
 from .solver import Solver, ranks_of, solve
 
@@ -119,8 +120,8 @@ def measure_sensitivities(
     batches = read_batches(batches)
     if statistics is None:
         statistics = gather(model, batches, found.values(), scope, progress=progress)
-    statistics.check_model(model, sites, found)
     options = find_options(model, sites, METRICS["params"])
+    statistics.check_model(model, sites_of(options), found)
     prepared = prepare_sites(options, statistics)
     return measure(model, options, step or default_step(sites), batches, prepared, progress=progress)
 
