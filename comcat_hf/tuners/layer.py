@@ -102,20 +102,21 @@ class CompressLayer(ComCATLayer, BaseTunerLayer):
             )
         return here
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         factors = self._factors_in_use()
         if factors is None:
-            return self.base_layer(hidden_states, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        # Some hosts give hidden states by name, and not by this one name.
+        states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
         # Quantised by torch.ao.quantization there are none.
-        dtype = next((parameter.dtype for parameter in factors.parameters()), hidden_states.dtype)
-        if dtype == hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type):
-            return factors(hidden_states, *args, **kwargs)
-        args = tuple(_cast(value, dtype) for value in args)
-        kwargs = {key: _cast(value, dtype) for key, value in kwargs.items()}
-        output = factors(hidden_states.to(dtype), *args, **kwargs)
+        dtype = next((parameter.dtype for parameter in factors.parameters()), states.dtype)
+        if dtype == states.dtype or torch.is_autocast_enabled(states.device.type):
+            return factors(*args, **kwargs)
+        cast = {key: _cast(value, dtype) for key, value in kwargs.items()}
+        output = factors(*(_cast(value, dtype) for value in args), **cast)
         if isinstance(output, tuple):
-            return tuple(_cast(value, hidden_states.dtype) for value in output)
-        return output.to(hidden_states.dtype)
+            return tuple(_cast(value, states.dtype) for value in output)
+        return output.to(states.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # PEFT puts no adapter into a tuner layer, and leaves what it found no place for at a warning.

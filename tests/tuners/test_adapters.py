@@ -11,7 +11,17 @@ from safetensors.torch import load_file
 from comcat_hf import ComCATConfig, RankPlan
 from comcat_hf.errors import InvalidValueError
 from comcat_hf.modeling import read_ranks
-from tests.helpers import assert_unchanged, classes_of, outputs, small_bert, small_vit, state_of
+from tests.architectures import ARCHITECTURES
+from tests.helpers import (
+    assert_close,
+    assert_unchanged,
+    classes_of,
+    full_ranks,
+    outputs,
+    small_bert,
+    small_vit,
+    state_of,
+)
 from tests.tuners.cases import LOW_CONFIG, disturb, equal, layers_of, low_config, trainable
 
 
@@ -32,6 +42,17 @@ class TestSeveralAdapters:
         # The dense linear layers moved below the second adapter's tuner layers.
         assert {n: g for n, g in now.items() if n in state} == {n: g for n, g in state.items() if n in now}
         assert not any(required for name, required in now.items() if ".other." in name)
+
+    @pytest.mark.parametrize("name", ["sam", "sam2"])
+    def test_attention_that_is_called_by_the_names_of_its_inputs(self, name):
+        base, inputs = ARCHITECTURES[name]()
+        dense = outputs(base, inputs)
+        ranks = {path: rank for path, rank in full_ranks(base).items() if "mask_decoder" in path}
+        model = get_peft_model(base, ComCATConfig.from_plan(RankPlan(ranks)))
+        assert len(ranks) > 2
+        assert_close(outputs(model, inputs), dense, 1e-4)
+        with model.disable_adapter():
+            assert_close(outputs(model, inputs), dense, 1e-9)
 
     @pytest.mark.parametrize("build", [small_vit, small_bert])
     def test_widths_and_ranks_in_turn(self, build, tmp_path):
