@@ -316,7 +316,10 @@ def _view(
     in_the_way = family.refuse_qk if whole and not family.runs_host else None
     form = family.form_of(module) if whole else None
     whys = (refuse(module) for refuse in (family.refuse, in_the_way) if refuse is not None)
-    if reason := (form and form.compress) or next(filter(None, whys), None):
+    # Of diffusers, where unfuse_qkv_projections() leaves them in the older models.
+    twice = [path for path in ("to_qkv", "to_kv") if path in module._modules and path not in family.attributes()]
+    fused = f"it holds its projections twice, once fused in {twice[0]}; load the model again" if twice else None
+    if reason := (whole and fused) or (form and form.compress) or next(filter(None, whys), None):
         raise _unsupported(name, module, reason)
     in_parent = family.sibling_of(module)
     owner_name, path = (name, family.output) if in_parent is None else (name.rpartition(".")[0], in_parent)

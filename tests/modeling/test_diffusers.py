@@ -18,6 +18,7 @@ from comcat_hf.compression.calibration.inputs import main_input
 from comcat_hf.errors import CheckpointError, InvalidValueError, RankPlanError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites, read_ranks
 from tests.customization.pipelines import tiny_sd
+from tests.helpers import assert_close
 
 
 WIDTH, TEXT, HEADS = 32, 24, 4
@@ -105,6 +106,25 @@ def test_it_computes_the_products_of_its_factors(qk, vo, cross, bias, masked, pr
         with torch.no_grad():
             same = dense(states, encoder_hidden_states=other, attention_mask=mask if masked else None)
         assert torch.allclose(found, same, atol=1e-5)
+
+
+def test_fused_projections_are_refused_and_left_as_they_are():
+    model = unet()
+    before = run(model, batch())
+    model.fuse_qkv_projections()
+    for call in (
+        lambda: comcat_hf.compress(model, 0.2),
+        lambda: comcat_hf.compress(model, 0.2, batches=[batch()], scope="attention"),
+        lambda: comcat_hf.count_macs(model),
+    ):
+        with pytest.raises(UnsupportedModuleError, match=r"attn1 .*twice, once fused in to_qkv; load the model again"):
+            call()
+    assert_close([run(model, batch())], [before])
+    # Its layers stay beside the others.
+    model.unfuse_qkv_projections()
+    with pytest.raises(UnsupportedModuleError, match="twice"):
+        comcat_hf.compress(model, 0.2)
+    assert comcat_hf.compress(model, 0.05, scope="mlp")
 
 
 def test_full_rank_reproduces_the_unet():
