@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates of a model, counted, dense or compressed."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import Kind, check, list_of
 from ..errors import InvalidValueError
 from ..modeling import AttentionFamily, LowRankAttention, LowRankLinear, Tokens, attention_views, meta_copy, unwrapped
 from .calibration.inputs import main_input
 
 
-__all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "samples_in", "trace"]
+__all__ = ["Trace", "count_macs", "count_parameters", "example_inputs", "given_inputs", "samples_in", "trace"]
 
 
-def count_parameters(model: nn.Module, names: tuple[str, ...] | None = None) -> int:
+def count_parameters(model: nn.Module, names: Collection[str] | None = None) -> int:
     """Number of parameters by `numel`; shared ones count once.
 
     Args:
@@ -26,9 +27,12 @@ def count_parameters(model: nn.Module, names: tuple[str, ...] | None = None) -> 
 
     Returns:
         the number.
+
+    Raises:
+        InvalidValueError: names that are none of the model's.
     """
     model = unwrapped(model)
-    modules = [model] if names is None else [model.get_submodule(name) for name in names]
+    modules = [model] if names is None else [model.get_submodule(name) for name in _known(model, names)]
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
@@ -53,6 +57,37 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         # A model of two towers runs both.
         return text | (_image_inputs(model, "pixel_values") if hasattr(config, "vision_config") else {})
     return _image_inputs(model, main)
+
+
+def given_inputs(model: nn.Module, inputs: Any | None) -> Mapping[str, Any]:
+    """Model inputs as a mapping: one sample of native size by default; a tensor is the main input.
+
+    Raises:
+        InvalidValueError: something else, or several texts and another number of images.
+    """
+    if inputs is None:
+        return example_inputs(model)
+    if isinstance(inputs, Tensor):
+        return {main_input(model): inputs}
+    if not isinstance(inputs, Mapping):
+        raise InvalidValueError(
+            f"inputs: expected a mapping of what {type(model).__name__} takes, or a tensor of {main_input(model)!r}, "
+            f"found a {type(inputs).__name__}."
+        )
+    texts, images = (inputs.get(name) for name in ("input_ids", "pixel_values"))
+    # One text may have several images, and packed images are rows of patches.
+    towers = isinstance(texts, Tensor) and isinstance(images, Tensor) and images.ndim > 2
+    if towers and len(texts) not in (1, len(images)):
+        raise InvalidValueError(
+            f"inputs: expected as many texts as images, or one text, found {len(texts)} texts and {len(images)} "
+            "images. Give one of each."
+        )
+    return inputs
+
+
+def _known(model: nn.Module, names: Collection[str]) -> Collection[str]:
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    return check(names, list_of(Kind("the path of a module", lambda path: path in paths)), "names")
 
 
 def _denoiser_inputs(config: Any) -> dict[str, Any]:
@@ -87,7 +122,7 @@ def _image_inputs(model: nn.Module, main: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, names: tuple[str, ...] | None = None, inputs: Mapping[str, Any] | None = None) -> int:
+def count_macs(model: nn.Module, names: Collection[str] | None = None, inputs: Mapping[str, Any] | None = None) -> int:
     """Multiply-accumulates of linear and convolution layers and of both attention products, for one sample.
 
     Counted by running a copy of the model without weights.
@@ -99,8 +134,14 @@ def count_macs(model: nn.Module, names: tuple[str, ...] | None = None, inputs: M
 
     Returns:
         the number of one sample; a multiplication and an addition count as one.
+
+    Raises:
+        InvalidValueError: names that are none of the model's, or those of [`trace`].
+        UnsupportedModuleError: attention that is not known.
     """
-    macs = trace(unwrapped(model), inputs, whole=names is None).macs
+    model = unwrapped(model)
+    names = None if names is None else _known(model, names)
+    macs = trace(model, inputs, whole=names is None).macs
     if names is not None:
         macs = {path: n for path, n in macs.items() if any(path == m or path.startswith(f"{m}.") for m in names)}
     return sum(macs.values())
@@ -131,7 +172,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: b
         InvalidValueError: inputs that do not fit the model, or none given and none that could be made up.
         UnsupportedModuleError: attention that is not known.
     """
-    given = example_inputs(model) if inputs is None else inputs
+    given = given_inputs(model, inputs)
     # Where samples are packed one behind the other, what says their sizes is looked into.
     packed = _is_packed(given) and not next(model.parameters()).is_meta
     # A mask saves nothing in the products, and transformers would look into it, which has no values here.
@@ -174,7 +215,9 @@ def _is_packed(inputs: Mapping[str, Any]) -> bool:
 
 
 def _first(inputs: Mapping[str, Any]) -> Tensor | None:
-    return next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+    # A time step may be one for all samples.
+    return next((value for value in tensors if value.ndim > 1), next(iter(tensors), None))
 
 
 def _attention_families(model: nn.Module, whole: bool) -> dict[str, AttentionFamily]:

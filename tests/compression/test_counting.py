@@ -25,6 +25,7 @@ from tests.helpers import (
     small_vit,
     state_of,
 )
+from tests.modeling.test_diffusers import batch, unet
 
 
 # The small models of tests/helpers.py: width 48, 3 heads, MLP 80, 16 patches of 8x8x3 and one class token, 5 labels.
@@ -114,6 +115,38 @@ def test_saved_macs_are_what_the_built_model_saves():
                 small = compress(model, plan=RankPlan({name: site.entry({choice: 3})}))
                 assert before - count_macs(small) == site.saved_macs(choice, 3, tokens[name]), (name, choice)
                 assert count_parameters(model) - count_parameters(small) == site.saved_parameters(choice, 3)
+
+
+def test_names_that_are_none_are_said():
+    model, _ = small_vit()
+    for count in (count_macs, count_parameters):
+        for names in ("classifier", ("vit.layer.0",), ("classifier", 3)):
+            with pytest.raises(InvalidValueError, match="names: expected a list, each item the path of a module"):
+                count(model, names)
+        assert count(model, ["classifier"]) == count(model, ("classifier",)) > 0
+
+
+def test_a_tensor_is_the_main_input():
+    model, inputs = small_vit()
+    assert count_macs(model, inputs=inputs["pixel_values"]) == count_macs(model)
+    with pytest.raises(InvalidValueError, match=r"or a tensor of 'pixel_values', found a list"):
+        count_macs(model, inputs=[inputs["pixel_values"]])
+
+
+def test_towers_with_other_numbers_of_samples():
+    model, inputs = small_clip()
+    texts, images = inputs["input_ids"], inputs["pixel_values"]
+    one = count_macs(model, inputs={"input_ids": texts[:1], "pixel_values": images[:1]})
+    both = {"input_ids": torch.cat([texts] * 2)[:3], "pixel_values": torch.cat([images] * 2)[:3]}
+    assert count_macs(model, inputs=both) == one
+    with pytest.raises(InvalidValueError, match=r"found 3 texts and 1 images\. Give one of each"):
+        count_macs(model, inputs=both | {"pixel_values": images[:1]})
+
+
+def test_a_time_step_for_all_samples():
+    model = unet()
+    several = {"timestep": torch.zeros(1), **{name: value for name, value in batch(4).items() if name != "timestep"}}
+    assert count_macs(model, inputs=several) == count_macs(model, inputs=batch(1))
 
 
 def test_what_cannot_be_counted_is_said():

@@ -17,7 +17,7 @@ from ...modeling import Site, find_sites, known_sites, measuring, unwrapped
 from ...modeling.views import class_path
 from ...progress import progress_bar
 from ..clock import in_turns, time_call
-from ..counting import example_inputs, samples_in, trace
+from ..counting import given_inputs, samples_in, trace
 from .budget import METRICS, Option, default_step, find_options
 from .latency import LatencyTable, ShapeTimes
 
@@ -198,7 +198,7 @@ def _batch(
 ) -> dict[str, Any]:
     """Inputs of one sample, as often as asked, on the device and in the dtype of the weights."""
     result, generator = {}, torch.Generator(weight.device).manual_seed(0)
-    given = example_inputs(model) if inputs is None else inputs
+    given = given_inputs(model, inputs)
     # Packed patches are one sample as they are, and tables of positions belong to none.
     samples = samples_in(given)
     for name, value in given.items():
