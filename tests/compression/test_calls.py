@@ -7,7 +7,7 @@ from comcat_hf.compression.fitting.calls import blocks_between, record_calls
 from comcat_hf.modeling import find_sites
 from comcat_hf.modeling.sites import block_of
 from tests.compression.test_compensation import batches_for
-from tests.helpers import MODELS
+from tests.helpers import _VISION, MODELS
 
 
 def paths_of(model):
@@ -96,3 +96,17 @@ def test_blocks_that_are_called_in_another_way_run_whole(change):
     last = calls[paths[-1]]
     assert len(last.arguments) == 4
     assert len(last.dense_in) == (4 if change is moved else 0)
+
+
+@torch.no_grad()
+def test_a_mask_is_of_its_own_tower():
+    model, inputs = MODELS["clip"](vision_config={**_VISION, "image_size": 24})
+    inputs["pixel_values"], length = inputs["pixel_values"][..., :24, :24], inputs["input_ids"].shape[1]
+    inputs["attention_mask"][:, -1] = 0
+    paths = paths_of(model)
+    vision, text = (next(path for path in paths if path.startswith(name)) for name in ("vision", "text"))
+    calls = record_calls(model, paths, [inputs, inputs])
+    # As many patches as there are tokens of a text.
+    assert calls[vision].dense_in[0].shape[1] == calls[text].dense_in[0].shape[1] == length
+    assert calls[vision].masks == [None, None]
+    assert all(torch.equal(mask, inputs["attention_mask"]) for mask in calls[text].masks)

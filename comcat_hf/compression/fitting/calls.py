@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.inputs import run_batch
+from ..calibration.statistics import token_mask
 
 
 __all__ = ["Calls", "Reached", "blocks_between", "record_calls", "stop"]
@@ -73,7 +74,6 @@ def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mappin
     block, so it is for all batches, and these run up to the first block alone.
     """
     calls = {path: Calls() for path in paths}
-    running: Mapping[str, Any] = {}
     gave: dict[str, Tensor] = {}
     alike = False
 
@@ -82,7 +82,7 @@ def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mappin
         states = args[0] if args else kwargs.pop(next(iter(signature(module.forward).parameters)))
         record.dense_in.append(states)
         record.arguments.append((args[1:], kwargs))
-        mask = running.get("attention_mask")
+        mask = holder.mask
         fits = isinstance(mask, Tensor) and mask.shape == states.shape[:-1]
         record.masks.append(mask if fits else None)
 
@@ -90,12 +90,12 @@ def record_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mappin
         gave[path] = output[0] if isinstance(output, tuple) else output
 
     with ExitStack() as stack:
+        holder = stack.enter_context(token_mask(model))
         for path in paths:
             module = model.get_submodule(path)
             stack.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(partial(after, path)).remove)
         for index, batch in enumerate(inputs):
-            running = batch
             if alike:
                 with suppress(Reached):
                     run_batch(model, batch, index)
