@@ -350,6 +350,19 @@ def test_a_plan_has_its_targets_already():
         compress(model, plan=RankPlan({}))
     with pytest.raises(InvalidValueError, match=r"With a plan.*target_modules, step cannot be used"):
         compress(model, plan=RankPlan({"classifier": 2}), target_modules=["classifier"], step=2)
+    for how in ({"strategy": "bogus"}, {"scope": "attention"}, {"metric": "macs"}):
+        with pytest.raises(InvalidValueError, match=rf"With a plan.*{next(iter(how))} cannot be used"):
+            compress(model, plan=RankPlan({"classifier": 2}), **how)
+    own = RankPlan({"classifier": 2}, scope="mlp", metric="macs")
+    compress(model, plan=own, scope="mlp", metric="macs")
+
+
+@pytest.mark.parametrize("how", [{}, {"mlp": "rank", "strategy": "spectrum"}])
+def test_ranks_for_mlps_as_wholes(how):
+    model, _ = small_vit()
+    with pytest.raises(InvalidValueError, match=r"mlp='rank' gives ranks, found MLPs as wholes, vit\.layers\.0\.mlp"):
+        compress(model, 0.1, target_modules=r".*\.mlp", **how)
+    assert plan_of(compress(model, 0.103, target_modules=r".*\.mlp", mlp="width")).reached >= 0.103
 
 
 def test_poolers_are_no_reason_to_refuse():

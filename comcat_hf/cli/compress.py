@@ -24,6 +24,8 @@ _WORDS = {
     "num_train_epochs": "--epochs",
 }
 
+_SAMPLES = 256
+
 
 @command(app)
 def compress(
@@ -51,7 +53,7 @@ def compress(
     refine: Annotated[
         int, typer.Option(help="Steps of training without labels on the images, after the closed forms.", min=0)
     ] = 0,
-    samples: Annotated[int, typer.Option(help="Training images to calibrate on.", min=1)] = 256,
+    samples: Annotated[int, typer.Option(help="Training images to calibrate on.", min=1)] = _SAMPLES,
     eval_samples: Annotated[int | None, typer.Option(help="Validation images to use.", show_default="all")] = None,
     sweep: Annotated[str | None, typer.Option(help="Other reductions to measure, such as 0.3,0.7.")] = None,
     epochs: Annotated[float, typer.Option(help="Epochs of fine-tuning with distillation.", min=0)] = 0,
@@ -72,7 +74,7 @@ def compress(
     how: dict[str, Any] = {"scope": scope, "metric": metric, "layout": layout}
     if subfolder is not None or (name is not None and not is_image_classifier(name)):
         of_images = {"--data": data, "--sweep": sweep, "--epochs": epochs, "--eval-samples": eval_samples}
-        of_images |= {"--refine": refine}
+        of_images |= {"--refine": refine, "--samples": samples != _SAMPLES, "--seed": seed}
         of_images |= {f"--strategy {strategy}": strategy in ("sensitivity", "curvature", "search")}
         if unfit := [flag for flag, value in of_images.items() if value]:
             raise InvalidValueError(

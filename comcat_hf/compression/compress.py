@@ -31,6 +31,9 @@ __all__ = ["compress"]
 
 logger = logging.getLogger(__name__)
 
+# What they are where they are not given.
+_USUAL = {"scope": "model", "metric": "params"}
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -154,7 +157,7 @@ def compress(
         return _elastic(
             model, elastic, asked | where | choosing, refine, batches=batches, statistics=statistics, **how
         )
-    _check_ways(model, reduction, plan, where | choosing)
+    _check_ways(model, reduction, plan, where | choosing | {"strategy": strategy}, {"scope": scope, "metric": metric})
     layout = "plain" if plan is not None and plan.layout == "plain" else layout
     data = {"statistics": statistics, "batches": batches, "sensitivities": sensitivities}
     how = {"scope": scope, "metric": metric, "strategy": strategy, "mlp": mlp, "step": step, "layout": layout}
@@ -214,6 +217,7 @@ def _weighed(
     model: nn.Module, batches: Iterable[Any], statistics: Statistics, planned: bool, how: Mapping[str, Any]
 ) -> Statistics:
     """The statistics with curvature; where ranks are given, a model without gradients does without."""
+    statistics.check_model(model, [site.name for site in how["sites"]])
     try:
         return gather_curvature(model, batches, statistics=statistics, **how)
     except NoGradientsError as error:
@@ -223,12 +227,19 @@ def _weighed(
         return statistics
 
 
-def _check_ways(model: nn.Module, reduction: float | None, plan: RankPlan | None, how: Mapping[str, Any]) -> None:
+def _check_ways(
+    model: nn.Module,
+    reduction: float | None,
+    plan: RankPlan | None,
+    how: Mapping[str, Any],
+    asked: Mapping[str, str],
+) -> None:
     if (reduction is None) == (plan is None):
         raise InvalidValueError(f"Give either reduction or plan, got reduction={reduction!r} and plan={plan!r}.")
     check_merged(model)
     if plan is not None and not plan.ranks:
         raise InvalidValueError("plan: expected modules and their ranks, found none, so nothing would be compressed.")
     chosen = [name for name, value in how.items() if value is not None]
+    chosen += [name for name, value in asked.items() if value not in (_USUAL[name], getattr(plan, name, None))]
     if plan is not None and chosen:
         raise InvalidValueError(f"With a plan there are no ranks to choose; {', '.join(chosen)} cannot be used.")

@@ -17,7 +17,7 @@ from ..errors import InvalidValueError
 from ..modeling import eval_mode
 
 
-__all__ = ["TEACHER_LOSSES", "DistillationLoss", "LossParts", "OwnBase", "ask_teacher"]
+__all__ = ["TEACHER_LOSSES", "DistillationLoss", "LossParts", "OwnBase", "ask_teacher", "check_labels"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,13 @@ class DistillationLoss(nn.Module):
             f"alpha={self.alpha}, kind={self.kind!r}, temperature={self.temperature}, alignment={self.alignment}, "
             f"blocks={self.blocks}, without_token={self.without_token}"
         )
+
+
+def check_labels(batch: Any) -> None:
+    """Refuse a batch that does not map labels beside the model's inputs."""
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        found = sorted(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise InvalidValueError(f"A batch must map 'labels' beside the model's inputs, found {found}.")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..errors import InvalidValueError
 from ..hub import push_folder, read_json, resolve_file, write_json_atomic
 from ..modeling import apply_ranks, unwrapped
 from ..modeling.layout import LAYOUTS, make_plain
-from ..native import attach_plan, load_model
+from ..native import attach_plan, is_native, load_model
 from .budget.allocation import allocate, check_ask
 from .budget.budget import METRICS, find_budget, prepare_sites
 from .calibration.curvature import gather_curvature
@@ -167,7 +167,7 @@ class Elastic:
         apply_ranks(small, plan.ranks, statistics=self._prepared)
         if plan.layout == "plain":
             make_plain(small, self.dense, plan.ranks)
-        self.model = attach_plan(small, plan)
+        self.model = attach_plan(small, plan) if is_native(small) else small
         return self.model
 
     def save_pretrained(
@@ -181,6 +181,11 @@ class Elastic:
             repo_id: where to; by default the name of the folder.
             **kwargs: those of the model's `save_pretrained`, and of [`push_folder`].
         """
+        if not is_native(self.dense):
+            raise InvalidValueError(
+                f"Elastic.save_pretrained: expected a model of transformers or diffusers, which has a format for it, "
+                f"found {type(self.dense).__name__}. Keep its weights and `statistics` yourself."
+            )
         folder = Path(save_directory)
         hub = {key: kwargs.pop(key) for key in _OF_THE_HUB if key in kwargs}
         # Without its range the folder is none of ours, until all of it is written.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ..checks import Kind, above, check, finite, whole
 from ..errors import ComCATError, InvalidValueError
 from ..progress import progress_bar
-from .distillation import DistillationLoss, LossParts, ask_teacher
+from .distillation import DistillationLoss, LossParts, ask_teacher, check_labels
 
 
 __all__ = ["finetune", "one_cycle", "parameter_groups"]
@@ -124,8 +124,7 @@ class _Training:
         return torch.stack([getattr(parts, name).detach().float() for name in _PARTS])
 
     def _losses(self, batch: Mapping[str, Any], progress: float) -> LossParts:
-        if "labels" not in batch:
-            raise InvalidValueError(f"A batch must have 'labels' beside the model's inputs, found {sorted(batch)}.")
+        check_labels(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if self.loss.needs_hidden_states:
             inputs["output_hidden_states"] = True

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import Kind, check, optional, whole
+from ..checks import Kind, check, optional, some_of, whole
 from ..errors import InvalidValueError
 from ..modeling import EVERYTHING, Site, Targets, find_sites
 from ..modeling.layout import LAYOUTS
@@ -167,8 +167,18 @@ def check_merged(model: nn.Module) -> None:
 
 
 def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:
-    """Of all sites of a model those that this way of making its MLPs smaller (`WAYS`) chooses from."""
+    """Of all sites of a model those that this way of making its MLPs smaller (`WAYS`) chooses from.
+
+    Raises:
+        InvalidValueError: there are MLPs alone, and it is their layers that get ranks.
+    """
     if mlp == "rank":
-        return {name: site for name, site in sites.items() if site.kind != "mlp"}
+        layers = {name: site for name, site in sites.items() if site.kind != "mlp"}
+        if sites and not layers:
+            raise InvalidValueError(
+                f"target_modules: expected layers of MLPs, which mlp='rank' gives ranks, found MLPs as wholes, "
+                f"{some_of(sites)}. Name their layers too, or choose mlp='width'."
+            )
+        return layers
     known = {path for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}
     return {name: site for name, site in sites.items() if mlp == "mixed" or name not in known}

@@ -239,19 +239,21 @@ def initialize_comcat_weights(
         raise InvalidValueError(
             f"The adapter {adapter_name!r} is of mode 'customize', which starts at zero and has no closed form."
         )
-    if statistics is not None and hasattr(statistics, "check_model"):
-        statistics.check_model(base)
-    unfitted = []
-    for site in known_sites(base, width=True).values():
+    sites, chosen, unfitted = known_sites(base, width=True), {}, []
+    for name, site in sites.items():
         substitutes = {
             path: layers[id(dense)].comcat_factors[adapter_name]
             for path, dense in site.dense_modules().items()
             if id(dense) in layers and adapter_name in layers[id(dense)].comcat_factors
         }
         # The factors of a layer may be those of its MLP's width.
-        own = substitutes and isinstance(next(iter(substitutes.values())), site.replacement)
-        if own and not fill(site, substitutes, (statistics or {}).get(site.moments_path)):
-            unfitted.append(site.name)
+        if substitutes and isinstance(next(iter(substitutes.values())), site.replacement):
+            chosen[name] = substitutes
+    if statistics is not None and hasattr(statistics, "check_model"):
+        statistics.check_model(base, chosen, sites)
+    for name, substitutes in chosen.items():
+        if not fill(sites[name], substitutes, (statistics or {}).get(sites[name].moments_path)):
+            unfitted.append(name)
     warn_not_finite(unfitted)
 
 

@@ -273,6 +273,9 @@ def test_bad_arguments_are_refused_before_training():
         finetune(student, teacher, iter(data), 1, 1e-3)
     with pytest.raises(InvalidValueError, match="no PEFT model that could be its own"):
         finetune(student, None, data, 1, 1e-3)
+    pairs = [tuple(batch.values()) for batch in data]
+    with pytest.raises(InvalidValueError, match=r"A batch must map 'labels'.* found a (list|tuple)"):
+        finetune(student, teacher, pairs, 1, 1e-3, progress=False)
     with pytest.raises(InvalidValueError, match=r"found \['pixel_values'\]"):
         finetune(student, teacher, [{"pixel_values": data[0]["pixel_values"]}], 1, 1e-3, progress=False)
     with pytest.raises(InvalidValueError, match="no parameter to train"):

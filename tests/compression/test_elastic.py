@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoModelForImageClassification
 
 from comcat_hf import Elastic, Statistics, collect_statistics, compress, plan_of
@@ -40,6 +42,27 @@ def test_any_reduction_is_made_from_what_was_saved(how, tmp_path):
         outputs(AutoModelForImageClassification.from_pretrained(tmp_path / "elastic").eval(), inputs),
         outputs(dense, inputs),
     )
+
+
+class Bare(nn.Module):
+    """A model of neither library."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, pixel_values):
+        return self.vit(pixel_values).logits
+
+
+def test_a_model_of_neither_library_is_made_and_not_saved(tmp_path):
+    bare = Bare(small_vit()[0])
+    elastic = compress(bare, batches=[images(8)], elastic=(0.2, 0.5), progress=False)
+    found, expected = elastic.set_reduction(0.3), compress(bare, 0.3, statistics=elastic.statistics)
+    assert torch.equal(found(images(2)), expected(images(2)))
+    with pytest.raises(InvalidValueError, match=r"expected a model of transformers or diffusers.* found Bare"):
+        elastic.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_statistics_serve_in_place_of_images():

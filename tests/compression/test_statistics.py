@@ -178,6 +178,15 @@ def test_batches_come_in_many_forms():
         assert_same(collect_statistics(model, batches), expected), form
 
 
+def test_a_tuple_that_may_hold_a_mask_is_not_read_without_it():
+    model, inputs = small_bert()
+    texts = DataLoader(TensorDataset(inputs["input_ids"], inputs["attention_mask"]), batch_size=2)
+    with pytest.raises(InvalidValueError, match=r"Batch 0: .*may be the attention mask\. Give mappings"):
+        collect_statistics(model, texts)
+    labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
+    collect_statistics(model, DataLoader(TensorDataset(inputs["input_ids"], labels), batch_size=2))
+
+
 @pytest.mark.parametrize(
     ("batches", "says"),
     [
@@ -260,6 +269,10 @@ def test_statistics_of_another_model_are_refused():
     with pytest.raises(InvalidValueError, match=r"lack vit\.layers\.2"):
         comcat_hf.compress(deeper, 0.3, statistics=statistics)
     attention = collect_statistics(model, [inputs], scope="attention")
+    plan = comcat_hf.allocate_ranks(model, 0.3)
+    for how in ({"reduction": 0.3}, {"plan": plan}):
+        with pytest.raises(InvalidValueError, match="scope='attention', lack"):
+            comcat_hf.compress(model, **how, batches=[inputs], statistics=attention)
     with pytest.raises(InvalidValueError, match="scope='attention'"):
         comcat_hf.compress(model, 0.3, statistics=attention)
     assert comcat_hf.compress(model, 0.3, scope="attention", statistics=statistics)

@@ -62,6 +62,9 @@ class TestInitialization:
         for other, inputs in others:
             with pytest.raises(InvalidValueError, match="statistics"):
                 initialize_comcat_weights(model, statistics=collect_statistics(other, [inputs]))
+        attention = collect_statistics(small_vit()[0], [small_vit()[1]], scope="attention")
+        with pytest.raises(InvalidValueError, match=r"scope='attention', lack vit\.layers\.0\.mlp"):
+            initialize_comcat_weights(get_peft_model(small_vit()[0], ComCATConfig(linear_rank=4)), attention)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
     def test_a_merged_adapter_is_initialized_too(self):

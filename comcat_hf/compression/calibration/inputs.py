@@ -85,6 +85,12 @@ def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.devi
     """A batch as keyword arguments of the model, on its device, without labels."""
     main = main_input(model)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        shapes = [value.shape for value in batch if isinstance(value, Tensor)]
+        if main == "input_ids" and isinstance(batch[0], Tensor) and shapes[0] in shapes[1:]:
+            raise InvalidValueError(
+                f"Batch {index}: expected {main!r}, and labels that are left out, found a further tensor of its shape "
+                "that may be the attention mask. Give mappings with 'input_ids' and 'attention_mask'."
+            )
         batch = batch[0]
     inputs = {main: batch} if isinstance(batch, Tensor) else batch
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get(main), Tensor):

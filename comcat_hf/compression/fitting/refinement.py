@@ -207,7 +207,10 @@ class _States:
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # A model that draws random numbers, such as a random mask, draws the same ones as the other model.
-            torch.manual_seed(index)
+            # Not torch.manual_seed, which would seed other devices as well.
+            torch.default_generator.manual_seed(index)
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index].manual_seed(index)
             output = run_batch(self.model, part, index)
         for states in main_output(output).values():
             self._add(states)

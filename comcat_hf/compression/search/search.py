@@ -26,7 +26,7 @@ from ...tensor_files import read_saved, write_saved
 from ..budget.allocation import check_ask, finish_plan
 from ..budget.budget import METRICS, Budget, entries, find_budget
 from ..calibration.moments import Statistics
-from ..distillation import DistillationLoss, ask_teacher
+from ..distillation import DistillationLoss, ask_teacher, check_labels
 from ..request import Request, sites_by_way
 from .nested import Candidates, Key, NestedModel
 
@@ -305,9 +305,7 @@ class _Search:
         self, batch: Any, index: int, logits: nn.Parameter, optimizer: AdamW, generator: torch.Generator
     ) -> float:
         """Learn from one batch; returns the expected cost as a share of the whole."""
-        if not isinstance(batch, Mapping) or "labels" not in batch:
-            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise InvalidValueError(f"A batch must map 'labels' beside the model's inputs, found {found}.")
+        check_labels(batch)
         done = index / max(self.steps - 1, 1)
         noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
         first, last = self.temperature
