@@ -177,13 +177,13 @@ def compress(
         data["batches"] = batches = read_batches(batches)
     choose = partial(allocate, model, sites, reduction, request, data, latency, inputs, progress)
     # What needs no statistics comes first, so that a budget out of reach is said before anything is run.
-    if plan is None and not request.informed:
-        plan = choose()
+    plan = choose() if plan is None and not request.informed else plan
     meant = sites_by_way(sites, request.mlp) if plan is None else {name: sites[name] for name in plan.ranks}
     how = {"sites": meant.values(), "progress": progress}
     if request.gathers(planned=given):
         statistics = gather(model, batches, scope=scope if plan is None else plan.scope, **how)
     if request.weighs(planned=given):
+        statistics.check_model(model, meant, sites)
         statistics = _weighed(model, batches, statistics, given, how)
     data["statistics"] = statistics
     if plan is None:
@@ -217,7 +217,6 @@ def _weighed(
     model: nn.Module, batches: Iterable[Any], statistics: Statistics, planned: bool, how: Mapping[str, Any]
 ) -> Statistics:
     """The statistics with curvature; where ranks are given, a model without gradients does without."""
-    statistics.check_model(model, [site.name for site in how["sites"]])
     try:
         return gather_curvature(model, batches, statistics=statistics, **how)
     except NoGradientsError as error:

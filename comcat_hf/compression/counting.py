@@ -63,7 +63,7 @@ def given_inputs(model: nn.Module, inputs: Any | None) -> Mapping[str, Any]:
     """Model inputs as a mapping: one sample of native size by default; a tensor is the main input.
 
     Raises:
-        InvalidValueError: something else, or several texts and another number of images.
+        InvalidValueError: something else, or more images for one text than for another.
     """
     if inputs is None:
         return example_inputs(model)
@@ -75,18 +75,19 @@ def given_inputs(model: nn.Module, inputs: Any | None) -> Mapping[str, Any]:
             f"found a {type(inputs).__name__}."
         )
     texts, images = (inputs.get(name) for name in ("input_ids", "pixel_values"))
-    # One text may have several images, and packed images are rows of patches.
+    # A text may have several images, and packed images are rows of patches.
     towers = isinstance(texts, Tensor) and isinstance(images, Tensor) and images.ndim > 2
-    if towers and len(texts) not in (1, len(images)):
+    if towers and len(images) % len(texts):
         raise InvalidValueError(
-            f"inputs: expected as many texts as images, or one text, found {len(texts)} texts and {len(images)} "
-            "images. Give one of each."
+            f"inputs: expected as many images for each text, found {len(texts)} texts and {len(images)} images. Give "
+            "one of each."
         )
     return inputs
 
 
 def _known(model: nn.Module, names: Collection[str]) -> Collection[str]:
     paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    names = names if isinstance(names, str) else tuple(names)
     return check(names, list_of(Kind("the path of a module", lambda path: path in paths)), "names")
 
 
@@ -205,7 +206,14 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, whole: b
 def samples_in(inputs: Mapping[str, Any]) -> int:
     """How many samples model inputs are; packed patches are one."""
     first = _first(inputs)
-    return 0 if first is None else 1 if _is_packed(inputs) else len(first)
+    if first is None:
+        return 0
+    if _is_packed(inputs):
+        return 1
+    if first.shape == (1,):
+        # One time step for all samples.
+        return max((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 2), default=1)
+    return len(first)
 
 
 def _is_packed(inputs: Mapping[str, Any]) -> bool:
@@ -215,9 +223,7 @@ def _is_packed(inputs: Mapping[str, Any]) -> bool:
 
 
 def _first(inputs: Mapping[str, Any]) -> Tensor | None:
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
-    # A time step may be one for all samples.
-    return next((value for value in tensors if value.ndim > 1), next(iter(tensors), None))
+    return next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
 
 
 def _attention_families(model: nn.Module, whole: bool) -> dict[str, AttentionFamily]:

@@ -35,7 +35,7 @@ class Exported:
     Attributes:
         folder: with the program, `config.json` and the library's `export.json`.
         difference: largest difference of its outputs from the model's, as a share of their range, over batches of one,
-            two and five random samples.
+            two and five random samples; from those of the model in the program's dtype, where that is the finer one.
         opset: of ONNX; `None` for torch.
         bytes: of the program with its weights.
     """

@@ -176,8 +176,8 @@ def sites_by_way(sites: Mapping[str, Site], mlp: str) -> dict[str, Site]:
         layers = {name: site for name, site in sites.items() if site.kind != "mlp"}
         if sites and not layers:
             raise InvalidValueError(
-                f"target_modules: expected layers of MLPs, which mlp='rank' gives ranks, found MLPs as wholes, "
-                f"{some_of(sites)}. Name their layers too, or choose mlp='width'."
+                f"mlp='rank' gives ranks to the layers of MLPs: expected some among the modules to compress, found "
+                f"MLPs as wholes, {some_of(sites)}. Name their layers too, or choose mlp='width'."
             )
         return layers
     known = {path for site in sites.values() if site.kind == "mlp" for path in site.dense_modules()}

@@ -319,7 +319,7 @@ def _view(
     # Of diffusers, where unfuse_qkv_projections() leaves them in the older models.
     twice = [path for path in ("to_qkv", "to_kv") if path in module._modules and path not in family.attributes()]
     fused = f"it holds its projections twice, once fused in {twice[0]}; load the model again" if twice else None
-    if reason := (whole and fused) or (form and form.compress) or next(filter(None, whys), None):
+    if reason := (fused if whole else None) or (form.compress if form else None) or next(filter(None, whys), None):
         raise _unsupported(name, module, reason)
     in_parent = family.sibling_of(module)
     owner_name, path = (name, family.output) if in_parent is None else (name.rpartition(".")[0], in_parent)

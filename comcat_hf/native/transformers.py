@@ -228,19 +228,27 @@ def _pushed(
     **commit: Any,
 ) -> Iterator[None]:
     """Upload what is written to a folder in here: the library itself uploads what it wrote alone, so no rank file."""
+    listed_tags = [tags] if isinstance(tags, str) else tags or ()
     repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     os.makedirs(folder, exist_ok=True)
     before = model._get_files_timestamps(folder)
     yield
-    path = Path(folder, "README.md")
-    if path.exists():
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    else:
-        card = create_and_tag_model_card(repo_id, token=token)
-    named = [tags] if isinstance(tags, str) else tags or ()
-    card.data.tags = [*dict.fromkeys([*(card.data.tags or ()), *(model.model_tags or ()), *named])]
-    card.save(path)
+    _write_card(Path(folder, "README.md"), repo_id, [*(model.model_tags or ()), *listed_tags], token)
     model._upload_modified_files(folder, repo_id, before, token=token, **commit)
+
+
+def _write_card(path: Path, repo_id: str, tags: Sequence[str], token: str | bool | None) -> None:
+    """Write a card, or tag the one that is there; one that is as it was is uploaded where the repository has none."""
+    if not path.exists():
+        create_and_tag_model_card(repo_id, [*tags], token=token).save(path)
+        return
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    found = card.data.tags or []
+    if missing := [tag for tag in dict.fromkeys(tags) if tag not in found]:
+        card.data.tags = [*found, *missing]
+        card.save(path)
+    elif not HfApi().file_exists(repo_id, path.name, token=token):
+        path.touch()
 
 
 @contextmanager

@@ -229,7 +229,8 @@ def initialize_comcat_weights(
         adapter_name: which adapter.
 
     Raises:
-        InvalidValueError: no adapter of that name, one of mode `"customize"`, or statistics of another model.
+        InvalidValueError: no adapter of that name, one of mode `"customize"`, or statistics of another model or of
+            others of its modules.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else unwrapped(model)
     layers = {id(m.base_layer): m for m in base.modules() if isinstance(m, ComCATLayer)}

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
 from comcat_hf import RankPlan, compress, count_macs, count_parameters
-from comcat_hf.compression.counting import example_inputs, trace
+from comcat_hf.compression.counting import example_inputs, samples_in, trace
 from comcat_hf.errors import InvalidValueError, UnsupportedModuleError
 from comcat_hf.modeling import apply_ranks, find_sites
 from tests.architectures import ARCHITECTURES
@@ -123,7 +123,7 @@ def test_names_that_are_none_are_said():
         for names in ("classifier", ("vit.layer.0",), ("classifier", 3)):
             with pytest.raises(InvalidValueError, match="names: expected a list, each item the path of a module"):
                 count(model, names)
-        assert count(model, ["classifier"]) == count(model, ("classifier",)) > 0
+        assert count(model, ["classifier"]) == count(model, {"classifier": 2}.keys()) > 0
 
 
 def test_a_tensor_is_the_main_input():
@@ -139,14 +139,20 @@ def test_towers_with_other_numbers_of_samples():
     one = count_macs(model, inputs={"input_ids": texts[:1], "pixel_values": images[:1]})
     both = {"input_ids": torch.cat([texts] * 2)[:3], "pixel_values": torch.cat([images] * 2)[:3]}
     assert count_macs(model, inputs=both) == one
+    # Tiles, or several images of a text.
+    more = {"input_ids": texts[:1], "pixel_values": images[:1].repeat(2, 1, 1, 1)}
+    assert count_macs(model, inputs=more) > one
     with pytest.raises(InvalidValueError, match=r"found 3 texts and 1 images\. Give one of each"):
         count_macs(model, inputs=both | {"pixel_values": images[:1]})
 
 
 def test_a_time_step_for_all_samples():
     model = unet()
-    several = {"timestep": torch.zeros(1), **{name: value for name, value in batch(4).items() if name != "timestep"}}
-    assert count_macs(model, inputs=several) == count_macs(model, inputs=batch(1))
+    one, several = count_macs(model, inputs=batch(1)), batch(4)
+    several.pop("timestep")
+    assert count_macs(model, inputs={"timestep": torch.zeros(1), **several}) == one
+    pooled = {"timestep": torch.zeros(4), "class_labels": None, "timestep_cond": None}
+    assert samples_in({**pooled, "pooled": torch.zeros(4, 8), **several}) == 4
 
 
 def test_what_cannot_be_counted_is_said():

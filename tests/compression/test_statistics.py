@@ -184,7 +184,8 @@ def test_a_tuple_that_may_hold_a_mask_is_not_read_without_it():
     with pytest.raises(InvalidValueError, match=r"Batch 0: .*may be the attention mask\. Give mappings"):
         collect_statistics(model, texts)
     labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
-    collect_statistics(model, DataLoader(TensorDataset(inputs["input_ids"], labels), batch_size=2))
+    for given in (labels, inputs["input_ids"].roll(1)):
+        collect_statistics(model, DataLoader(TensorDataset(inputs["input_ids"], given), batch_size=2))
 
 
 @pytest.mark.parametrize(

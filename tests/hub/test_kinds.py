@@ -144,8 +144,15 @@ def test_a_push_while_saving_uploads_what_was_saved(hub, client, tmp_path):
     client('again = ViTForImageClassification.from_pretrained("user/repo", cache_dir=cache, revision="v1")')
     assert client("all(torch.equal(value, state[name]) for name, value in again.state_dict().items())")
     # By the name of the folder.
+    card = (folder / "README.md").read_bytes()
     client("small.save_pretrained(folder, push_to_hub=True)")
-    assert "comcat_ranks.json" in hub.files("user/out") and b"- x" in hub.files("user/out")["README.md"]
+    # Words written on the Hub stay.
+    hub.put("user/out", {**hub.files("user/out"), "README.md": b"Written there."})
+    client("small.save_pretrained(folder, push_to_hub=True)")
+    assert hub.files("user/out")["README.md"] == b"Written there." and (folder / "README.md").read_bytes() == card
+    client('small.save_pretrained(folder, push_to_hub=True, tags="more")')
+    assert "comcat_ranks.json" in hub.files("user/out")
+    assert b"- x" in hub.files("user/out")["README.md"] and b"- more" in hub.files("user/out")["README.md"]
 
 
 # An adapter on a base that was read from a folder: calls that make it, save it and upload it.

@@ -85,11 +85,10 @@ def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.devi
     """A batch as keyword arguments of the model, on its device, without labels."""
     main = main_input(model)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-        shapes = [value.shape for value in batch if isinstance(value, Tensor)]
-        if main == "input_ids" and isinstance(batch[0], Tensor) and shapes[0] in shapes[1:]:
+        if main == "input_ids" and any(_is_mask(value, batch[0]) for value in batch[1:]):
             raise InvalidValueError(
-                f"Batch {index}: expected {main!r}, and labels that are left out, found a further tensor of its shape "
-                "that may be the attention mask. Give mappings with 'input_ids' and 'attention_mask'."
+                f"Batch {index}: expected {main!r}, and labels that are left out, found a further tensor that may be "
+                "the attention mask. Give mappings with 'input_ids' and 'attention_mask'."
             )
         batch = batch[0]
     inputs = {main: batch} if isinstance(batch, Tensor) else batch
@@ -105,6 +104,12 @@ def prepare_batch(model: nn.Module, batch: Batch, index: int, device: torch.devi
             f"{tuple(inputs[main].shape)}."
         )
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if not k.startswith("label")}
+
+
+def _is_mask(value: Any, texts: Any) -> bool:
+    """Whether a tensor says of every token that it is real, 1, or padding, 0."""
+    tensors = isinstance(value, Tensor) and isinstance(texts, Tensor)
+    return tensors and value.shape == texts.shape and bool(((value == 0) | (value == 1)).all())
 
 
 def cut_batch(inputs: Mapping[str, Any], main: str, pieces: int) -> list[dict[str, Any]]:

@@ -197,6 +197,9 @@ class _States:
 
     def __init__(self, model: nn.Module, blocks: Iterable[str], stack: ExitStack) -> None:
         self.model = model
+        devices = {parameter.device for parameter in model.parameters()}
+        self.devices = {device.type for device in devices}
+        self.gpus = sorted(device.index for device in devices if device.type == "cuda")
         self.seen: list[State] = []
         self.mask = stack.enter_context(token_mask(model))
         for path in blocks:
@@ -204,13 +207,12 @@ class _States:
 
     def run(self, part: Mapping[str, Any], index: int) -> list[State]:
         self.seen = []
-        device = next(self.model.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # A model that draws random numbers, such as a random mask, draws the same ones as the other model.
-            # Not torch.manual_seed, which would seed other devices as well.
-            torch.default_generator.manual_seed(index)
-            if device.type == "cuda":
-                torch.cuda.default_generators[device.index].manual_seed(index)
+        with torch.random.fork_rng(self.gpus):
+            # A model that draws random numbers, such as a random mask, draws the same ones as the other model. On GPUs
+            # not by torch.manual_seed, which would seed those of others.
+            (torch.default_generator if self.devices <= {"cpu", "cuda"} else torch).manual_seed(index)
+            for gpu in self.gpus:
+                torch.cuda.default_generators[gpu].manual_seed(index)
             output = run_batch(self.model, part, index)
         for states in main_output(output).values():
             self._add(states)
