@@ -8,12 +8,14 @@ import subprocess
 import sys
 from textwrap import dedent
 
+import numpy as np
 import pytest
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
     BertConfig,
     BertForMaskedLM,
     Dinov2Backbone,
@@ -38,6 +40,7 @@ from comcat_hf.hub import write_json_atomic
 from tests.customization.pipelines import tiny_unet
 from tests.helpers import outputs, small_vit
 from tests.original.test_vit import HEADS, release_files
+from tests.training.classify.test_run import _without
 
 
 def run(*arguments):
@@ -226,8 +229,16 @@ def test_files_of_the_release_are_converted(tmp_path):
     release_files(tmp_path / "release")
     result = run("convert", "vit", str(tmp_path / "release"), str(tmp_path / "out"), "--heads", str(HEADS))
     assert result.exit_code == 0, result.output
-    image = Image.new("RGB", (20, 30))
+    image = Image.effect_mandelbrot((48, 60), (-2, -1.5, 1, 1.5), 40).convert("RGB")
     assert len(pipeline("image-classification", str(tmp_path / "out"))(image)) == 5
+    # The release's own transforms: the shorter side to the size, its middle, the mean and deviation of ImageNet.
+    found = AutoImageProcessor.from_pretrained(tmp_path / "out")(image, return_tensors="pt")["pixel_values"][0]
+    size = found.shape[-1]
+    resized = image.resize((size, size * 60 // 48), Image.Resampling.BICUBIC)
+    top = (resized.height - size) // 2
+    pixels = torch.tensor(np.asarray(resized.crop((0, top, size, top + size)))).permute(2, 0, 1) / 255
+    mean, deviation = (torch.tensor(each)[:, None, None] for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(found, (pixels - mean) / deviation)
     result = run("convert", "vit", str(tmp_path / "none"), str(tmp_path / "no"))
     assert result.exit_code == 1
     assert result.stderr.startswith("comcat convert vit: ")
@@ -393,6 +404,36 @@ def test_a_classifier_in_the_plain_layout_is_an_ordinary_model(digits_vit):
     assert plan.layout == "plain" and plan.ranks["vit.layers.1.mlp"] == {"width": config["intermediate_size"]}
     refused = run("compress", str(digits_vit / "vit"), str(digits_vit / "no"), *options, "--strategy", "search")
     assert "--layout plain makes a model without low-rank factors, got --strategy search" in refused.stderr
+
+
+def test_the_same_command_goes_on_with_a_fine_tuning(digits_vit):
+    out = digits_vit / "out"
+    command = ["compress", str(digits_vit / "vit"), str(out), "--reduction", "0.4", "--data", str(digits_vit / "data")]
+    command += ["--samples", "16", "--epochs", "2"]
+    assert run(*command).exit_code == 0
+    weights = (out / "model.safetensors").read_bytes()
+    # As after SIGKILL between the last checkpoint and the model.
+    (out / "comcat_stages.json").write_text(_without(out / "comcat_stages.json", "finetune"))
+    assert list(out.glob("checkpoint-*"))
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert run(*command[:4], "0.3", *command[5:], "--overwrite").exit_code == 0
+
+
+def test_a_model_that_takes_the_place_of_another_keeps_none_of_its_files(tmp_path):
+    KINDS["text"]().save_pretrained(tmp_path / "dense")
+    where = [*map(str, (tmp_path / "dense", tmp_path / "small")), "--reduction", "0.3"]
+    assert run("compress", *where).exit_code == 0
+    (tmp_path / "small" / "mine.json").write_text("{}")
+    (tmp_path / "small" / "model.safetensors.index.json").write_text("{}")
+    assert run("compress", *where, "--layout", "plain", "--overwrite").exit_code == 0
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert names >= {"mine.json", "model.safetensors"}
+    assert not names & {"comcat_ranks.json", "model.safetensors.index.json"}
+    assert BertForMaskedLM.from_pretrained(tmp_path / "small").config.intermediate_size < 3072
+    ignored = run("compress", *where, "--overwrite", "--samples", "9")
+    assert ignored.exit_code == 1 and "--samples: expected an image classifier" in ignored.stderr
 
 
 def test_a_text_model_in_the_plain_layout_loses_hidden_units(tmp_path):

@@ -130,6 +130,8 @@ def _compress_classifier(out: Path, epochs: float, **fields: Any) -> None:
     fields |= {"output_dir": str(out), "stages": ",".join(stages), "report_to": "none"}
     if epochs > 0:
         fields["num_train_epochs"] = epochs
+        # The same command goes on where it was stopped.
+        fields["resume_from_checkpoint"] = None if fields["overwrite_output_dir"] else "latest"
     try:
         result = compress_vit(CompressSettings(**fields), report=typer.echo)
     except ComCATError as error:

@@ -25,6 +25,7 @@ def vit(
 ) -> None:
     """A compressed ViT. Image and patch size come from the shapes; nothing is unpickled that could run code."""
     from transformers import DeiTImageProcessorPil
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     from ..compression import count_parameters
     from ..original import read_original_vit
@@ -34,9 +35,12 @@ def vit(
     model = read_original_vit(folder, heads=heads)
 
     size = model.config.image_size
+    # As the release evaluates (its datasets.py), which is not what the class does by default.
     processor = DeiTImageProcessorPil(
-        size={"height": round(size * 256 / 224), "width": round(size * 256 / 224)},
+        size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
     )
     model.save_pretrained(out)
     processor.save_pretrained(out)

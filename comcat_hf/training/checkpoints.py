@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..checks import TEXT, Kind, make_document, mapping_of, open_document, shown, whole
+from ..checks import TEXT, Kind, make_document, mapping_of, open_document, shown, some_of, whole
 from ..errors import CheckpointError, InvalidValueError, brief
 from ..hub import read_json, write_json_atomic
 from ..tensor_files import read_saved, write_saved
@@ -166,11 +166,24 @@ def find_checkpoint(output_dir: Path, asked: str | None, overwrite: bool = False
         return last_checkpoint(output_dir)
     for path in (Path(asked).expanduser(), output_dir / asked):
         if (path / _STATE).is_file():
+            _warn_of_later(path, present)
             return path
     raise CheckpointError(
         f"--resume_from_checkpoint {asked}: expected a checkpoint, found none there or in {output_dir}, which has "
         f"{', '.join(path.name for path in present) or 'no checkpoints'}. Give one of these, or latest."
     )
+
+
+def _warn_of_later(checkpoint: Path, present: Sequence[Path]) -> None:
+    """Say which checkpoints of the training that is left would pass for later ones of the one that goes on."""
+    later = [path.name for path in present[[*present, checkpoint].index(checkpoint) + 1 :]]
+    if later:
+        logger.warning(
+            "%s: %s are of the training before and have later steps: they stay, --resume_from_checkpoint latest takes "
+            "them and --checkpoints_total_limit keeps them. Remove them to go on from here alone.",
+            checkpoint,
+            some_of(later),
+        )
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Rule:
 
 COUNT = Rule(lambda value: value >= 1, "a whole number from 1")
 ABOVE_ZERO = Rule(lambda value: 0 < value < math.inf, "a number above 0")
+FINITE = Rule(math.isfinite, "a finite number")
 FROM_ZERO = Rule(lambda value: 0 <= value < math.inf, "a number from 0")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "a number from 0 to below 1")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")

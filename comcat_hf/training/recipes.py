@@ -99,12 +99,16 @@ def _called() -> str | None:
 
 
 def _split_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
+    first = arguments[:1] if arguments and not arguments[0].startswith("-") else []
     reader = _Parser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--config")
-    given, rest = reader.parse_known_args(arguments)
-    return given.config, rest
+    reader.add_argument("--config", action="append", default=[])
+    given, rest = reader.parse_known_args(arguments[len(first) :])
+    named = [*first, *given.config]
+    if len(named) > 1:
+        raise InvalidValueError(
+            f"Expected one recipe, found {', '.join(named)}. Name one, and give the rest as flags."
+        )
+    return next(iter(named), None), rest
 
 
 def _read_recipe(name: str, kind: str) -> list[tuple[Any, Any]]:
@@ -131,7 +135,7 @@ def _read_recipe(name: str, kind: str) -> list[tuple[Any, Any]]:
                     f"{name}: {key.value if isinstance(key.value, str) else 'a name'}: expected one value, found a "
                     f"{value.id}. Write a single value."
                 )
-        return [(make(key), make(value)) for key, value in node.value]
+        return [(make(key), _as_written(value, make(value))) for key, value in node.value]
     except InvalidValueError:
         raise
     # Dates that are none, numbers of thousands of digits and lists a thousand deep each end in another.
@@ -140,6 +144,11 @@ def _read_recipe(name: str, kind: str) -> list[tuple[Any, Any]]:
             f"{name}: expected a YAML file of flags and values, found one that cannot be read ({_problem(error)}). "
             "Correct the file."
         ) from error
+
+
+def _as_written(node: Any, value: Any) -> Any:
+    """A value of YAML, as text where its parser reads a truth or a number into words and digits of other meaning."""
+    return node.value if isinstance(value, int) and node.value.lower() not in ("on", "off") else value
 
 
 def _problem(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from comcat_hf.errors import InvalidValueError
 from comcat_hf.training.classify.evaluation_report import parse_evaluate_settings
 from comcat_hf.training.classify.settings import parse_compress_settings
 from comcat_hf.training.dreambooth.settings import parse_customize_settings
@@ -65,3 +66,18 @@ def test_the_other_scripts_do_alike(tmp_path):
     found = parse_customize_settings([written(tmp_path / "customize.yaml", recipe), "--instance_data_dir", "x"])
     assert (found.dataset_name, found.image_column, found.caption_column) == (None, "image", None)
     assert (found.instance_data_dir, found.resolution) == ("x", 64)
+
+
+def test_several_recipes_are_refused(tmp_path):
+    one, two = (written(tmp_path / f"{name}.yaml", GIVEN + DATA) for name in ("one", "two"))
+    for arguments in ([one, "--config", two], ["--config", one, "--config", two], [one, f"--config={two}"]):
+        with pytest.raises(InvalidValueError, match=r"Expected one recipe, found .*one.yaml, .*two.yaml"):
+            parse_compress_settings(arguments)
+
+
+def test_values_are_what_is_written(tmp_path):
+    """Not what YAML makes of `no` and of digits behind a zero."""
+    recipe = "mixed_precision: no\nrevision: 0123456\nwith_prior_preservation: yes\ncenter_crop: off\n"
+    found = parse_customize_settings([written(tmp_path / "recipe.yaml", recipe)])
+    assert (found.mixed_precision, found.revision) == ("no", "0123456")
+    assert (found.with_prior_preservation, found.center_crop) == (True, False)

@@ -1,7 +1,7 @@
 """Tables behind the plots: ranks by layer, and spectra by head."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
     places = {name: _place(site.moments_path) for name, site in sites.items()}
     stacks = list(dict.fromkeys(stack for stack, _, _ in places.values() if stack is not None))
     attentions = {place for name, (_, _, place) in places.items() if sites[name].kind == "attention"}
+    within: dict[str | None, set[str]] = {}
+    for stack, _, place in places.values():
+        within.setdefault(stack, set()).add(place)
     table: RankTable = {}
     for name, site in sites.items():
         stack, layer, place = places[name]
@@ -49,7 +52,7 @@ def rank_table(dense: nn.Module, plan: RankPlan) -> RankTable:
             elif choice == "width":
                 column = _WIDTH
             else:
-                column = "" if stack is None else place.rpartition(".")[2]
+                column = "" if stack is None else _ending(place, within[stack])
             table[row, column] = (ranks.get(choice), full)
     return table
 
@@ -92,6 +95,13 @@ def _place(name: str) -> tuple[str | None, str, str]:
     if match is None:
         return None, name.rpartition(".")[2], ""
     return match[1] or "", match[2], match[3]
+
+
+def _ending(place: str, others: Collection[str]) -> str:
+    """The last words of a path in a layer that no other path ends with: `output.dense` beside `intermediate.dense`."""
+    parts = place.split(".")
+    endings = (".".join(parts[index:]) for index in reversed(range(len(parts))))
+    return next((end for end in endings if not any(o != place and f".{o}".endswith(f".{end}") for o in others)), place)
 
 
 def _short(stack: str, stacks: list[str]) -> str:

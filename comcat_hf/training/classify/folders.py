@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from ...compression.compress import compress
 from ...compression.counting import count_macs, count_parameters
-from ...configs import RankPlan
+from ...configs import RANKS_NAME, RankPlan
 from ...errors import ComCATError, InvalidValueError
 from ...native import load_model, plan_of
 from ...reporting.cards import CardFacts, quoted, write_card
@@ -74,7 +74,12 @@ def compress_folder(
     dense = load_model(source, subfolder=subfolder)
     small = compress(dense, plan=None if plan is None else RankPlan.from_pretrained(plan), progress=True, **how)
     out.mkdir(parents=True, exist_ok=True)
-    save_model(small, _processor(source, subfolder), out)
+    written = save_model(small, _processor(source, subfolder), out)
+    # Of a model that was there: its ranks, and shards with their index, which readers take first.
+    for pattern in (RANKS_NAME, "*.safetensors.index.json", "*-of-*.safetensors"):
+        for path in out.glob(pattern):
+            if path.name not in written:
+                path.unlink()
     plain = plan_of(small).layout == "plain"
     library, name = type(dense).__module__.partition(".")[0], type(dense).__name__
     snippet = partial(_SNIPPET.format, needed="" if plain else "import comcat_hf\n", library=library, name=name)

@@ -38,18 +38,20 @@ _PUSHED = (".safetensors", ".json", ".md", ".png", ".html")
 _RANKS = "Ranks and widths kept of every layer, and the spectra of the attention products"
 
 
-def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
+def save_model(model: nn.Module, processor: Any, folder: Path) -> set[str]:
     """Write a model and its processor, if it has one, into a folder that may hold other files.
 
-    Files appear under their names when they are whole, the weights last.
+    Files appear under their names when they are whole, the weights last. Returns their names.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as staging:
         model.save_pretrained(staging)
         if processor is not None:
             processor.save_pretrained(staging)
+        written = {path.name for path in Path(staging).iterdir()}
         # A process that is killed in between leaves the weights and the configuration of one model, or none.
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.suffix == ".safetensors"):
             path.replace(folder / path.name)
+    return written
 
 
 def read_results(path: Path) -> Metrics:

@@ -290,8 +290,11 @@ class Setting:
         Raises:
             BudgetError: a reduction out of reach.
             RankPlanError: a plan that does not fit the model.
+            InvalidValueError: a warmup that does not fit the steps.
         """
         settings, dense, train = self.settings, self.dense, self.splits.train
+        if "finetune" in settings.stage_names:
+            warmup_steps(settings, self.steps.total)
         plan = plan if plan is not None else self._known_plan()
         exact = plan is not None
         if plan is None:

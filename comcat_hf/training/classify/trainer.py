@@ -101,7 +101,11 @@ class DistillationTrainer(Trainer):
         average = self.average
         if average is not None:
             average.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        found = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        # Where nothing was logged or saved behind the last step.
+        self.meter.check(self.state.global_step)
+        self._check_finite()
+        return found
 
     def compute_loss(
         self,

@@ -35,7 +35,7 @@ from .data import Example, class_examples, instance_examples
 from .families import Denoiser, load_pipeline
 from .losses import DiffusionLoss, FlowLoss, Loss
 from .optimizers import check_extras, make_optimizer, make_scheduler
-from .outputs import push_outputs, save_adapter, write_outputs
+from .outputs import push_outputs, remove_pictures, save_adapter, write_outputs
 from .planning import CustomizePlan
 from .preparing import (
     DTYPES,
@@ -242,6 +242,8 @@ def _carry_out(
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_checkpoints(output_dir, unfinished_only=settings.resume_from_checkpoint is not None)
+        if result.plan.first_step == 0:
+            remove_pictures(output_dir)
     start_trackers(accelerator, "comcat-dreambooth", settings)
     result = _train(run, result)
     if result.interrupted is None:

@@ -41,6 +41,12 @@ def save_adapter(settings: CustomizeSettings, pipeline: Any, folder: Path, dtype
     )
 
 
+def remove_pictures(folder: Path) -> None:
+    """Remove what an earlier training drew: the card would show it as this one's."""
+    for path in (*folder.glob("validation/step-*.png"), folder / BEFORE_AFTER):
+        path.unlink(missing_ok=True)
+
+
 def write_outputs(settings: CustomizeSettings, pipeline: Any, plan: CustomizePlan) -> Path:
     """Write the adapter and its card into the output folder."""
     folder = settings.output_path

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ...configs.adapter import ComCATConfig
 from ...errors import InvalidValueError
-from ..flags import ABOVE_ZERO, BELOW_ONE, COUNT, FROM_ZERO, NOTHING, flag
+from ..flags import ABOVE_ZERO, BELOW_ONE, COUNT, FINITE, FROM_ZERO, NOTHING, flag
 from ..recipes import parse_settings
 from ..settings import TRAINING, RunSettings
 
@@ -101,7 +101,7 @@ class CustomizeSettings(RunSettings):
     weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = flag(
         "logit_normal", "Flow matching: how noise levels are drawn and weighted.", TRAINING
     )
-    logit_mean: float = flag(0.0, "Flow matching: mean of logit_normal.", TRAINING)
+    logit_mean: float = flag(0.0, "Flow matching: mean of logit_normal.", TRAINING, FINITE)
     logit_std: float = flag(1.0, "Flow matching: standard deviation of logit_normal.", TRAINING, ABOVE_ZERO)
     guidance_scale: float = flag(3.5, "Guidance that a distilled transformer (FLUX) is told.", TRAINING, FROM_ZERO)
     learning_rate: float = flag(2.5e-3, "Highest learning rate.", TRAINING, ABOVE_ZERO)
@@ -129,7 +129,7 @@ class CustomizeSettings(RunSettings):
     validation_prompt: str | None = flag(None, "Generate images for this prompt during training.", NOTHING)
     num_validation_images: int = flag(4, "How many.", NOTHING, COUNT)
     validation_steps: int = flag(100, "Generate them every so many steps, and at the end.", NOTHING, COUNT)
-    num_inference_steps: int = flag(25, "Denoising steps of class and validation images.", CLASS_IMAGES)
+    num_inference_steps: int = flag(25, "Denoising steps of class and validation images.", CLASS_IMAGES, COUNT)
 
     def __post_init__(self) -> None:
         for name in ("qk_rank", "vo_rank"):

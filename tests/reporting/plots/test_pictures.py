@@ -25,7 +25,7 @@ from comcat_hf.reporting.plots import (
     plot_training,
     rank_table,
 )
-from tests.helpers import small_clip, small_vit
+from tests.helpers import small_bert, small_clip, small_vit
 
 
 def test_the_table_says_which_rank_each_site_keeps():
@@ -44,6 +44,15 @@ def test_the_table_says_which_rank_each_site_keeps():
         ("1", "fc2"): (None, 48),
         ("classifier", ""): (2, min(classes, 48)),
     }
+
+
+def test_layers_of_the_same_name_have_columns_of_their_own():
+    """Both layers of BERT's MLP are called `dense`."""
+    model, _ = small_bert()
+    plan = RankPlan({f"bert.encoder.layer.{number}.intermediate.dense": 3 for number in (0, 1)})
+    table = rank_table(model, plan)
+    assert {column for _, column in table} >= {"intermediate.dense", "output.dense"}
+    assert table["0", "intermediate.dense"][0] == 3 and table["0", "output.dense"][0] is None
 
 
 def test_the_layers_of_two_towers_are_told_apart():

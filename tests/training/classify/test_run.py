@@ -366,6 +366,13 @@ class TestStages:
         run(base, tmp_path / "out", **resumed)
         assert same(tmp_path / "out", whole[0])
 
+    @pytest.mark.parametrize("flags", [{"warmup_steps": 500}, {"warmup_steps": 1, "warmup_ratio": 0.1}])
+    def test_a_warmup_that_does_not_fit_is_said_first(self, base, tmp_path, flags):
+        for how in ({}, {"dry_run": True}):
+            with pytest.raises(InvalidValueError, match=r"warmup must end before|Give one of --warmup_steps"):
+                run(base, tmp_path / "out", **flags, **how)
+        assert not (tmp_path / "out" / "statistics").exists()
+
     def test_a_plan_that_is_given(self, base, whole, tmp_path):
         # As a plan edited by hand: what it says it reached is no longer true.
         replace(whole[1].plan.plan, reached=0.9).save_pretrained(tmp_path / "plan")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 import comcat_hf
 from comcat_hf import ComCATConfig, DistillationTrainer
 from comcat_hf.compression.distillation import DistillationLoss
-from comcat_hf.errors import CheckpointError, InvalidValueError
+from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
 from comcat_hf.training.classify.callbacks import JSONLogCallback, StopOnSignal, WeightAverageCallback
 from comcat_hf.training.interruption import Interruption
 from tests.processes import in_processes
@@ -211,4 +211,15 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
         model=model, args=args, distillation=DistillationLoss(alpha=0), train_dataset=Unlabelled()
     )
     with pytest.raises(InvalidValueError, match="expected 'labels' beside the model's inputs"):
+        trainer.train()
+
+
+def test_losses_that_are_not_finite_end_a_training_that_logs_and_saves_nothing(tmp_path):
+    class Spoiled(Images):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"pixel_values": torch.full((3, SIZE, SIZE), torch.inf)}
+
+    trainer = make(tmp_path, decay=None, logging_steps=100, save_strategy="no", eval_strategy="no")
+    trainer.train_dataset = Spoiled()
+    with pytest.raises(ComCATError, match="loss of step 1 is not finite"):
         trainer.train()

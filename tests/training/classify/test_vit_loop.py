@@ -672,6 +672,19 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+def test_weights_that_are_not_finite_at_the_end_are_no_result(folder, tmp_path):
+    class Overflowing(Accelerator):
+        def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
+            steps.append(1)
+            if len(steps) == STEPS:
+                next(iter(parameters)).grad[:] = math.nan
+            return torch.zeros(())
+
+    steps = []
+    with pytest.raises(ComCATError, match=f"After step {STEPS} some weights are not finite"):
+        train(folder, tmp_path, checkpointing_steps="none", accelerator=Overflowing(cpu=True))
+
+
 @pytest.mark.parametrize("place", ["os.replace", "torch.save"])
 def test_a_full_disk_leaves_the_checkpoints_that_are_there(folder, tmp_path, monkeypatch, place):
     module, _, name = place.rpartition(".")

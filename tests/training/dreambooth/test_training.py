@@ -24,7 +24,7 @@ from comcat_hf.reporting.plots import plot_image_grid
 from comcat_hf.training.dreambooth.__main__ import main
 from comcat_hf.training.dreambooth.loop import customize
 from comcat_hf.training.dreambooth.losses import DiffusionLoss
-from comcat_hf.training.dreambooth.sampling import generate
+from comcat_hf.training.dreambooth.sampling import BEFORE_AFTER, generate
 from comcat_hf.training.dreambooth.settings import CustomizeSettings, parse_customize_settings
 from comcat_hf.training.locks import locked
 from comcat_hf.training.recipes import recipe_names
@@ -379,6 +379,18 @@ def test_checkpoints_hold_adapters_only_and_old_ones_go(bases, tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_pictures_of_an_earlier_training_are_not_shown(bases, tmp_path):
+    shown = {"validation_prompt": "a 3", "num_validation_images": 1, "validation_steps": 1, "num_inference_steps": 1}
+    customize(settings(bases, tmp_path, max_train_steps=2, **shown))
+    (tmp_path / "validation" / "mine.png").write_bytes(b"kept")
+    assert (tmp_path / BEFORE_AFTER).is_file() and (tmp_path / "validation" / "step-000002.png").is_file()
+    customize(settings(bases, tmp_path, max_train_steps=1, **shown))
+    assert {path.name for path in (tmp_path / "validation").iterdir()} == {"mine.png", "step-000001.png"}
+    assert "step-000001.png" in (tmp_path / "README.md").read_text()
+    customize(settings(bases, tmp_path, max_train_steps=1))
+    assert not (tmp_path / BEFORE_AFTER).exists() and "step-0" not in (tmp_path / "README.md").read_text()
+
+
 def test_resuming_what_does_not_fit(bases, tmp_path, caplog):
     customize(settings(bases, tmp_path, checkpointing_steps=1))
     resumed = {"resume_from_checkpoint": "checkpoint-1"}
@@ -390,6 +402,7 @@ def test_resuming_what_does_not_fit(bases, tmp_path, caplog):
     with pytest.raises(CheckpointError, match=r"checkpoint-9: expected a checkpoint.*checkpoint-1, checkpoint-2"):
         customize(settings(bases, tmp_path, resume_from_checkpoint="checkpoint-9"))
     customize(settings(bases, tmp_path, max_train_steps=3, **resumed))
+    assert "checkpoint-2 are of the training before and have later steps" in caplog.text
     assert "max_train_steps was 2 and is 3 now" in caplog.text
     state = tmp_path / "checkpoint-1" / "training_state.json"
     whole = state.read_text()
@@ -451,6 +464,8 @@ BAD = {
     "resolution": ({"resolution": 17}, "--resolution must be a multiple of 2 for this pipeline, got 17"),
     "batch": ({"train_batch_size": 0}, "--train_batch_size must be a whole number from 1, got 0"),
     "rate": ({"learning_rate": float("nan")}, "--learning_rate must be a number above 0"),
+    "levels": ({"logit_mean": float("nan")}, "--logit_mean must be a finite number, got nan"),
+    "denoising": ({"num_inference_steps": 0}, "--num_inference_steps must be a whole number from 1, got 0"),
     "8 bit": ({"use_8bit_adam": True}, "pip install bitsandbytes"),
     "tracker": ({"report_to": "paper"}, "--report_to must be one of"),
     "precision": ({"mixed_precision": "fp16"}, "--mixed_precision fp16: expected a precision that this machine has"),
