@@ -105,7 +105,7 @@ ALLOCATIONS: Mapping[str, Mapping[str, Any]] = {
 COMPENSATED = ("uniform", "sensitivity", "sensitivity, MLP mixed", "curvature", "curvature, step 1", "plain")
 # These have steps of refinement behind them besides.
 STARTS = ("curvature + compensation", "plain + compensation", "equal widths + compensation")
-REFINED = (100, 300, 1000, 3000, 5000)
+REFINED = (100, 300, 1000, 3000, 10000)
 METHODS: Mapping[str, Callable[[Subject, Scope, float], nn.Module]] = BASELINES | {
     name + (" + compensation" if compensate else ""): partial(ours, allocation=allocation, compensate=compensate)
     for name, allocation in ALLOCATIONS.items()
