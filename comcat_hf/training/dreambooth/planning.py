@@ -20,6 +20,7 @@ class CustomizePlan:
         parameters: trained parameters by part.
         base_parameters: of the parts that are adapted.
         images, class_images: of the subject; of the class, that are there.
+        positions: images of the subject per epoch, with those that fill up the batches of each bucket.
         first_step: how many of them a checkpoint has done.
     """
 
@@ -30,6 +31,7 @@ class CustomizePlan:
     base_parameters: int
     images: int
     class_images: int
+    positions: int
     processes: int
     first_step: int
     seed: int
@@ -67,7 +69,7 @@ class CustomizePlan:
     def steps(self) -> int:
         """Optimizer steps."""
         settings = self.settings
-        length = max(self.images, settings.num_class_images if settings.with_prior_preservation else 0)
+        length = max(self.positions, settings.num_class_images if settings.with_prior_preservation else 0)
         return settings.max_train_steps or settings.num_train_epochs * math.ceil(length / self._together)
 
     @property

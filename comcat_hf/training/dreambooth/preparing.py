@@ -79,10 +79,16 @@ class PreparedRun:
             base_parameters=everything - sum(counts.values()),
             images=len(self.images),
             class_images=len(self.classes),
+            positions=len(self.stream(())) if self.settings.buckets else len(self.images),
             processes=self.accelerator.num_processes,
             first_step=0 if self.done is None else self.done.step,
             seed=self.seed,
         )
+
+    def stream(self, classes: tuple[Example, ...]) -> ExampleStream:
+        """The stream of examples of the subject, and of its class if there are any."""
+        together = self.settings.train_batch_size * self.accelerator.num_processes
+        return ExampleStream(self.images, classes, self.seed, self.settings, together)
 
     def facts(self, steps: int) -> dict[str, Any]:
         """What a continuation must share with this training to be exact."""
@@ -102,8 +108,7 @@ class PreparedRun:
 def make_sources(prepared: PreparedRun, interruption: Interruption) -> tuple[ExampleStream, Latents, Texts]:
     """The stream of examples, and how these become latents and texts; raises Interrupted where a signal comes."""
     settings, pipeline, device = prepared.settings, prepared.pipeline, prepared.accelerator.device
-    together = settings.train_batch_size * prepared.accelerator.num_processes
-    stream = ExampleStream(prepared.images, prepared.classes, prepared.seed, settings, together)
+    stream = prepared.stream(prepared.classes)
     latents = Latents(pipeline.vae, device)
     texts = Texts(pipeline, prepared.family, device, settings.train_text_encoder)
     prompts = [example.prompt for example in (*prepared.images, *prepared.classes)]

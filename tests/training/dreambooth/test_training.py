@@ -379,6 +379,19 @@ def test_checkpoints_hold_adapters_only_and_old_ones_go(bases, tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_an_epoch_of_buckets_takes_every_image(bases, tmp_path):
+    """Three, five and two images of a shape, in batches of four."""
+    for index, shape in enumerate([(24, 16)] * 3 + [(16, 24)] * 5 + [(16, 16)] * 2):
+        Image.effect_noise(shape, 50).convert("RGB").save(tmp_path / f"{index}.png")
+    given = {"instance_data_dir": str(tmp_path), "train_batch_size": 4, "max_train_steps": None, "dry_run": True}
+    given |= {"num_train_epochs": 2}
+    buckets = {"aspect_ratio_buckets": "16,16;16,24;24,16"}
+    assert customize(settings(bases, tmp_path / "out", **given)).plan.steps == 2 * 3
+    assert customize(settings(bases, tmp_path / "out", **given, **buckets)).plan.steps == 2 * 4
+    accumulated = {"gradient_accumulation_steps": 2}
+    assert customize(settings(bases, tmp_path / "out", **given, **buckets, **accumulated)).plan.steps == 2 * 2
+
+
 def test_pictures_of_an_earlier_training_are_not_shown(bases, tmp_path):
     shown = {"validation_prompt": "a 3", "num_validation_images": 1, "validation_steps": 1, "num_inference_steps": 1}
     customize(settings(bases, tmp_path, max_train_steps=2, **shown))
