@@ -77,7 +77,7 @@ def given_inputs(model: nn.Module, inputs: Any | None) -> Mapping[str, Any]:
     texts, images = (inputs.get(name) for name in ("input_ids", "pixel_values"))
     # A text may have several images, and packed images are rows of patches.
     towers = isinstance(texts, Tensor) and isinstance(images, Tensor) and images.ndim > 2
-    if towers and len(images) % len(texts):
+    if towers and len(images) % max(len(texts), 1):
         raise InvalidValueError(
             f"inputs: expected as many images for each text, found {len(texts)} texts and {len(images)} images. Give "
             "one of each."
