@@ -30,6 +30,7 @@ __all__ = [
     "remove_checkpoints",
     "restore_random_states",
     "restore_states",
+    "warn_of_later",
     "write_states",
     "written_last",
 ]
@@ -166,7 +167,6 @@ def find_checkpoint(output_dir: Path, asked: str | None, overwrite: bool = False
         return last_checkpoint(output_dir)
     for path in (Path(asked).expanduser(), output_dir / asked):
         if (path / _STATE).is_file():
-            _warn_of_later(path, present)
             return path
     raise CheckpointError(
         f"--resume_from_checkpoint {asked}: expected a checkpoint, found none there or in {output_dir}, which has "
@@ -174,26 +174,34 @@ def find_checkpoint(output_dir: Path, asked: str | None, overwrite: bool = False
     )
 
 
-def _warn_of_later(checkpoint: Path, present: Sequence[Path]) -> None:
-    """Say which checkpoints of the training that is left would pass for later ones of the one that goes on."""
-    later = [path.name for path in present[[*present, checkpoint].index(checkpoint) + 1 :]]
-    if later:
+def warn_of_later(checkpoint: Path) -> None:
+    """Say which checkpoints a training leaves that goes on from this one."""
+    if later := _later(checkpoint):
         logger.warning(
-            "%s: %s are of the training before and have later steps: they stay, --resume_from_checkpoint latest takes "
-            "them and --checkpoints_total_limit keeps them. Remove them to go on from here alone.",
+            "%s: %s are of the training that is left here; they are removed when this one writes its next checkpoint. "
+            "Give another --output_dir to keep them.",
             checkpoint,
-            some_of(later),
+            some_of(path.name for path in later),
         )
 
 
+def _later(checkpoint: Path) -> list[Path]:
+    """The checkpoints beside this one that are of later steps: a training has none of these when it writes one."""
+    found = list_checkpoints(checkpoint.parent)
+    return found[found.index(checkpoint) + 1 :] if checkpoint in found else []
+
+
 @contextmanager
-def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> Iterator[None]:
+def written_last(
+    accelerator: Accelerator, folder: Path, progress: Progress, resumed: Path | None = None
+) -> Iterator[None]:
     """Mark a checkpoint that the block writes in its place as whole when all processes have left the block.
 
     Args:
         accelerator: whose processes they are.
         folder: of the checkpoint; until the end it is none, whatever was there before, and after an error it is gone.
         progress: where the training is.
+        resumed: the checkpoint that the training went on from; those of later steps beside it go when this is whole.
     """
     if accelerator.is_main_process:
         # What an unfinished one left would count as part of this one.
@@ -205,6 +213,9 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             progress.write(folder)
+            if resumed is not None and resumed.parent.resolve() == folder.parent.resolve():
+                for path in _later(folder):
+                    _remove(path)
     except BaseException:
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -214,14 +225,18 @@ def written_last(accelerator: Accelerator, folder: Path, progress: Progress) -> 
 
 @contextmanager
 def new_checkpoint(
-    accelerator: Accelerator, output_dir: Path, progress: Progress, limit: int | None = None
+    accelerator: Accelerator,
+    output_dir: Path,
+    progress: Progress,
+    limit: int | None = None,
+    resumed: Path | None = None,
 ) -> Iterator[Path]:
     """A folder `checkpoint-N` that is whole when the block ends; all processes enter it together.
 
     The block writes what belongs to the training; random states and progress are written here.
     """
     folder = output_dir / f"checkpoint-{progress.step}"
-    with written_last(accelerator, folder, progress):
+    with written_last(accelerator, folder, progress, resumed):
         write_saved(folder / _RANDOM.format(accelerator.process_index), random_states(accelerator.device))
         yield folder
     if accelerator.is_main_process and limit is not None:

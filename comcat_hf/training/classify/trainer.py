@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ...compression.distillation import DistillationLoss, OwnBase
 from ...errors import ComCATError, InvalidValueError
 from ...tensor_files import check_shapes
-from ..checkpoints import Progress, last_checkpoint, written_last
+from ..checkpoints import Progress, last_checkpoint, warn_of_later, written_last
 from .callbacks import WeightAverageCallback
 from .logs import LossMeter, cannot_write
 
@@ -78,6 +78,7 @@ class DistillationTrainer(Trainer):
         self.args.logging_nan_inf_filter = False
         self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
         self._own_base: OwnBase | None = None
+        self._resumed: Path | None = None
         self.meter = LossMeter(self.accelerator, self.args.gradient_accumulation_steps)
 
     @property
@@ -89,6 +90,8 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
         """Train; with `resume_from_checkpoint=True` from the last whole checkpoint, or from the start without one.
 
+        Checkpoints behind the one that is gone on from are removed when the next is written, with a warning before.
+
         Raises:
             CheckpointError: the checkpoint named is not whole.
             ComCATError: the loss or the weights are not finite.
@@ -98,9 +101,11 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resume_from_checkpoint)
             Progress.read(Path(resume_from_checkpoint))
+            warn_of_later(Path(resume_from_checkpoint))
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         average = self.average
         if average is not None:
-            average.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+            average.resumed = self._resumed
         found = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         # Where nothing was logged or saved behind the last step.
         self.meter.check(self.state.global_step)
@@ -186,7 +191,7 @@ class DistillationTrainer(Trainer):
         # Older checkpoints go when the new one is whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with written_last(self.accelerator, folder, self.progress()):
+            with written_last(self.accelerator, folder, self.progress(), self._resumed):
                 super()._save_checkpoint(model, trial)
                 self.save_own(folder, self.args.should_save)
         # What torch's writer says of a full disk is a RuntimeError.

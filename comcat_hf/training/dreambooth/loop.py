@@ -23,6 +23,7 @@ from ..checkpoints import (
     remove_checkpoints,
     restore_random_states,
     restore_states,
+    warn_of_later,
     write_states,
 )
 from ..interruption import Interrupted, Interruption, end_if_stopped, on_main, stopped_by
@@ -120,6 +121,8 @@ def _prepare(settings: CustomizeSettings, accelerator: Accelerator | None, stack
         on_main(accelerator, lambda: stack.enter_context(locked(output_dir, "output_dir")))
     checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir)
     done = None if checkpoint is None else Progress.read(checkpoint)
+    if checkpoint is not None and accelerator.is_main_process:
+        warn_of_later(checkpoint)
     if done is not None and "gains_lr_ratio" not in done.facts and settings.gains_lr_ratio is None:
         # Earlier versions had one rate for all.
         settings = replace(settings, gains_lr_ratio=1.0)
@@ -187,7 +190,7 @@ class _Run:
         prepared, settings = self.prepared, self.prepared.settings
         progress = Progress(step, prepared.seed, prepared.facts(self.plan.steps))
         accelerator, limit = prepared.accelerator, settings.checkpoints_total_limit
-        with new_checkpoint(accelerator, settings.output_path, progress, limit) as folder:
+        with new_checkpoint(accelerator, settings.output_path, progress, limit, prepared.checkpoint) as folder:
             if accelerator.is_main_process:
                 save_adapter(settings, prepared.pipeline, folder)
                 write_states(folder, self.states())

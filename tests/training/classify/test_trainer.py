@@ -14,6 +14,7 @@ import comcat_hf
 from comcat_hf import ComCATConfig, DistillationTrainer
 from comcat_hf.compression.distillation import DistillationLoss
 from comcat_hf.errors import CheckpointError, ComCATError, InvalidValueError
+from comcat_hf.training.checkpoints import last_checkpoint
 from comcat_hf.training.classify.callbacks import JSONLogCallback, StopOnSignal, WeightAverageCallback
 from comcat_hf.training.interruption import Interruption
 from tests.processes import in_processes
@@ -161,6 +162,14 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
     resumed = make(tmp_path, save_steps=2, save_total_limit=2)
     resumed.train(resume_from_checkpoint=True)
     assert same(state(resumed), state(trainer))
+
+
+def test_a_training_that_goes_back_leaves_the_other_behind(tmp_path):
+    make(tmp_path, save_steps=2).train()
+    again = make(tmp_path, save_steps=2, save_total_limit=2, steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
 
 
 # Several processes

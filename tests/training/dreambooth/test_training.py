@@ -379,6 +379,22 @@ def test_checkpoints_hold_adapters_only_and_old_ones_go(bases, tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_training_that_goes_back_leaves_the_other_behind(bases, tmp_path):
+    customize(settings(bases, tmp_path, checkpointing_steps=1, max_train_steps=4))
+    given = {"checkpointing_steps": 1, "max_train_steps": 2, "checkpoints_total_limit": 2}
+    customize(settings(bases, tmp_path, resume_from_checkpoint="checkpoint-1", **given))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert customize(settings(bases, tmp_path, resume_from_checkpoint="latest", **given)).step == 2
+    # Those of another folder are not of the training that was left.
+    shutil.copytree(tmp_path, tmp_path / "other")
+    (tmp_path / "other" / "checkpoint-2").rename(tmp_path / "other" / "checkpoint-9")
+    start = str(tmp_path / "checkpoint-1")
+    customize(
+        settings(bases, tmp_path / "other", resume_from_checkpoint=start, **given | {"checkpoints_total_limit": 9})
+    )
+    assert (tmp_path / "other" / "checkpoint-9" / "training_state.json").is_file()
+
+
 def test_an_epoch_of_buckets_takes_every_image(bases, tmp_path):
     """Three, five and two images of a shape, in batches of four."""
     for index, shape in enumerate([(24, 16)] * 3 + [(16, 24)] * 5 + [(16, 16)] * 2):
@@ -415,7 +431,7 @@ def test_resuming_what_does_not_fit(bases, tmp_path, caplog):
     with pytest.raises(CheckpointError, match=r"checkpoint-9: expected a checkpoint.*checkpoint-1, checkpoint-2"):
         customize(settings(bases, tmp_path, resume_from_checkpoint="checkpoint-9"))
     customize(settings(bases, tmp_path, max_train_steps=3, **resumed))
-    assert "checkpoint-2 are of the training before and have later steps" in caplog.text
+    assert "checkpoint-2 are of the training that is left here" in caplog.text
     assert "max_train_steps was 2 and is 3 now" in caplog.text
     state = tmp_path / "checkpoint-1" / "training_state.json"
     whole = state.read_text()
