@@ -58,26 +58,24 @@ class Elastic:
     def __init__(
         self,
         dense: nn.Module,
-        statistics: Statistics,
+        statistics: Statistics | None,
         low: float,
         high: float,
         *,
+        batches: Iterable[Any] | None = None,
+        progress: bool | None = None,
         scope: str = "model",
         metric: str = "params",
         layout: str = "free",
     ) -> None:
-        """Prepare what all reductions have in common.
+        """Prepare what all reductions have in common; what needs no statistics comes first.
+
+        `batches` serve for the statistics, or for their curvature, where there is none.
 
         Raises:
             InvalidValueError: no range, or statistics without curvature or of another model.
             BudgetError: the largest reduction is out of reach.
         """
-        self._begin(dense, low, high, scope, metric, layout)
-        check_data({"statistics": statistics})
-        self._take(statistics)
-
-    def _begin(self, dense: nn.Module, low: float, high: float, scope: str, metric: str, layout: str) -> None:
-        """Set and check all that needs no statistics."""
         self.dense, self.low, self.high, self.model = unwrapped(dense), low, high, None
         check_merged(self.dense)
         if not all(isinstance(share, (int, float)) for share in (low, high)) or not 0 < low < high < 1:
@@ -89,24 +87,28 @@ class Elastic:
         how: dict[str, Any] = {"scope": scope, "metric": metric, "layout": layout}
         self._request = Request(strategy="curvature", mlp="width", statistics=True, curvature=True, **how)
         self._sites = self._request.find_sites(self.dense)
-        self._meant = sites_by_way(self._sites, "width")
-        self._budget, _ = find_budget(self.dense, self._meant, high, METRICS[metric], self._request)
-
-    def _take(self, statistics: Statistics) -> None:
-        """Compute from the statistics what all reductions have in common."""
-        if not statistics.has_curvature:
+        sites = sites_by_way(self._sites, "width")
+        budget, _ = find_budget(self.dense, sites, high, METRICS[metric], self._request)
+        check_data({"statistics": statistics})
+        if batches is not None and (statistics is None or not statistics.has_curvature):
+            batches = read_batches(batches)
+            if statistics is None:
+                statistics = gather(self.dense, batches, self._sites.values(), scope, progress=progress)
+            statistics.check_model(self.dense, sites, self._sites)
+            statistics = gather_curvature(self.dense, batches, sites.values(), statistics, progress=progress)
+        if statistics is None or not statistics.has_curvature:
             raise InvalidValueError(
                 "elastic: expected statistics with curvature, found none. Gather them with "
                 "collect_statistics(model, batches, curvature=True), or give batches."
             )
-        statistics.check_model(self.dense, self._meant, self._sites)
+        statistics.check_model(self.dense, sites, self._sites)
         self.statistics = statistics
-        prepared = prepare_sites(self._budget.options, statistics)
+        prepared = prepare_sites(budget.options, statistics)
         self._prepared = {
-            site.moments_path: found.with_products(site.output_layer[1].weight.detach())
+            sites[name].moments_path: found.with_products(sites[name].output_layer[1].weight.detach())
             if isinstance(found, HiddenUnits)
             else found
-            for site, found in ((self._meant[name], found) for name, found in prepared.items())
+            for name, found in prepared.items()
         }
 
     @classmethod
@@ -117,32 +119,14 @@ class Elastic:
         *,
         batches: Iterable[Any] | None = None,
         statistics: Statistics | None = None,
-        progress: bool | None = None,
-        scope: str = "model",
-        metric: str = "params",
-        layout: str = "free",
+        **how: Any,
     ) -> "Elastic":
-        """Gather the statistics, or their curvature, where they are not given, and prepare.
-
-        `shares` are the least and the largest reduction.
-        """
+        """Prepare with the least and the largest reduction as one value; `how` is the rest of the arguments."""
         if not isinstance(shares, (tuple, list)) or len(shares) != 2:
             raise InvalidValueError(f"elastic: expected two shares, such as (0.3, 0.7), got {shares!r}.")
         if statistics is None and batches is None:
             raise InvalidValueError("elastic: expected batches, or statistics with curvature; found neither.")
-        elastic = cls.__new__(cls)
-        low, high = shares
-        elastic._begin(model, low, high, scope, metric, layout)
-        check_data({"statistics": statistics})
-        if batches is not None and (statistics is None or not statistics.has_curvature):
-            batches = read_batches(batches)
-            if statistics is None:
-                statistics = gather(elastic.dense, batches, elastic._sites.values(), scope, progress=progress)
-            statistics.check_model(elastic.dense, elastic._meant, elastic._sites)
-            found = elastic._meant.values()
-            statistics = gather_curvature(elastic.dense, batches, found, statistics, progress=progress)
-        elastic._take(statistics)
-        return elastic
+        return cls(model, statistics, *shares, batches=batches, **how)
 
     def plan(self, reduction: float) -> RankPlan:
         """The rank plan of a reduction.
