@@ -234,7 +234,16 @@ def search_ranks(
         BudgetError: a reduction out of reach.
         ComCATError: gradients that are not finite.
     """
-    _check(reduction, metric, beta, learning_rate, weight_decay, temperature, steps, epochs, seed, step)
+    check_ask(reduction, metric, step)
+    check(learning_rate, above(0), "learning_rate")
+    check(temperature, _TWO_TEMPERATURES, "temperature")
+    check(beta, finite(0), "beta")
+    check(weight_decay, finite(0), "weight_decay")
+    if steps is not None and epochs is not None:
+        raise InvalidValueError(f"Give either steps or epochs, got steps={steps!r} and epochs={epochs!r}.")
+    check(steps, optional(whole(1)), "steps")
+    check(epochs, optional(whole(1)), "epochs")
+    check(seed, whole(), "seed")
     loss = loss or DistillationLoss(alpha=0.0 if teacher is None else 0.5)
     if loss.needs_teacher and teacher is None:
         raise InvalidValueError("The loss needs a teacher, got None. Pass one, or DistillationLoss(alpha=0).")
@@ -360,27 +369,3 @@ def _length(loader: Any, epochs: int) -> int:
             "Use a DataLoader over a data set with a length, or a list of batches."
         )
     return epochs * len(loader)
-
-
-def _check(
-    reduction: Any,
-    metric: Any,
-    beta: float,
-    learning_rate: float,
-    weight_decay: float,
-    temperature: tuple[float, float],
-    steps: Any,
-    epochs: Any,
-    seed: int,
-    step: Any,
-) -> None:
-    check_ask(reduction, metric, step)
-    check(learning_rate, above(0), "learning_rate")
-    check(temperature, _TWO_TEMPERATURES, "temperature")
-    check(beta, finite(0), "beta")
-    check(weight_decay, finite(0), "weight_decay")
-    if steps is not None and epochs is not None:
-        raise InvalidValueError(f"Give either steps or epochs, got steps={steps!r} and epochs={epochs!r}.")
-    check(steps, optional(whole(1)), "steps")
-    check(epochs, optional(whole(1)), "epochs")
-    check(seed, whole(), "seed")
