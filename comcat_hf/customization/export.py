@@ -225,6 +225,13 @@ def split_bias(rows: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (rows[..., :-1], rows[..., -1]) if base_module(linear).bias is not None else (rows, None)
 
 
+def bias_given(rows: Mapping[str, Tensor], value: nn.Module) -> Tensor:
+    """What the biases of the values, by their layer, add to the output through the output rows, `(d,)`."""
+    bias = split_bias(rows["value"], value)[1]
+    output = rows["output"]
+    return output.new_zeros(output.shape[-1]) if bias is None else torch.einsum("hp,hpd->d", bias, output)
+
+
 def weights_of(rows: Tensor, linear: nn.Module) -> Tensor:
     return split_bias(rows, linear)[0]
 

@@ -19,7 +19,7 @@ from ..hub import resolve_file
 from ..modeling.views import AttentionView, attention_views
 from ..modeling.wrappers import is_tuner_layer
 from ..tuners.residual.factors import rows_in, rows_out
-from .export import PAIRS, errors_of, has_plain_products, split_bias, weights_of
+from .export import PAIRS, bias_given, errors_of, has_plain_products, weights_of
 from .lora import LORA_NAME
 
 
@@ -218,7 +218,8 @@ def _nearest(view: AttentionView, added: Mapping[str, Tensor], rank: int) -> _Ne
     dense = {role: rows_in(getattr(view, role), view.num_heads).double() for role in ("query", "key", "value")}
     dense["output"] = rows_out(view).double()
     full = {role: rows + added[role] if role in added else rows for role, rows in dense.items()}
-    full |= {"output_bias": added["output_bias"]} if "output_bias" in added else {}
+    # What the LoRA adds to the output whatever the inputs are: factors have no bias for it.
+    shift = bias_given(full, view.value) - bias_given(dense, view.value) + added.get("output_bias", 0.0)
     rank = min(rank, view.head_dim)
     nearest = _Nearest({}, {}, {})
     for pair, roles in PAIRS.items():
@@ -238,16 +239,9 @@ def _nearest(view: AttentionView, added: Mapping[str, Tensor], rank: int) -> _Ne
         nearest.ranks[pair] = rank
         nearest.factors.update(new)
         errors = errors_of(full, dense | written, dense, roles, view)
-        constant = 0.0 if pair == "qk" else (_constant(view, full) - _constant(view, dense)).norm().item()
+        constant = 0.0 if pair == "qk" else shift.norm().item()
         nearest.errors[pair] = (math.hypot(errors[0], constant), math.hypot(errors[1], constant))
     return nearest
-
-
-def _constant(view: AttentionView, rows: Mapping[str, Tensor]) -> Tensor:
-    """What an attention adds to the output whatever its inputs are, (d_out,): value biases through the output rows."""
-    constant = rows.get("output_bias", rows["output"].new_zeros(rows["output"].shape[-1]))
-    bias = split_bias(rows["value"], view.value)[1]
-    return constant if bias is None else constant + torch.einsum("hp,hpd->d", bias, rows["output"])
 
 
 def _weights(view: AttentionView, role: str, rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..tuners.residual.factors import gains_of
 from ..tuners.residual.gain_layer import GainLayer
 from ..tuners.residual.layer import CustomizeLayer
 from ..tuners.residual.merging import is_wider, joined_rows
-from .export import PAIRS, adapted_layers, check_form, cut_back, errors_of
+from .export import PAIRS, adapted_layers, bias_given, check_form, cut_back, errors_of
 
 
 __all__ = ["LORA_NAME", "LoRA", "convert_to_lora", "save_as_lora"]
@@ -207,25 +207,20 @@ def _convert(
             lora = _lora_of(role, change, width, inner, rank, biases)
             loras[_path(view, stream, role)] = lora
             written[role] = dense[role] + _rows_of(role, lora, change.shape)
-        constant = (0.0, 0.0)
-        if "output" in full and base_module(view.projection("value", stream)).bias is not None:
+        constant, value = (0.0, 0.0), base_module(view.projection("value", stream))
+        if "output" in full and value.bias is not None:
             # Attended values carry their bias into the changed output projection.
-            shift, path = _bias_given(full) - _bias_given(written), _path(view, stream, "output")
+            shift, path = bias_given(full, value) - bias_given(written, value), _path(view, stream, "output")
             if biases and is_wider(view, full) and path in loras:
                 loras[path] = replace(loras[path], bias=shift.float())
             else:
-                constant = (shift.norm().item(), (_bias_given(full) - _bias_given(dense)).norm().item())
+                constant = (shift.norm().item(), (bias_given(full, value) - bias_given(dense, value)).norm().item())
         for pair, roles in PAIRS.items():
             if roles[1] in full:
                 further = constant if pair == "vo" else (0.0, 0.0)
                 error, change = map(math.hypot, errors_of(full, written, dense, roles, view), further)
                 lost[pair] = max(lost[pair], error / change if change else 0.0)
     return loras, lost
-
-
-def _bias_given(rows: Mapping[str, Tensor]) -> Tensor:
-    """What the biases of the values add to the output, `(d,)`."""
-    return torch.einsum("hp,hpd->d", rows["value"][..., -1], rows["output"])
 
 
 def _aligned(layer: CustomizeLayer, full: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
