@@ -6,7 +6,6 @@ from diffusers import DiffusionPipeline
 from peft import LoKrConfig, LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 from typer.testing import CliRunner
 
 from comcat_hf import adapter_from_lora, cli, load_comcat_weights, save_as_lora, save_comcat_weights
@@ -15,7 +14,7 @@ from comcat_hf.errors import CheckpointError, InvalidValueError, UnsupportedModu
 from tests.customization.flow_pipelines import FLOWS
 from tests.customization.pipelines import tiny_sd
 from tests.customization.test_export import load
-from tests.customization.test_lora import latents
+from tests.customization.test_lora import latents, with_value_biases
 
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -104,12 +103,7 @@ def test_text_encoders_and_names_of_other_tools(base, tmp_path):
 
 
 def test_what_value_biases_and_biases_of_a_lora_add_is_counted_as_lost(base, tmp_path):
-    pipeline = load(base)
-    torch.manual_seed(3)
-    for name, parameter in pipeline.text_encoder.named_parameters():
-        if name.endswith("v_proj.bias"):
-            nn.init.normal_(parameter, std=0.5)
-    pipeline.save_pretrained(tmp_path / "base")
+    pipeline = load(with_value_biases(base, tmp_path / "base"))
     other = write_lora(tmp_path / "base", tmp_path / "lora", part="text_encoder", targets=["out_proj"])
     lost = adapter_from_lora(pipeline, tmp_path / "lora", 4, most_lost=1)
     path, shares = next(iter(lost.items()))

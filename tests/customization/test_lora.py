@@ -188,12 +188,18 @@ def with_value_biases(base, folder):
     return folder
 
 
+def with_adapted_text(base, **ranks):
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(1)
+    config = ComCATConfig(mode="customize", init_weights=False, **ranks)
+    pipeline.text_encoder.add_adapter(config, adapter_name="dog")
+    return pipeline
+
+
 def test_what_value_biases_add_is_counted_where_it_is_lost(base, tmp_path):
     base = with_value_biases(base, tmp_path / "base")
-    pipeline = load(base)
-    torch.manual_seed(1)
-    config = ComCATConfig(mode="customize", vo_rank=1, init_weights=False)
-    pipeline.text_encoder.add_adapter(config, adapter_name="dog")
+    pipeline = with_adapted_text(base, vo_rank=1)
     loras, written = convert_to_lora(pipeline)
     path = "text_model.encoder.layers.0.self_attn"
     path = path if f"{path}.out_proj" in loras["text_encoder"] else path.removeprefix("text_model.")
@@ -205,10 +211,7 @@ def test_what_value_biases_add_is_counted_where_it_is_lost(base, tmp_path):
 
 def test_queries_and_keys_of_a_text_encoder_alone(base, tmp_path):
     base = with_value_biases(base, tmp_path / "base")
-    pipeline = load(base)
-    torch.manual_seed(1)
-    config = ComCATConfig(mode="customize", qk_rank=2, init_weights=False)
-    pipeline.text_encoder.add_adapter(config, adapter_name="dog")
+    pipeline = with_adapted_text(base, qk_rank=2)
     lost = save_as_lora(pipeline, tmp_path / "lora")
     assert all(shares["vo"] == 0 < shares["qk"] < 1 for shares in lost.values())
     other = load(base)
@@ -231,10 +234,7 @@ def test_adapters_that_change_nothing(base, tmp_path, how):
 
 def test_names_of_other_tools_are_those_of_the_pipeline(tmp_path):
     base = tiny_sdxl(tmp_path / "base")
-    pipeline = DiffusionPipeline.from_pretrained(base)
-    torch.manual_seed(1)
-    config = ComCATConfig(mode="customize", vo_rank=1, core=True, init_weights=False)
-    pipeline.text_encoder.add_adapter(config, adapter_name="dog")
+    pipeline = with_adapted_text(base, vo_rank=1, core=True)
     save_as_lora(pipeline, tmp_path / "kohya", kohya=True)
     assert all(key.startswith("lora_te1_") for key in load_file(tmp_path / "kohya" / LORA_NAME))
 

@@ -656,33 +656,21 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(folder, tmp_path, ac
     train(folder, tmp_path, checkpoint=tmp_path / "checkpoint-2", gradient_accumulation_steps=accumulated)
 
 
-def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
+@pytest.mark.parametrize(("step", "checkpointing", "saved"), [(4, "2", ["checkpoint-2"]), (STEPS, "none", [])])
+def test_weights_that_are_not_finite_are_neither_saved_nor_a_result(folder, tmp_path, step, checkpointing, saved):
     """Gradients may overflow where the loss does not."""
 
     class Overflowing(Accelerator):
         def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
             steps.append(1)
-            if len(steps) == 4:
+            if len(steps) == step:
                 next(iter(parameters)).grad[:] = math.nan
             return torch.zeros(())
 
     steps = []
-    with pytest.raises(ComCATError, match="After step 4 some weights are not finite"):
-        train(folder, tmp_path, checkpointing_steps="2", accelerator=Overflowing(cpu=True))
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
-
-
-def test_weights_that_are_not_finite_at_the_end_are_no_result(folder, tmp_path):
-    class Overflowing(Accelerator):
-        def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
-            steps.append(1)
-            if len(steps) == STEPS:
-                next(iter(parameters)).grad[:] = math.nan
-            return torch.zeros(())
-
-    steps = []
-    with pytest.raises(ComCATError, match=f"After step {STEPS} some weights are not finite"):
-        train(folder, tmp_path, checkpointing_steps="none", accelerator=Overflowing(cpu=True))
+    with pytest.raises(ComCATError, match=f"After step {step} some weights are not finite"):
+        train(folder, tmp_path, checkpointing_steps=checkpointing, accelerator=Overflowing(cpu=True))
+    assert [path.name for path in list_checkpoints(tmp_path)] == saved
 
 
 @pytest.mark.parametrize("place", ["os.replace", "torch.save"])
